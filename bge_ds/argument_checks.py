@@ -1,0 +1,172 @@
+"""What the values of flags may be, and which settings exclude each other: the checks behind ``arguments.py``.
+
+Each check raises ValueError with the flag, its value, what is allowed and what to do. They take any object that has
+the fields of ``TrainArguments``, which imports them.
+"""
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+# The schedules of transformers' `get_scheduler` that need the step count alone -> the keys that they cannot do without.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": (),
+    "cosine_with_restarts": (),
+    "polynomial": (),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": (),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+WRITERS = ("tensorboard", "wandb", "csv")
+
+# What a number may be: (words, predicate). NaN fails every comparison, so it passes none of them.
+_Rule = tuple[str, Callable[[Any], bool]]
+_WHOLE: _Rule = ("a whole number of at least 1", lambda v: v >= 1)
+_NOT_NEGATIVE: _Rule = ("a finite number of at least 0", lambda v: 0 <= v < math.inf)
+_POSITIVE: _Rule = ("a finite number above 0", lambda v: 0 < v < math.inf)
+_DECAY: _Rule = ("at least 0 and below 1", lambda v: 0 <= v < 1)
+_SHARE: _Rule = ("above 0 and below 1", lambda v: 0 < v < 1)
+_LENGTH: _Rule = ("at least 3 tokens: two special ones and one of the text", lambda v: v >= 3)
+_SEED: _Rule = ("from 0 to 4294967295", lambda v: 0 <= v < 2**32)  # numpy takes no other
+_RANGES: dict[str, _Rule] = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "torch_empty_cache_steps"), _WHOLE),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout"), _WHOLE),
+    **dict.fromkeys(("train_group_size", "max_example_num_per_dataset"), _WHOLE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
+    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature"), _POSITIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _DECAY),
+    **dict.fromkeys(("encoder_mlm_probability", "decoder_mlm_probability"), _SHARE),
+    **dict.fromkeys(("max_seq_length", "query_max_len", "passage_max_len"), _LENGTH),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "max_steps": ("-1 (num_train_epochs decides) or at least 1", lambda v: v == -1 or v >= 1),
+}
+
+
+def require(condition: Any, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_ranges(args: Any) -> None:
+    """Check every number against `_RANGES`; a field that this command lacks, or that is unset, is passed over."""
+    for name, (words, allowed) in _RANGES.items():
+        value = getattr(args, name, None)
+        require(value is None or allowed(value), f"--{name} is {value}; it must be {words}")
+
+
+def choose(args: Any, name: str, choices: tuple[str, ...], reasons: dict[str, str] | None = None) -> None:
+    """Check that field `name` is one of `choices`; `reasons` says why a value known to transformers is not."""
+    value = getattr(args, name)
+    why = f" ({reasons[value]})" if reasons and value in reasons else ""
+    require(value in choices, f"--{name} {value} is refused{why}; choose from {', '.join(choices)}")
+
+
+def count_or_share(name: str, value: float) -> int | float:
+    """A step count as int, or a share of all steps as a float below 1. Raises ValueError for 1.5, -1, NaN."""
+    zero_allowed = name == "warmup_steps"
+    require(
+        math.isfinite(value) and value >= 0 and (value > 0 or zero_allowed) and (value < 1 or value == int(value)),
+        f"--{name} is {value:g}; it must be a whole number of steps, or a share of all steps "
+        f"{'from 0' if zero_allowed else 'above 0'} and below 1",
+    )
+    return int(value) if value >= 1 or value == 0 else float(value)
+
+
+def writers(given: list[str] | str | None) -> list[str]:
+    """The writers named by report_to, in their own order; `all` means those that are installed."""
+    names = [given] if isinstance(given, str) else list(given or [])
+    names = [part for name in names for part in name.split(",")]
+    if "all" in names:
+        return [name for name in WRITERS if name == "csv" or importlib.util.find_spec(name)]
+    require("none" not in names or len(names) == 1, f"--report_to {' '.join(names)}: none excludes the others")
+    for name in names:
+        require(
+            name in (*WRITERS, "none"),
+            f"--report_to {name} is refused: DeepSpeed's monitor writes the metrics; choose from none, all, "
+            f"{', '.join(WRITERS)}",
+        )
+    return [name for name in WRITERS if name in names]
+
+
+def _json_object(name: str, value: dict | str | None) -> dict:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{name} {value} is not JSON ({error}); give an object such as '{{\"key\": 1}}'") from None
+    require(value is None or isinstance(value, dict), f"--{name} {value!r} is not a JSON object")
+    return value or {}
+
+
+def check_optimizer(args: Any) -> None:
+    """Check optimizer, schedule and recomputation; JSON texts become dicts, empty ones None."""
+    own = 'an "optimizer" section in the file given to --deepspeed chooses another optimizer'
+    known = str(args.optim)
+    require(known in OPTIMIZERS, f"--optim {known} is refused: {own}; choose from {', '.join(OPTIMIZERS)}")
+    no_metric = "it follows a metric, and none is computed while training"
+    choose(args, "lr_scheduler_type", tuple(SCHEDULES), dict.fromkeys(("reduce_lr_on_plateau", "greedy"), no_metric))
+    args.lr_scheduler_kwargs = _json_object("lr_scheduler_kwargs", args.lr_scheduler_kwargs) or None
+    needed = SCHEDULES[args.lr_scheduler_type]
+    require(
+        not needed or any(key in (args.lr_scheduler_kwargs or {}) for key in needed),
+        f"--lr_scheduler_type {args.lr_scheduler_type} needs {' or '.join(needed)}: add --lr_scheduler_kwargs "
+        f"'{{\"{needed[0] if needed else ''}\": ...}}'",
+    )
+    require(
+        args.lr_scheduler_type != "constant" or not args.warmup_steps,
+        f"--lr_scheduler_type constant has no warm-up, but --warmup_steps is {args.warmup_steps}; use constant_with_warmup",
+    )
+    kwargs = _json_object("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+    for key, value in kwargs.items():
+        require(
+            key == "use_reentrant" and isinstance(value, bool),
+            f"--gradient_checkpointing_kwargs {key}={value!r} is refused; the one key is use_reentrant, true or false",
+        )
+    require(
+        not kwargs or args.gradient_checkpointing,
+        "--gradient_checkpointing_kwargs is given, but --gradient_checkpointing is not; add it",
+    )
+    args.gradient_checkpointing_kwargs = kwargs or None
+
+
+def check_conflicts(args: Any) -> None:
+    """Check the settings that exclude each other and those that need another one to have an effect."""
+    require(not (args.bf16 and args.fp16), "--bf16 and --fp16 exclude each other; keep one, bf16 where the GPU has it")
+    require(not (args.use_cpu and args.tf32), "--tf32 sets a mode of GPUs, but --use_cpu is given; drop one of them")
+    require(
+        not (args.use_cpu and args.ddp_backend == "nccl"),
+        "--ddp_backend nccl works between GPUs, but --use_cpu is given; use gloo or drop one of them",
+    )
+    config = args.deepspeed
+    require(
+        isinstance(config, str) and config.strip() and not config.lstrip().startswith("{"),
+        "--deepspeed takes the name of a config (zero0, zero1, zero2, zero3 ...) or the path of a JSON file; "
+        "put an object into a file",
+    )
+    require(
+        not (args.save_only_model and args.resume_from_checkpoint),
+        "--save_only_model and --resume_from_checkpoint exclude each other: a checkpoint of the model alone "
+        "has nothing to resume from",
+    )
+    workers, saves = args.dataloader_num_workers > 0, args.save_strategy != "no"
+    # (a setting, what gives it an effect, whether that is so): a setting without effect is an error, not silence.
+    for name, needs, has_effect in (
+        ("logging_steps", "--logging_strategy steps", args.logging_strategy == "steps"),
+        ("save_steps", "--save_strategy steps", saves and (args.save_strategy == "steps" or args.epochs_and_steps)),
+        ("save_total_limit", "a --save_strategy other than no", saves),
+        ("save_only_model", "a --save_strategy other than no", saves),
+        ("dataloader_prefetch_factor", "--dataloader_num_workers above 0", workers),
+        ("dataloader_multiprocessing_context", "--dataloader_num_workers above 0", workers),
+    ):
+        require(
+            has_effect or not args.asks(name),
+            f"--{name} {getattr(args, name)} has no effect without {needs}; add that or drop --{name}",
+        )

@@ -1,0 +1,63 @@
+"""Batches ahead of the step that needs them: worker processes over `order` and `batches`. Its state is the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+
+from bge_ds.data import shards
+from bge_ds.data.order import Order, rank_slice
+
+
+class StepDataset(Dataset):
+    """Item s is the list of one rank's accumulation batches of optimizer step s.
+
+    collate: (shards, epochs, rows) -> batch. The shards are opened in the process that reads them.
+    """
+
+    def __init__(self, folder: Path, order: Order, slices: list[slice], collate: Callable):
+        self.folder, self.order, self.slices, self.collate = folder, order, slices, collate
+        self._shards = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_shards": None}
+
+    def __getitem__(self, step: int) -> list:
+        if self._shards is None:
+            self._shards = shards.open_folder(self.folder)
+        epochs, rows = self.order.step_rows(step)
+        return [self.collate(self._shards, epochs[part], rows[part]) for part in self.slices]
+
+
+def steps(
+    folder: Path,
+    order: Order,
+    collate: Callable,
+    *,
+    first_step: int,
+    end_step: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+    workers: int,
+    pin_memory: bool,
+    prefetch: int | None = None,
+    context: str | None = None,
+    **collate_options,
+) -> DataLoader:
+    """An iterator over the rank's batches of steps first_step..end_step-1, in order; each item a list of batches."""
+    dataset = StepDataset(
+        folder, order, rank_slice(order.global_batch, accumulation, rank, world), partial(collate, **collate_options)
+    )
+    return DataLoader(
+        dataset,
+        sampler=range(first_step, end_step),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None,
+        multiprocessing_context=context if workers else None,
+    )

@@ -1,0 +1,116 @@
+"""Which rows a step sees, as arithmetic on (seed, epoch, step).
+
+Nothing here is stored: an epoch's order is a keyed permutation evaluated where it is needed (a Feistel network over
+the smallest 4^k that holds N, walked until the value falls below N), so that memory does not grow with the data, a
+resumed run costs nothing, and any number of ranks cuts the same global batches from the same line.
+
+The rule at an epoch's end: epochs are laid end to end, and step s takes places [s G, (s+1) G) of that line, G texts a
+global batch. Every text is seen exactly once an epoch, no batch is short, and only the last step of a run may take
+its missing texts from the epoch after the last (or is left out, with `drop_last`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MUL_2 = np.uint64(0x94D049BB133111EB)
+_ROUNDS = 6
+
+
+def mix64(*keys: int | np.ndarray) -> np.ndarray:
+    """Hash integers (arrays broadcast) to uniform uint64, splitmix64's finaliser chained over the keys."""
+    with np.errstate(over="ignore"):
+        state = np.zeros(np.broadcast_shapes(*(np.shape(key) for key in keys)), np.uint64)
+        for key in keys:
+            if isinstance(key, int):
+                key = key % (1 << 64)
+            state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * _MUL_1
+            state = (state ^ (state >> np.uint64(27))) * _MUL_2
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def permute(places_K: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
+    """The images (int64, shape K) of places in 0..size-1 under the permutation of 0..size-1 that `key` names.
+
+    Parts of the key may be arrays of shape K: each place then goes through its own permutation.
+    """
+    half = np.uint64(max(1, math.ceil(max(1, size - 1).bit_length() / 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    values = np.array(places_K, np.uint64)
+    seeds = np.broadcast_to(mix64(*key), values.shape)
+    walking = np.arange(values.size)
+    while walking.size:
+        value, seed = values[walking], seeds[walking]
+        left, right = value >> half, value & low
+        for round_ in range(_ROUNDS):
+            left, right = right, left ^ (mix64(seed, round_, right) & low)
+        value = (left << half) | right
+        values[walking] = value
+        walking = walking[value >= size]
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The line of rows that a run walks along.
+
+    spans: (first row, end row) of each input file of the shards, in order.
+    global_batch: texts (or groups) an optimizer step consumes, over all ranks and accumulation steps.
+    max_per_span: rows kept of each span, drawn once for the run (None: all).
+    """
+
+    seed: int
+    spans: tuple[tuple[int, int], ...]
+    global_batch: int
+    max_per_span: int | None = None
+    shuffle: bool = True
+
+    @property
+    def _kept(self) -> np.ndarray:
+        sizes = np.array([end - start for start, end in self.spans], np.int64)
+        return sizes if self.max_per_span is None else np.minimum(sizes, self.max_per_span)
+
+    def __len__(self) -> int:
+        """Rows an epoch sees."""
+        return int(self._kept.sum())
+
+    def steps(self, epochs: float, drop_last: bool = False) -> int:
+        """Optimizer steps that `epochs` (may be a fraction) take."""
+        batches = len(self) * epochs / self.global_batch
+        return math.floor(batches + 1e-9) if drop_last else math.ceil(batches - 1e-9)
+
+    def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
+        return self.rows_at(np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64))
+
+    def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs_K, rows_K) at places along the line of all epochs laid end to end."""
+        epochs_K, index_K = np.divmod(places_K, len(self))
+        if self.shuffle:
+            index_K = permute(index_K, len(self), self.seed, 1, epochs_K)
+        kept = self._kept
+        ends = np.cumsum(kept)
+        span_K = np.searchsorted(ends, index_K, side="right")
+        within_K = index_K - (ends - kept)[span_K]
+        rows_K = np.empty_like(index_K)
+        for span in np.unique(span_K):
+            start, end = self.spans[span]
+            here = span_K == span
+            inside = within_K[here]
+            if kept[span] < end - start:
+                inside = permute(inside, end - start, self.seed, 2, int(span))
+            rows_K[here] = start + inside
+        return epochs_K, rows_K
+
+
+def rank_slice(global_batch: int, accumulation: int, rank: int, world: int) -> list[slice]:
+    """Where each accumulation step of one rank lies in a global batch: step by step, rank after rank."""
+    micro = global_batch // (accumulation * world)
+    return [slice((a * world + rank) * micro, (a * world + rank + 1) * micro) for a in range(accumulation)]

@@ -1,0 +1,399 @@
+"""Arrow shards: how tokenised rows lie on disk, and the memory-mapped reader that training runs on.
+
+A folder holds `manifest.json` and one or two tables, each cut into shards `TABLE-00000.arrow` (Arrow IPC files):
+
+    pretrain   texts     ids: list<uint16|int32>, words: list<uint16|int32>, the word of each token (0, 1, 2, ...)
+    finetune   passages  ids: list<uint16|int32>, hash: uint64, xxh3_64 of the raw text: finds equal texts on any rank
+               groups    query: list<uint16|int32>, pos and neg: list<int64> rows of `passages`,
+                         pos_scores and neg_scores: list<float32> or null, type and prompt: string or null
+
+`ids` hold the special tokens and are cut to the length that the manifest names. Buffers are not compressed, so that a
+row is a slice of the mapped file: opening costs one footer a shard, whatever the size, and all processes of a host
+share the pages. The price is disk space, halved by uint16 ids where the vocabulary allows it.
+
+The manifest is written last, into a folder that gets its final name by one rename: a folder with a manifest is whole.
+"""
+
+import contextlib
+import glob
+import os
+import shutil
+import socket
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import xxhash
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+TABLES = {"pretrain": ("texts",), "finetune": ("passages", "groups")}
+BATCH_BYTES = 4 << 20  # a record batch: small enough for list offsets of 32 bits, large enough that batches are few
+SHARD_BYTES = 256 << 20
+
+
+def id_type(limit: int) -> pa.DataType:
+    """The Arrow type for values in [0, limit): uint16 where they fit, else int32."""
+    return pa.uint16() if limit <= 1 << 16 else pa.int32()
+
+
+def schemas(kind: str, vocab_size: int, max_seq_length: int = 0) -> dict[str, pa.Schema]:
+    """Table name -> Arrow schema, for a kind ("pretrain" or "finetune") and the vocabulary that its ids come from."""
+    ids = pa.list_(id_type(vocab_size))
+    if kind == "pretrain":
+        return {"texts": pa.schema([("ids", ids), ("words", pa.list_(id_type(max_seq_length)))])}
+    rows, scores = pa.list_(pa.int64()), pa.list_(pa.float32())
+    groups = [("query", ids), ("pos", rows), ("neg", rows), ("pos_scores", scores), ("neg_scores", scores)]
+    return {
+        "passages": pa.schema([("ids", ids), ("hash", pa.uint64())]),
+        "groups": pa.schema([*groups, ("type", pa.string()), ("prompt", pa.string())]),
+    }
+
+
+def list_array(values: np.ndarray, lengths: np.ndarray, value_type: pa.DataType) -> pa.ListArray:
+    """A list column from all rows' values end to end, and each row's length."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    values = values.astype(value_type.to_pandas_dtype(), copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def hash_file(path: Path, digest: "xxhash.xxh3_128 | None" = None) -> "xxhash.xxh3_128":
+    """Feeds a file's bytes to an xxh3_128 digest (a new one by default) and returns the digest."""
+    digest = xxhash.xxh3_128() if digest is None else digest
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+class TableWriter:
+    """Writes one table: gathers rows into record batches of BATCH_BYTES, begins a new shard past `shard_bytes`."""
+
+    def __init__(self, folder: Path, table: str, schema: pa.Schema, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.table, self.schema, self.shard_bytes = folder, table, schema, shard_bytes
+        self.rows = 0
+        self._shards: list[dict[str, Any]] = []
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = 0
+        self._file: Any = None
+        self._ipc: Any = None
+
+    def write(self, columns: list[pa.Array]) -> None:
+        """Appends rows given as one array for each field of the schema."""
+        batch = pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        self.rows += batch.num_rows
+        self._pending.append(batch)
+        self._pending_bytes += batch.nbytes
+        if self._pending_bytes >= min(BATCH_BYTES, self.shard_bytes):
+            self._flush()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Writes what is pending; returns the manifest's entries {table, file, rows, bytes, hash} of all the shards."""
+        self._flush()
+        self._end_shard()
+        return self._shards
+
+    def abort(self) -> None:
+        """Lets go of the open file, so that a failed run can remove its folder."""
+        if self._file is not None:
+            self._file.close()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        if self._ipc is None:
+            name = f"{self.table}-{len(self._shards):05d}.arrow"
+            self._shards.append({"table": self.table, "file": name, "rows": 0})
+            self._file = open(self.folder / name, "wb")  # noqa: SIM115 - closed by _end_shard or abort
+            self._ipc = pa.ipc.new_file(self._file, self.schema)
+        table = pa.Table.from_batches(self._pending, self.schema).combine_chunks()
+        self._ipc.write_table(table)
+        self._shards[-1]["rows"] += table.num_rows
+        self._pending, self._pending_bytes = [], 0
+        if self._file.tell() >= self.shard_bytes:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._ipc is None:
+            return
+        self._ipc.close()
+        self._file.close()
+        self._ipc, path = None, self.folder / self._shards[-1]["file"]
+        self._shards[-1] |= {"bytes": path.stat().st_size, "hash": hash_file(path).hexdigest()}
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash over all in a manifest that decides what a row holds: folders of one fingerprint train alike."""
+    # Left out: the version and all names, which may change while every row stays the same.
+    content = {key: value for key, value in manifest.items() if key not in ("fingerprint", "bge_ds_version")}
+    content["tokenizer"] = manifest["tokenizer"] | {"name": None}
+    content["sources"] = [source["rows"] for source in manifest["sources"]]
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Adds the schema version and the fingerprint, writes `manifest.json`, returns the manifest. To be called last."""
+    manifest = {"schema_version": SCHEMA_VERSION, **manifest}
+    manifest["fingerprint"] = fingerprint(manifest)
+    (folder / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+    return manifest
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary sibling folder to write in, and renames it to `output` when the block ends without an error.
+
+    A non-empty `output` is refused, unless `overwrite` is set and it holds nothing but shards: then it is replaced.
+    Raises ValueError before anything is written."""
+    check_output(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.name}.partial-{socket.gethostname()}-"
+    for left in output.parent.glob(f"{glob.escape(prefix)}*"):  # a killed run cannot clean up after itself
+        if not _alive(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = output.parent / f"{prefix}{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        check_output(output, overwrite)
+        old = partial.with_name(partial.name + ".old")
+        if output.exists():
+            os.rename(output, old)
+        os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises ValueError where `new_folder` could not take `output`'s name."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: --output names a folder")
+    held = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    if held and not overwrite:
+        raise ValueError(f"{output} is not empty (it holds {held[0]}): name another folder, or give --overwrite")
+    foreign = [name for name in held if name not in (MANIFEST, SKIPPED) and not name.endswith(".arrow")]
+    if foreign:
+        raise ValueError(f"{output} holds {foreign[0]}, which is no part of shards: --overwrite replaces only those")
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process of this number runs on this host; what is not a number is left alone."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        pass
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class Group(NamedTuple):
+    """One line of fine-tuning data. `pos` and `neg` are rows of the passage table, with a score each or None."""
+
+    query: np.ndarray  # token ids
+    pos: np.ndarray  # int64
+    neg: np.ndarray  # int64, may be empty
+    pos_scores: np.ndarray | None  # float32
+    neg_scores: np.ndarray | None
+
+
+class _Lists(NamedTuple):
+    """A list column of one record batch, as views of the mapped file."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+    column: pa.ListArray
+
+    def row(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def row_or_none(self, i: int) -> np.ndarray | None:
+        return self.row(i) if self.column.null_count == 0 or self.column[i].is_valid else None
+
+
+class _Table:
+    """The shards of one table, mapped. A shard's record batches are looked at when a row of it is first asked for."""
+
+    def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[dict[str, Any]]) -> None:
+        self.table = table
+        self.entries = [entry for entry in entries if entry["table"] == table]
+        self.paths = [folder / entry["file"] for entry in self.entries]
+        self.files = [_open_shard(*of, schema) for of in zip(self.paths, self.entries, strict=True)]
+        ends = np.cumsum([0] + [entry["rows"] for entry in self.entries])
+        self.starts, self.rows = ends[:-1].tolist(), int(ends[-1])
+        self._shards: list[tuple[list[int], list[dict[str, Any]]] | None] = [None] * len(self.entries)
+
+    def locate(self, row: int) -> tuple[dict[str, Any], int]:
+        """Row of the table -> (columns of its record batch by name, row inside the batch)."""
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} of table {self.table}, which has {self.rows} rows")
+        k = bisect_right(self.starts, row) - 1
+        starts, batches = self._shards[k] or self._load(k)
+        b = bisect_right(starts, row - self.starts[k]) - 1
+        return batches[b], row - self.starts[k] - starts[b]
+
+    def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
+        starts, batches, rows = [], [], 0
+        try:
+            for b in range(self.files[k].num_record_batches):
+                batch = self.files[k].get_batch(b)
+                starts.append(rows)
+                batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
+                rows += batch.num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.paths[k]}: corrupted shard ({error}): preprocess again") from error
+        if rows != self.entries[k]["rows"]:
+            wanted = self.entries[k]["rows"]
+            raise ValueError(f"{self.paths[k]}: {rows} rows, the manifest says {wanted}: preprocess again")
+        self._shards[k] = (starts, batches)
+        return starts, batches
+
+
+def _view(column: pa.Array) -> Any:
+    if isinstance(column, pa.ListArray):
+        return _Lists(column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True), column)
+    return column if pa.types.is_string(column.type) else column.to_numpy(zero_copy_only=True)
+
+
+def _open_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, though the manifest names it: copy the folder again, or preprocess again")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        wanted = entry["bytes"]
+        raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {wanted}: preprocess again")
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: corrupted shard, no readable Arrow footer ({error}): preprocess again") from error
+    if not reader.schema.equals(schema):
+        raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
+    return reader
+
+
+class _Shards:
+    """What both kinds share. Pickling (a spawned loader worker) carries the path only."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        fields = schemas(manifest["kind"], manifest["tokenizer"]["vocab_size"], manifest.get("max_seq_length", 0))
+        self._tables = {name: _Table(folder, name, schema, manifest["shards"]) for name, schema in fields.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_folder, (self.folder,)
+
+
+class PretrainShards(_Shards):
+    """Texts as token ids and word numbers."""
+
+    def __len__(self) -> int:
+        return self._tables["texts"].rows
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of a text, special tokens included: a read-only view, uint16 or int32, shape (T,)."""
+        batch, i = self._tables["texts"].locate(row)
+        return batch["ids"].row(i)
+
+    def words(self, row: int) -> np.ndarray:
+        """The word each token belongs to, never falling, shape (T,); each special token is a word of its own."""
+        batch, i = self._tables["texts"].locate(row)
+        return batch["words"].row(i)
+
+
+class FinetuneShards(_Shards):
+    """Groups of a query, its positives and its negatives; each distinct passage is stored once."""
+
+    def __len__(self) -> int:
+        return self._tables["groups"].rows
+
+    @property
+    def num_passages(self) -> int:
+        return self._tables["passages"].rows
+
+    def group(self, row: int) -> Group:
+        """The group of an input line; its arrays are read-only views."""
+        batch, i = self._tables["groups"].locate(row)
+        scores = (batch[name].row_or_none(i) for name in ("pos_scores", "neg_scores"))
+        return Group(*(batch[name].row(i) for name in ("query", "pos", "neg")), *scores)
+
+    def notes(self, row: int) -> tuple[str | None, str | None]:
+        """(type, prompt) of a group: None where its line gave none."""
+        batch, i = self._tables["groups"].locate(row)
+        return batch["type"][i].as_py(), batch["prompt"][i].as_py()
+
+    def passage(self, prow: int) -> np.ndarray:
+        """Token ids of a passage, special tokens included: a read-only view, shape (T,)."""
+        batch, i = self._tables["passages"].locate(prow)
+        return batch["ids"].row(i)
+
+    def hashes(self, prows: np.ndarray) -> np.ndarray:
+        """Content hashes of passages, uint64, of the shape of `prows`; equal raw texts have equal hashes."""
+        found = [self._tables["passages"].locate(row) for row in np.asarray(prows).ravel().tolist()]
+        return np.array([batch["hash"][i] for batch, i in found], dtype=np.uint64).reshape(np.shape(prows))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of shards. Raises ValueError where there is none, or none that this version can read."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is no folder of shards: no {MANIFEST} in it (python -m bge_ds.preprocess makes it)")
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}): preprocess again") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema version {version}; this bge_ds reads {SCHEMA_VERSION}: preprocess again")
+    if missing := sorted({"kind", "tokenizer", "counts", "sources", "shards", "fingerprint"} - manifest.keys()):
+        raise ValueError(f"{path}: {missing[0]} is missing: preprocess again")
+    if manifest["kind"] not in TABLES:
+        raise ValueError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(TABLES)}")
+    return manifest
+
+
+def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
+    """Maps a folder of shards. Checks the schema version, each shard's size and its Arrow footer; reads no row.
+
+    Raises ValueError that names the shard which is missing, cut short or of other columns."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    return (PretrainShards if manifest["kind"] == "pretrain" else FinetuneShards)(folder, manifest)
+
+
+def verify_folder(folder: str | Path) -> list[str]:
+    """Reads every byte: each shard's size, columns, rows and hash, and the manifest's own fingerprint.
+
+    Returns the problems found, each naming its file: none when the folder is as it was written. Raises ValueError
+    where the manifest itself cannot be read."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = []
+    if fingerprint(manifest) != manifest["fingerprint"]:
+        problems.append(f"{folder / MANIFEST}: its fingerprint is not that of its content: it was edited")
+    fields = schemas(manifest["kind"], manifest["tokenizer"]["vocab_size"], manifest.get("max_seq_length", 0))
+    for entry in manifest["shards"]:
+        path = folder / entry["file"]
+        try:
+            reader = _open_shard(path, entry, fields[entry["table"]])
+            if (found := hash_file(path).hexdigest()) != entry["hash"]:
+                raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
+            if (rows := sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))) != entry["rows"]:
+                raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
+        except ValueError as error:
+            problems.append(str(error))
+    named = {entry["file"] for entry in manifest["shards"]}
+    strays = sorted(path for path in folder.glob("*.arrow") if path.name not in named)
+    return problems + [f"{path}: the manifest does not name this shard" for path in strays]

@@ -1,0 +1,1 @@
+"""What ranks do together: the DeepSpeed engine, collectives that carry gradients, checkpoints."""

@@ -1,0 +1,97 @@
+"""Gathering across ranks with gradients, and reductions. On one rank, or before the process group, the identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+# Renamed in newer versions of torch, which warn at the old names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """Forward: every rank's rows, rank after rank. Backward: the gradients of a rank's rows, summed over all ranks.
+
+    Each rank's loss uses every rank's rows, so a row's gradient is a sum over ranks; DeepSpeed divides by their number
+    once, after the backward, which makes it the gradient of the mean of the ranks' losses.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND):
+        out = x_ND.new_empty((world_size() * x_ND.shape[0], *x_ND.shape[1:]))
+        _all_gather(out, x_ND.contiguous())
+        ctx.rows = x_ND.shape[0]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        if dist.get_backend() == "gloo":  # has no reduce-scatter for every torch we support
+            dist.all_reduce(grad)
+            return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        out = grad.new_empty((ctx.rows, *grad.shape[1:]))
+        _reduce_scatter(out, grad)
+        return out
+
+
+def all_gather_rows(x_ND: torch.Tensor, counts: list[int] | None = None) -> torch.Tensor:
+    """The rows of all ranks, rank after rank, with gradients.
+
+    counts: rows each rank brings, where they differ (None: the same everywhere, which costs no padding).
+    """
+    if world_size() == 1:
+        return x_ND
+    if counts is None or len(set(counts)) == 1:
+        return _AllGatherRows.apply(x_ND)
+    most = max(counts)
+    missing = x_ND.new_zeros((most - x_ND.shape[0], *x_ND.shape[1:]))
+    rows = _AllGatherRows.apply(torch.cat([x_ND, missing]))
+    return torch.cat([rows[r * most : r * most + n] for r, n in enumerate(counts)])
+
+
+def gather_counts(n: int, device: torch.device) -> list[int]:
+    """Each rank's n."""
+    if world_size() == 1:
+        return [n]
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    counts[rank()] = n
+    dist.all_reduce(counts)
+    return counts.tolist()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over ranks (a new tensor, no gradient)."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value):
+    """Rank 0's value, everywhere (plain Python data)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

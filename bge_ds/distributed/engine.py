@@ -1,0 +1,252 @@
+"""The DeepSpeed engine: its configuration from a file and the flags, and its building. The only importer of deepspeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bge_ds.distributed import collectives
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Installed, the configs lie inside the package; in a checkout beside it.
+_CONFIG_FOLDERS = (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs")
+# Fewer than this many elements a bucket, and the cost of starting a reduction outweighs its overlap.
+_SMALLEST_BUCKET = 1 << 20
+_BUCKET_MULTIPLE = 1 << 12  # DeepSpeed asks for multiples of its alignment, which is a small power of two
+
+
+def _deepspeed():
+    """Imported when a run starts: it is slow to import, and chooses its accelerator by the environment as it is then."""
+    import deepspeed
+
+    return deepspeed
+
+
+def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int = 1800) -> torch.device:
+    """Join the process group as the launcher's environment says (alone without one); the device of this rank."""
+    if use_cpu or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update(alone)
+    deepspeed = _deepspeed()
+    accelerator = deepspeed.get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    if accelerator.device_name() == "cpu":
+        backend = backend or "gloo"
+        # An all-reduce for inference that training never calls; compiling it costs half a minute and needs a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def read_config(name_or_path: str) -> tuple[dict, str]:
+    """(config, where it came from) of a shipped config's name or a file's path."""
+    shipped = {f.stem: f for folder in _CONFIG_FOLDERS if folder.is_dir() for f in sorted(folder.glob("*.json"))}
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise ValueError(
+            f"--deepspeed {name_or_path}: neither a file nor one of the shipped configs ({', '.join(sorted(shipped))})"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed {path}: holds a {type(config).__name__}, not an object of settings")
+    if config.get("elasticity", {}).get("enabled"):
+        raise ValueError(
+            f'--deepspeed {path}: "elasticity" changes the batch size, and with it the number of negatives; remove it'
+        )
+    return config, str(path)
+
+
+def auto_values(
+    *, micro_batch: int, accumulation: int, world: int, clip: float, precision: str, elements: int,
+    learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float,
+    total_steps: int, warmup_steps: int,
+) -> dict[str, tuple[object, str]]:  # fmt: skip
+    """What "auto" stands for: dotted config path -> (value, the flag that sets it; "" where the model does)."""
+    bucket = -(-max(_SMALLEST_BUCKET, elements // 8) // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE
+    return {
+        "train_micro_batch_size_per_gpu": (micro_batch, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
+        "train_batch_size": (micro_batch * accumulation * world, "per_device_train_batch_size"),
+        "gradient_clipping": (clip, "max_grad_norm"),
+        "bf16.enabled": (precision == "bf16", "bf16"),
+        "fp16.enabled": (precision == "fp16", "fp16"),
+        "zero_optimization.reduce_bucket_size": (bucket, ""),
+        "zero_optimization.allgather_bucket_size": (bucket, ""),
+        "zero_optimization.stage3_prefetch_bucket_size": (bucket, ""),
+        "zero_optimization.stage3_param_persistence_threshold": (min(100_000, elements // 100), ""),
+        "optimizer.params.lr": (learning_rate, "learning_rate"),
+        "optimizer.params.betas": (list(betas), "adam_beta1"),
+        "optimizer.params.eps": (epsilon, "adam_epsilon"),
+        "optimizer.params.weight_decay": (weight_decay, "weight_decay"),
+        "scheduler.params.warmup_min_lr": (0.0, ""),
+        "scheduler.params.warmup_max_lr": (learning_rate, "learning_rate"),
+        "scheduler.params.warmup_num_steps": (warmup_steps, "warmup_steps"),
+        "scheduler.params.total_num_steps": (total_steps, "max_steps"),
+    }
+
+
+def merge_config(config: dict, source: str, values: dict[str, tuple[object, str]], monitors: dict | None = None) -> dict:
+    """The config with every "auto" filled and what only the flags know added.
+
+    A setting that both the config and a flag decide must be the same in both: otherwise an error names the two.
+    """
+    config = json.loads(json.dumps(config))
+    needed = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+    for path, (value, flag) in values.items():
+        *parents, key = path.split(".")
+        section = config
+        for parent in parents:
+            section = section.get(parent, {})
+        if section.get(key) == "auto" or (key not in section and path in needed):
+            section[key] = value
+        elif flag and key in section and section[key] != value:
+            raise ValueError(
+                f"{source} sets {path} to {json.dumps(section[key])} and --{flag} makes it {json.dumps(value)}; "
+                f'write "auto" in the file or give the same value as the flag'
+            )
+    for name in ("bf16", "fp16"):
+        if values[f"{name}.enabled"][0]:
+            config.setdefault(name, {})["enabled"] = True
+        else:
+            config.pop(name, None)
+    left = [path for path, value in _leaves(config) if value == "auto"]
+    if left:
+        raise ValueError(
+            f'{source}: nothing fills "auto" for {", ".join(left)}; give a value. "auto" works for {", ".join(values)}'
+        )
+    config.setdefault("steps_per_print", 1 << 60)
+    for name, settings in (monitors or {}).items():
+        config.setdefault(name, {}).update(settings)
+    return config
+
+
+def _leaves(config: dict, prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: those that decay, and biases and norms, which do not."""
+    norms = tuple(t for t in vars(nn).values() if isinstance(t, type) and "Norm" in t.__name__)
+    spared = {
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if name == "bias" or isinstance(module, norms) or "norm" in type(module).__name__.lower()
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
+    ]
+
+
+def build(
+    model: nn.Module, config: dict, groups: list[dict], *, adam: dict, fused: bool, schedule: Callable | None,
+    checkpoint_activations: dict | None = None,
+):  # fmt: skip
+    """The DeepSpeedEngine around `model`, which it casts and moves.
+
+    groups: of `parameter_groups`. adam: lr, betas, eps of torch.optim.AdamW, used where the config names no optimizer.
+    schedule: optimizer -> torch scheduler, used where the config names none.
+    """
+    deepspeed = _deepspeed()
+    zero = config.get("zero_optimization", {})
+    groups = [group for group in groups if group["params"]]
+    optimizer = None
+    if "optimizer" not in config:
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, **adam, fused=fused or None)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=groups if optimizer is None else None,
+        config=config,
+        lr_scheduler=schedule if "scheduler" not in config else None,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def precision(engine) -> torch.dtype:
+    """What the engine computes in."""
+    return next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+
+
+def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """fp32 copies on the CPU of the trained weights by name, whatever the ZeRO stage. To be called on every rank.
+
+    Rank 0 gets the dictionary, the others an empty one. Where the optimizer keeps an fp32 master copy it is taken:
+    the computed (16-bit) weights are its rounding, so nothing is lost.
+    """
+    deepspeed = _deepspeed()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    out = {}
+    for name, parameter in engine.module.named_parameters():
+        if not wanted(name):
+            continue
+        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if full is None:
+            if hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    full = parameter.detach().clone()
+            else:
+                full = parameter.detach()
+        if collectives.rank() == 0:
+            out[name] = full.to("cpu", torch.float32, copy=True)
+    return out
+
+
+def memory_estimate(elements: int, trainable: int, config: dict, world: int) -> dict[str, float]:
+    """Bytes a rank needs for weights, gradients and optimizer state (activations not counted), from ZeRO's formulas."""
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    half = config.get("bf16", {}).get("enabled") or config.get("fp16", {}).get("enabled")
+    width = 2 if half else 4
+    state = (12 if half else 8) * trainable / (world if stage >= 1 else 1)
+    return {
+        "weights": width * elements / (world if stage >= 3 else 1),
+        "gradients": width * trainable / (world if stage >= 2 else 1),
+        "optimizer": state,
+    }
+
+
+def gradient_norm(engine) -> float | None:
+    """The norm of the last step's whole gradient, before clipping, where the engine measured it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def skipped_steps(engine) -> dict[str, int]:
+    """fp16: how many steps the loss scaler has skipped so far; nothing to report otherwise."""
+    return {"skipped_steps": engine.skipped_steps} if engine.fp16_enabled() else {}

@@ -1,0 +1,1 @@
+"""One file an operation: the plain version, the fused ones, and one public function that chooses between them."""

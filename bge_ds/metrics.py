@@ -1,0 +1,114 @@
+"""What a person sees of a run: sums between two log lines, the progress bar, metrics.jsonl, the monitors."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bge_ds.distributed import collectives
+
+
+class Meter:
+    """Sums of named values since the last reading, kept on the device: adding never waits for it."""
+
+    def __init__(self, device: torch.device, filter_nonfinite: bool = True):
+        self.device, self.filter = device, filter_nonfinite
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+        self.began = time.perf_counter()
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        """One optimizer step's values. A value that is not finite counts as the average so far, where filtered."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+            total = self.sums.get(name, torch.zeros_like(value))
+            if self.filter:
+                value = torch.where(torch.isfinite(value), value, total / max(1, self.steps))
+            self.sums[name] = total + value
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Each value summed over the steps and averaged over the ranks' sums; `steps`, `seconds`. Starts anew."""
+        names = sorted(self.sums)
+        totals = collectives.sum_over_ranks(torch.stack([self.sums[name] for name in names]))
+        result = dict(zip(names, totals.tolist(), strict=True))
+        result |= {"steps": self.steps, "seconds": time.perf_counter() - self.began}
+        self._reset()
+        return result
+
+
+def peak_memory(device: torch.device) -> float:
+    """The largest peak of any rank so far, bytes: of the device, or of the process on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        # Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return collectives.max_over_ranks(torch.tensor(float(peak), dtype=torch.float64, device=device)).item()
+
+
+class RunLog:
+    """Rank 0's bar, `metrics.jsonl` and monitors; on other ranks every method does nothing.
+
+    A resumed run keeps the lines of the steps before it and drops what the stopped run wrote after its checkpoint.
+    """
+
+    def __init__(self, file: Path, *, first_step: int, total_steps: int, show_bar: bool, write_events: Callable):
+        self.active = collectives.rank() == 0
+        self.write_events = write_events
+        if not self.active:
+            return
+        kept = []
+        if first_step and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= first_step]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = file.open("w", encoding="utf-8")
+        self.file.writelines(line + "\n" for line in kept)
+        self.file.flush()
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not show_bar, dynamic_ncols=True, file=sys.stderr
+        )
+
+    def advance(self) -> None:
+        if self.active:
+            self.bar.update()
+
+    def write(self, record: dict[str, float]) -> None:
+        """One line of metrics; `record["step"]` is the number of steps done."""
+        if not self.active:
+            return
+        record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        shown = {
+            "loss": f"{record['loss']:.4f}",
+            "lr": f"{record['learning_rate']:.2e}",
+            "tokens/s": f"{record['tokens_per_second']:,.0f}",
+        }
+        if "negatives" in record:
+            shown["negatives"] = f"{record['negatives']:.0f}"
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            self.say("  ".join([f"step {record['step']}"] + [f"{k} {v}" for k, v in shown.items()]))
+        self.write_events([(f"train/{k}", v, record["step"]) for k, v in record.items() if k != "step"])
+
+    def say(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()

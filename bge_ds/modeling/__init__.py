@@ -1,0 +1,1 @@
+"""Models and losses: the padding-free encoder, RetroMAE's decoder, the contrastive loss. Nothing here knows the engine."""

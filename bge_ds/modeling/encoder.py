@@ -1,0 +1,239 @@
+"""Texts to vectors: an unmodified Hugging Face backbone, run without padding, pooled and normalised.
+
+Shapes: T tokens of N texts in one row, D features.
+
+All texts of a batch lie in one row. Everything in a transformer but attention works token by token and needs no
+change; attention is replaced through transformers' own interface by `kernels.attention.varlen_attention`, which keeps
+each text to itself. Positions restart at each text. The weights and the saved files stay the stock model's.
+A backbone whose family is not listed runs padded, and says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, PretrainedConfig
+
+from bge_ds.data.batches import PackedTexts, pack
+from bge_ds.kernels.attention import varlen_attention
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = "bge_ds_varlen"
+POOLINGS = ("cls", "mean", "last_token")
+# Families that run without padding: whether positions start after the padding id (RoBERTa's habit) or at 0.
+_POSITIONS_AFTER_PADDING = {"bert": False, "electra": False, "roberta": True, "xlm-roberta": True, "camembert": True}
+
+
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packed=None, **kwargs):
+    """What transformers calls: q, k, v are 1 x heads x T x head_dim, the answer 1 x T x heads x head_dim."""
+    if packed is None:
+        raise ValueError(
+            f"{type(module).__name__} was built for padding-free input ({ATTENTION!r}) and called without it; "
+            'load the saved model with transformers, or call model.set_attn_implementation("sdpa") first'
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen_attention(q, k, v, packed.cu_seqlens, packed.runs, scale=scaling, dropout=dropout)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def can_run_unpadded(config: PretrainedConfig) -> bool:
+    return config.model_type in _POSITIONS_AFTER_PADDING
+
+
+def longest_text(config: PretrainedConfig) -> int:
+    """Tokens the position embeddings reach."""
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    if _POSITIONS_AFTER_PADDING.get(config.model_type, False):
+        return limit - config.pad_token_id - 1
+    return limit
+
+
+def check_lengths(config: PretrainedConfig, **lengths: int) -> None:
+    for name, length in lengths.items():
+        if length > longest_text(config):
+            raise ValueError(
+                f"--{name} {length} is more than the {longest_text(config)} positions of {config.name_or_path or 'the model'}; "
+                f"use --{name} {longest_text(config)} or less, or a model with more positions"
+            )
+
+
+def load_backbone(
+    model_class, name_or_path: str, *, config: PretrainedConfig | None = None, attention: str | None = None, **options
+):
+    """`model_class.from_pretrained` in fp32 with the padding-free attention where the family has it.
+
+    The config is copied: two models built from one config object would share its attention setting.
+    """
+    config = copy.deepcopy(config) if config is not None else AutoConfig.from_pretrained(name_or_path, **options)
+    attention = attention or (ATTENTION if can_run_unpadded(config) else "sdpa")
+    with _quiet_transformers():
+        model, info = model_class.from_pretrained(
+            name_or_path, config=config, attn_implementation=attention, dtype=torch.float32, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+    # A head or pooler may be new; a hole in the encoder itself is a wrong folder, and training would hide it.
+    inside = {k for k, _ in model.base_model.named_parameters()} - {"pooler.dense.weight", "pooler.dense.bias"}
+    holes = [k for k in sorted(info["missing_keys"]) if k.removeprefix(model.base_model_prefix + ".") in inside]
+    if holes or info["mismatched_keys"]:
+        what = ", ".join(holes[:3]) or f"shapes of {sorted(info['mismatched_keys'])[:3]}"
+        raise ValueError(f"{name_or_path} does not hold a whole {config.model_type} model: wrong or missing {what}")
+    new = sorted({k.rsplit(".", 1)[0] for k in info["missing_keys"]})
+    if new:
+        logger.info("%s has no weights for %s: they start random", name_or_path, ", ".join(new))
+    return model
+
+
+@contextmanager
+def _quiet_transformers():
+    """Its loading report lists every head that a checkpoint has and a task has not; what matters is said by us."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def build_backbone(model_class, config: PretrainedConfig) -> nn.Module:
+    """The same with random weights, from scratch."""
+    attention = ATTENTION if can_run_unpadded(config) else "sdpa"
+    return model_class.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+
+
+def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Last hidden states T x D of packed texts; `ids_T` replaces the texts' own ids (masked ones, say)."""
+    ids_T = texts.ids_T if ids_T is None else ids_T
+    config = backbone.config
+    if config._attn_implementation != ATTENTION:
+        return _run_padded(backbone, texts, ids_T)
+    return backbone(input_ids=ids_T[None], position_ids=position_ids(config, texts)[None], packed=texts).last_hidden_state[0]
+
+
+def position_ids(config: PretrainedConfig, texts: PackedTexts) -> torch.Tensor:
+    """What the model's position embedding is indexed with, int64 of T."""
+    if _POSITIONS_AFTER_PADDING.get(config.model_type, False):
+        return texts.positions_T + config.pad_token_id + 1
+    return texts.positions_T
+
+
+def _run_padded(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor) -> torch.Tensor:
+    lengths = texts.cu_seqlens.diff()
+    text_T = torch.repeat_interleave(lengths, output_size=texts.tokens)
+    shape = (texts.place_N.numel(), texts.max_length)
+    padding = backbone.config.pad_token_id
+    ids_NL = torch.full(shape, 0 if padding is None else padding, dtype=ids_T.dtype, device=ids_T.device)
+    mask_NL = torch.zeros(shape, dtype=torch.int64, device=ids_T.device)
+    ids_NL[text_T, texts.positions_T] = ids_T
+    mask_NL[text_T, texts.positions_T] = 1
+    return backbone(input_ids=ids_NL, attention_mask=mask_NL).last_hidden_state[text_T, texts.positions_T]
+
+
+def pool(hidden_TD: torch.Tensor, texts: PackedTexts, pooling: str) -> torch.Tensor:
+    """One vector a text, N x D, in packed order; at least fp32, whatever the model computes in."""
+    if pooling == "cls":
+        return _widen(hidden_TD[texts.cu_seqlens[:-1].long()])
+    if pooling == "last_token":
+        return _widen(hidden_TD[texts.cu_seqlens[1:].long() - 1])
+    # Run by run: a plain mean of a dense view, with the same result on every run (scattered sums differ on a GPU).
+    sizes = [n * length for n, length in texts.runs]
+    runs = zip(hidden_TD.split(sizes), texts.runs, strict=True)
+    return torch.cat([_widen(hidden.unflatten(0, run)).mean(1) for hidden, run in runs])
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Encoder(nn.Module):
+    """forward(texts) -> N x D fp32 vectors in the caller's order.
+
+    backbone: a Hugging Face encoder. pooling: cls, mean or last_token. normalize: to unit length.
+    """
+
+    def __init__(self, backbone: nn.Module, pooling: str = "cls", normalize: bool = True):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+        self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
+        # The pooler's output is never used: without this it would sit in the optimizer, decaying.
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler.requires_grad_(False)
+
+    @classmethod
+    def load(cls, name_or_path: str, pooling: str = "cls", normalize: bool = True, **options):
+        """From a folder or hub name; options as for `load_backbone` (`attention="sdpa"`: the padded stock model)."""
+        return cls(load_backbone(AutoModel, str(name_or_path), **options), pooling, normalize)
+
+    def forward(self, texts: PackedTexts) -> torch.Tensor:
+        vectors = pool(run_backbone(self.backbone, texts), texts, self.pooling)
+        if self.normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        return vectors[texts.place_N]
+
+    @torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights in here that a later backward uses
+    def encode_ids(self, ids: list, batch_tokens: int = 16384) -> torch.Tensor:
+        """Vectors (len(ids) x D, fp32, on the CPU) of token id rows, in batches of at most about batch_tokens tokens."""
+        training = self.training
+        self.eval()
+        device = next(self.parameters()).device
+        out = torch.empty(len(ids), self.backbone.config.hidden_size)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        batch: list[int] = []
+        tokens = 0
+        for position, i in enumerate(order):
+            batch.append(i)
+            tokens += len(ids[i])
+            if tokens >= batch_tokens or position == len(order) - 1:
+                texts, _ = pack([ids[j] for j in batch])
+                out[batch] = self(texts.to(device)).cpu()
+                batch, tokens = [], 0
+        self.train(training)
+        return out
+
+
+def say_how(config: PretrainedConfig) -> str:
+    """How the backbone runs, in words, for the summary."""
+    if can_run_unpadded(config):
+        return "without padding"
+    families = ", ".join(sorted(_POSITIONS_AFTER_PADDING))
+    return f"padded ({config.model_type} is not one of the families that run without padding: {families})"
+
+
+def read_pooling(folder: Path) -> tuple[str, bool] | None:
+    """(pooling, normalise) of a sentence-transformers folder, or None where it has no such files."""
+    import json
+
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return None
+    entries = json.loads(modules.read_text(encoding="utf-8"))
+    types = [entry["type"].rsplit(".", 1)[-1] for entry in entries]
+    pooling = "cls"
+    for entry, kind in zip(entries, types, strict=True):
+        if kind != "Pooling":
+            continue
+        settings = json.loads((folder / entry["path"] / "config.json").read_text(encoding="utf-8"))
+        mode = settings.get("pooling_mode")
+        if mode is None:
+            names = {
+                "pooling_mode_cls_token": "cls",
+                "pooling_mode_mean_tokens": "mean",
+                "pooling_mode_lasttoken": "last_token",
+            }
+            mode = next((name for key, name in names.items() if settings.get(key)), None)
+        pooling = {"lasttoken": "last_token"}.get(mode, mode)
+        if pooling not in POOLINGS:
+            raise ValueError(f"{folder / entry['path'] / 'config.json'}: pooling {mode!r} is not one of {', '.join(POOLINGS)}")
+    return pooling, "Normalize" in types

@@ -1,0 +1,87 @@
+"""The trained model as the folder people load, and the proof that it is the trained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from bge_ds.modeling.encoder import Encoder, longest_text
+
+# What makes a folder loadable: written last, so that a killed run never leaves a folder that looks whole.
+ENTRY_FILES = ("config.json", "modules.json")
+_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last_token": "pooling_mode_lasttoken"}
+# Largest difference of a vector's entries, relative to its length: fp32 sums in another order (padded, other kernel);
+# 16-bit roundings of every layer.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def save_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    """Write a transformers folder: `weights` (fp32, by the model's own names), config, tokenizer.
+
+    `model` gives the class and config only: its own tensors may be sharded or in 16 bits.
+    """
+    empty = sorted(name for name, weight in weights.items() if weight.numel() == 0)
+    if empty:
+        raise RuntimeError(f"refusing to save empty weights: {', '.join(empty[:5])} ({len(empty)} in all)")
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        skeleton = type(model)(config)
+    expected = {name: p.shape for name, p in skeleton.named_parameters()}
+    wrong = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
+    if wrong or len(expected) != len(weights):
+        raise RuntimeError(f"weights do not fit {type(model).__name__}: {', '.join(wrong[:5]) or sorted(weights)[:5]}")
+    skeleton.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def write_sentence_transformers(folder: Path, config, pooling: str, normalize: bool, prompts: dict[str, str]) -> None:
+    """The files with which sentence-transformers applies the trained pooling, normalisation and prompts."""
+    kinds = ["Transformer", "Pooling"] + ["Normalize"] * normalize
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if kind == "Transformer" else f"{i}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    pooling_config = {"word_embedding_dimension": config.hidden_size, **{key: mode == pooling for mode, key in _MODES.items()}}
+    files = {
+        "1_Pooling/config.json": pooling_config,
+        "sentence_bert_config.json": {"max_seq_length": min(longest_text(config), 1 << 20), "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if normalize else "dot",
+        },
+        "modules.json": modules,
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if normalize:
+        (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def check_saved(
+    folder: Path, ids: list[np.ndarray], live_ND: torch.Tensor, pooling: str, normalize: bool, dtype: torch.dtype
+) -> float:
+    """Load the folder with stock transformers, run it padded, and compare its vectors with those of the live model.
+
+    Returns the largest difference relative to a vector's length; raises RuntimeError where it is more than rounding.
+    """
+    saved = Encoder.load(str(folder), pooling=pooling, normalize=normalize, attention="sdpa").to(dtype)
+    vectors = saved.encode_ids(ids)
+    scale = live_ND.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    difference = ((vectors - live_ND).abs() / scale).max().item()
+    if not difference <= _TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"the model saved in {folder} does not give the trained model's vectors (difference {difference:.2e}); "
+            "do not use it, and please report this"
+        )
+    return difference

@@ -1,0 +1,268 @@
+"""Preprocessing: JSON lines -> Arrow shards, once. Also what a trainer calls when it is given JSON lines.
+
+python -m bge_ds.preprocess finetune --input train.jsonl --output shards --tokenizer BAAI/bge-small-en
+python -m bge_ds.preprocess inspect shards
+python -m bge_ds.preprocess verify shards
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from .data import records, shards
+from .data.build import INSTRUCTIONS, LENGTHS, Job, Settings, build
+
+# ----------------------------------------------------------------------------------------------- what a trainer calls
+
+
+def make_settings(kind: str, on_error: str = "raise", **given: Any) -> Settings:
+    """Settings of a kind, with the defaults of the trainers where a value is None."""
+    values: dict[str, Any] = dict(LENGTHS[kind]) | {name: "" for name in INSTRUCTIONS[kind]}
+    values |= {name: value for name, value in given.items() if value is not None and name in values}
+    return Settings(kind=kind, on_error=on_error, **values)
+
+
+def prepare(
+    kind: str,
+    train_data: str | list[str],
+    tokenizer: Any,
+    *,
+    max_seq_length: int | None = None,
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+    query_instruction: str | None = None,
+    passage_instruction: str | None = None,
+    explicit: frozenset[str] = frozenset(),
+    cache_dir: str | None = None,
+    on_error: str = "raise",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The folder of shards for `train_data`: itself when it is one, else JSON lines preprocessed once into a cache.
+
+    Every process of a host may call it at the same time: one builds, the others wait. The cache folder is named by a
+    hash of the input's bytes, the tokenizer and all settings, so an entry is never out of date. `explicit` names the
+    flags that the user gave: only those are held against a folder of shards. Raises ValueError for what cannot serve.
+    """
+    inputs = [str(path) for path in ([train_data] if isinstance(train_data, str | Path) else train_data)]
+    settings = make_settings(
+        kind,
+        on_error,
+        max_seq_length=max_seq_length,
+        query_max_len=query_max_len,
+        passage_max_len=passage_max_len,
+        query_instruction_for_retrieval=query_instruction,
+        passage_instruction_for_retrieval=passage_instruction,
+    )
+    core = records.core(tokenizer)
+    if len(inputs) == 1 and (Path(inputs[0]) / shards.MANIFEST).is_file():
+        check_fits(Path(inputs[0]), settings, core, explicit)
+        return Path(inputs[0])
+    settings.check(records.Encoder(core))
+    sources = records.find_sources(inputs)
+    digest = xxhash.xxh3_128(orjson.dumps([shards.SCHEMA_VERSION, core.fingerprint, asdict(settings)]))
+    for path in itertools.chain.from_iterable(source.files() for source in sources):
+        digest.update(f"\0{path.suffix}\0{path.stat().st_size}\0".encode())
+        shards.hash_file(path, digest)
+    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
+    folder = base.expanduser() / f"{kind}-{digest.hexdigest()}"
+    return _build_once(folder, sources, (settings, core), say)
+
+
+def _build_once(folder: Path, sources: list[records.Source], job: Job, say: Callable[[str], None]) -> Path:
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process to preprocess into {folder}")
+        lock.acquire()
+    try:
+        if folder.exists():
+            with contextlib.suppress(ValueError):  # damaged since: made anew
+                shards.open_folder(folder)
+                say(f"using the cache {folder}")
+                return folder
+        manifest = build(folder, sources, job, overwrite=True, say=say)
+    finally:
+        lock.release()
+    rows = manifest["counts"]["texts" if job[0].kind == "pretrain" else "groups"]
+    say(f"preprocessed {rows:,} {'texts' if job[0].kind == 'pretrain' else 'groups'} into {folder}")
+    return folder
+
+
+def check_fits(folder: Path, settings: Settings, core: records.TokenizerCore, explicit: frozenset[str]) -> None:
+    """Raises ValueError where shards do not serve a run: another kind, tokenizer or instruction, or too short rows."""
+    manifest = shards.read_manifest(folder)
+    if manifest["kind"] != settings.kind:
+        remedy = _remedy(manifest, settings, core)
+        raise ValueError(f"{folder} holds {manifest['kind']} shards, {settings.kind} ones are needed: {remedy}")
+    made = manifest["tokenizer"]
+    if made["fingerprint"] != core.fingerprint:
+        raise ValueError(
+            f"{folder} was made with another tokenizer: {made['name']} (fingerprint {made['fingerprint'][:12]}), this"
+            f" run's is {core.name} ({core.fingerprint[:12]}): {_remedy(manifest, settings, core)}"
+        )
+    for name, value in settings.named().items():
+        if name not in explicit:
+            continue
+        if name in LENGTHS[settings.kind]:
+            if value > manifest[name]:
+                raise ValueError(
+                    f"{name} {value} is longer than the {manifest[name]} that {folder} was cut to:"
+                    f" give {name} {manifest[name]} or less, or {_remedy(manifest, settings, core)}"
+                )
+        elif value != manifest[name]:
+            raise ValueError(
+                f"{name} {value!r} differs from the {manifest[name]!r} in {folder}: leave the flag out, or"
+                f" {_remedy(manifest, settings, core)}"
+            )
+
+
+def _remedy(manifest: dict[str, Any], settings: Settings, core: records.TokenizerCore) -> str:
+    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.named().items() if value]
+    inputs = " ".join(shlex.quote(source["path"]) for source in manifest["sources"][:3])
+    inputs = inputs if len(manifest["sources"]) <= 3 and manifest["kind"] == settings.kind else "PATH..."
+    start = f"python -m bge_ds.preprocess {settings.kind} --input {inputs} --output NEW_FOLDER --tokenizer"
+    return "preprocess again: " + " ".join([start, shlex.quote(core.name), *flags])
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def inspect(folder: Path, sample: int, say: Callable[[str], None] = print) -> None:
+    """Prints what a folder of shards holds, and `sample` rows of it, evenly spread, decoded."""
+    data = shards.open_folder(folder)
+    manifest, kind = data.manifest, data.manifest["kind"]
+    made = manifest["tokenizer"]
+    say(f"{folder}: {kind} shards, schema version {manifest['schema_version']}, by bge_ds {manifest['bge_ds_version']}")
+    say(f"tokenizer    {made['name']}, {made['vocab_size']:,} ids, fingerprint {made['fingerprint']}")
+    for name in (*LENGTHS[kind], *INSTRUCTIONS[kind]):
+        say(f"{name}  {manifest[name]!r}")
+    say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items()))
+    for source in manifest["sources"]:
+        say(f"source       {source['path']}: rows {source['rows'][0]:,} to {source['rows'][1]:,}")
+    for table in shards.TABLES[kind]:
+        entries = [entry for entry in manifest["shards"] if entry["table"] == table]
+        size = sum(entry["bytes"] for entry in entries) / (1 << 20)
+        say(f"{table:<12} {sum(entry['rows'] for entry in entries):,} rows in {len(entries)} shards, {size:,.1f} MiB")
+    say(f"fingerprint  {data.fingerprint}")
+    try:
+        tokenizer = records.load_tokenizer(made["name"])
+    except ValueError as error:
+        say(f"samples are shown as ids: {error}")
+        tokenizer = None
+    for row in np.linspace(0, len(data) - 1, min(sample, len(data)), dtype=int).tolist():
+        _show(data, row, tokenizer, say)
+
+
+def _show(data: Any, row: int, tokenizer: Any, say: Callable[[str], None]) -> None:
+    def text(ids: np.ndarray) -> str:
+        shown = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
+        return f"({len(ids)} tokens) " + (shown if len(shown) <= 240 else shown[:240] + "...")
+
+    say(f"--- row {row}")
+    if isinstance(data, shards.PretrainShards):
+        ids, words = data.ids(row), data.words(row)
+        say(f"text  {text(ids)}")
+        pieces = tokenizer.convert_ids_to_tokens(ids[:40].tolist()) if tokenizer else list(map(str, ids[:40].tolist()))
+        known = itertools.groupby(zip(words, pieces, strict=False), key=lambda pair: pair[0])
+        say(f"words ({words[-1] + 1}) " + " ".join("+".join(piece for _, piece in word) for _, word in known))
+        return
+    group, (kind, prompt) = data.group(row), data.notes(row)
+    say(f"query {text(group.query)}" + (f" type {kind!r}" if kind else "") + (f" prompt {prompt!r}" if prompt else ""))
+    for name, rows, scores in (("pos", group.pos, group.pos_scores), ("neg", group.neg, group.neg_scores)):
+        for i, passage in enumerate(rows[:3].tolist()):
+            score = "" if scores is None else f" score {scores[i]:g}"
+            say(f"{name}   passage {passage}{score} {text(data.passage(passage))}")
+        if len(rows) > 3:
+            say(f"{name}   and {len(rows) - 3} more")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m bge_ds.preprocess", description="JSON lines to Arrow shards.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for kind, lengths in LENGTHS.items():
+        one = commands.add_parser(kind, allow_abbrev=False, help=f"make shards for bge_ds.{kind}")
+
+        def add(name: str, one: argparse.ArgumentParser = one, **how: Any) -> None:
+            spellings = [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
+            one.add_argument(*spellings, **how)
+
+        add("input", nargs="+", required=True, help=f"files ({', '.join(records.ENDINGS)}), folders, quoted globs")
+        add("output", required=True, help="folder to write; it appears when all is done")
+        add("tokenizer", required=True, help="folder or hub name; must be the trained model's")
+        for name, default in lengths.items():
+            add(name, type=int, default=default, help=f"tokens, special tokens included (default {default})")
+        for name in INSTRUCTIONS[kind]:
+            add(name, default="", help="put before the text as it is, no separator added")
+        add("num_proc", type=int, default=0, help="worker processes (default: one for each core)")
+        add("on_error", choices=("raise", "skip"), default="raise", help="what a bad line does (default raise)")
+        add("skip_unknown", action="store_true", help="pass over files of unknown kinds in folders")
+        add("shard_bytes", type=int, default=shards.SHARD_BYTES, help="size of a full shard (default 256 MiB)")
+        add("overwrite", action="store_true", help="replace the shards in --output")
+        add("cache_dir", help="where tokenizers from the hub are kept")
+    one = commands.add_parser("inspect", help="print what a folder of shards holds")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--sample", type=int, default=3, help="rows to decode (default 3)")
+    commands.add_parser("verify", help="check every hash").add_argument("folder", type=Path)
+    return parser
+
+
+def _make(args: argparse.Namespace) -> None:
+    for name, least in (("num_proc", 0), ("shard_bytes", 1), *((name, 1) for name in LENGTHS[args.command])):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more")
+    shards.check_output(Path(args.output), args.overwrite)
+    sources = records.find_sources(args.input, args.skip_unknown)
+    core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir))
+    names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command])
+    settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
+    manifest = build(
+        Path(args.output), sources, (settings, core),
+        num_proc=args.num_proc, shard_bytes=args.shard_bytes, overwrite=args.overwrite,
+    )  # fmt: skip
+    counts = ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
+    print(f"wrote {args.output}: {counts}, {len(manifest['shards'])} shards")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 after one line `error: ...` on stderr."""
+    try:
+        args = _parser().parse_args(argv)
+        if args.command == "inspect":
+            inspect(args.folder, args.sample)
+        elif args.command == "verify":
+            if problems := shards.verify_folder(args.folder):
+                raise ValueError("; ".join(problems))
+            print(f"{args.folder}: every shard is as it was written")
+        else:
+            _make(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

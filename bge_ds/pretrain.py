@@ -1,0 +1,249 @@
+"""RetroMAE pre-training: `deepspeed --num_gpus N -m bge_ds.pretrain ...` (`--help` lists the flags)."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from bge_ds import preprocess, run
+from bge_ds.arguments import PretrainArguments, parse
+from bge_ds.data import batches, loader, records, shards
+from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import engine as engines
+from bge_ds.metrics import Meter, RunLog, peak_memory
+from bge_ds.modeling import export
+from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, say_how
+from bge_ds.modeling.retromae import DECODER_FILES, RetroMAE, RetroMAESettings, check_family, load_decoder, save_decoder
+
+_AGREE = ("max_seq_length", "encoder_mlm_probability", "decoder_mlm_probability", "decoder_query",
+          "average_tokens_across_devices")  # fmt: skip
+
+
+def train(args: PretrainArguments) -> None:
+    started = time.perf_counter()
+    resume = run.set_up(args)
+    tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
+    data = open_data(args, tokenizer)
+    model_config = AutoConfig.from_pretrained(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
+    check_family(model_config)
+    check_lengths(model_config, max_seq_length=args.max_seq_length)
+    check_vocabulary(model_config, tokenizer, args)
+
+    device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
+    torch.manual_seed(args.seed)
+    model = make_model(args, model_config, tokenizer)
+    order = run.make_order(args, data.manifest)
+    plan = run.StepPlan.make(args, order)
+    engine, config = run.build_engine(args, model, plan)
+    agreement = run.agreement(args, data, config, plan, _AGREE)
+    first_step = 0
+    if resume:
+        first_step = checkpoint.read_state(resume, agreement)
+        checkpoint.restore(engine, resume)
+
+    output = Path(args.output_dir)
+    log = RunLog(
+        output / "metrics.jsonl", first_step=first_step, total_steps=plan.total,
+        show_bar=not args.disable_tqdm and sys.stderr.isatty(), write_events=engine.monitor.write_events,
+    )  # fmt: skip
+    source = args.model_name_or_path or f"from scratch, {args.config_name}"
+    facts = [
+        ("model", f"{source}, runs {say_how(model_config)}"),
+        ("data", f"{len(data)} texts to {args.max_seq_length} tokens"),
+        ("masks", f"{args.encoder_mlm_probability:.0%} of the words for the encoder, "
+                  f"{args.decoder_mlm_probability:.0%} hidden from each decoder row"),
+    ]  # fmt: skip
+    log.say(f"RetroMAE pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
+    if resume:
+        log.say(f"resumed from {resume} at step {first_step}")
+    batches_of_steps = loader.steps(
+        data.folder, order, batches.collate_texts,
+        first_step=first_step, end_step=plan.total, accumulation=args.gradient_accumulation_steps,
+        rank=collectives.rank(), world=collectives.world_size(),
+        workers=args.dataloader_num_workers, prefetch=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory and device.type == "cuda",
+        context=args.dataloader_multiprocessing_context,
+        seed=order.seed, max_seq_length=args.max_seq_length,
+    )  # fmt: skip
+    write = partial(write_model, engine, tokenizer, data)
+
+    meter = Meter(device, args.logging_nan_inf_filter)
+    tokens_seen = 0
+    engine.train()
+    for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
+        learning_rate = engine.get_lr()[0]
+        micro_batches = [batch.to(device) for batch in micro_batches]
+        targets = count_targets(model, micro_batches, args.average_tokens_across_devices)
+        sums_4 = torch.zeros(4, device=device)
+        for micro, (batch, targets_2) in enumerate(zip(micro_batches, targets, strict=True)):
+            run.seed_step(args.seed, step, micro)
+            losses_4 = engine(batch)
+            # Sums over a rank's tokens, each over the tokens of the whole step: with DeepSpeed's mean over ranks and
+            # without its division by the accumulation steps, this is the gradient of one process with the whole batch.
+            engine.backward((losses_4[:2] / targets_2).sum(), scale_wrt_gas=False)
+            engine.step()
+            sums_4 += losses_4.detach()
+        own_2 = count_own_targets(model, micro_batches)
+        meter.add(
+            encoder_loss=sums_4[0], decoder_loss=sums_4[1], encoder_correct=sums_4[2], decoder_correct=sums_4[3],
+            encoder_targets=own_2[0], decoder_targets=own_2[1],
+            tokens=sum(b.texts.tokens for b in micro_batches),
+            padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
+        )  # fmt: skip
+        log.advance()
+        if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0 and device.type == "cuda":
+            torch.cuda.empty_cache()
+        if plan.logs(step):
+            sums = meter.read()
+            tokens_seen += sums["tokens"]
+            encoder_loss = sums["encoder_loss"] / max(1, sums["encoder_targets"])
+            decoder_loss = sums["decoder_loss"] / max(1, sums["decoder_targets"])
+            log.write({
+                "step": step,
+                "epoch": plan.epoch(step),
+                "loss": encoder_loss + decoder_loss,
+                "encoder_loss": encoder_loss,
+                "decoder_loss": decoder_loss,
+                "encoder_accuracy": sums["encoder_correct"] / max(1, sums["encoder_targets"]),
+                "decoder_accuracy": sums["decoder_correct"] / max(1, sums["decoder_targets"]),
+                "masked_share": sums["encoder_targets"] / sums["tokens"],
+                "learning_rate": learning_rate,
+                "grad_norm": engines.gradient_norm(engine),
+                "tokens_per_second": sums["tokens"] / sums["seconds"],
+                "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
+                "seconds_per_step": sums["seconds"] / sums["steps"],
+                "peak_memory_bytes": peak_memory(device),
+                **engines.skipped_steps(engine),
+                **({} if args.include_num_input_tokens_seen == "no" else {"num_input_tokens_seen": tokens_seen}),
+            })  # fmt: skip
+        if plan.saves(step):
+            folder = checkpoint.save(
+                engine, output, step, agreement, write, keep=args.save_total_limit, only_model=args.save_only_model
+            )
+            publish(partial(copy_model, folder), output)
+            log.say(f"step {step}: saved {folder} and {output / 'encoder_model'}")
+            engine.train()
+
+    difference = publish(write, output)
+    log.close()
+    log.say(
+        f"done in {time.perf_counter() - started:.0f} s: the encoder is in {output / 'encoder_model'}\n"
+        f"  loaded back with transformers, its vectors differ from the trained model's by at most {difference:.1e}"
+    )
+
+
+def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
+    """The shards, made from JSON lines where they must be; a length not given is the shards'."""
+    folder = preprocess.prepare(
+        "pretrain", args.train_data, tokenizer, max_seq_length=args.max_seq_length, explicit=args.explicit,
+        cache_dir=args.cache_dir, on_error=args.on_error, say=print if run.is_first_on_host() else run.silent,
+    )  # fmt: skip
+    data = shards.open_folder(folder)
+    if "max_seq_length" not in args.explicit:
+        args.max_seq_length = data.manifest["max_seq_length"]
+    return data
+
+
+def check_vocabulary(config, tokenizer, args: PretrainArguments) -> None:
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"the tokenizer of {args.tokenizer_name or args.model_name_or_path} has no mask token")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {len(tokenizer)} tokens and the model embeds {config.vocab_size}; they do not belong together"
+        )
+
+
+def make_model(args: PretrainArguments, config, tokenizer) -> RetroMAE:
+    """The encoder (loaded, or from scratch) with a decoder: the one saved beside the encoder, or a random one."""
+    if args.model_name_or_path:
+        encoder = load_backbone(AutoModelForMaskedLM, args.model_name_or_path, config=config, cache_dir=args.cache_dir)
+    else:
+        encoder = build_backbone(AutoModelForMaskedLM, config)
+    if args.gradient_checkpointing:
+        options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    settings = RetroMAESettings(
+        tokenizer.mask_token_id, args.encoder_mlm_probability, args.decoder_mlm_probability, args.decoder_query
+    )
+    model = RetroMAE(encoder, settings)
+    beside = Path(args.model_name_or_path).parent if args.model_name_or_path else None
+    if beside is not None and (beside / "decoder.safetensors").is_file():
+        load_decoder(model.decoder, beside)
+    return model
+
+
+def count_own_targets(model: RetroMAE, micro_batches: list) -> torch.Tensor:
+    """How many tokens this rank's encoder and decoder predict in the step, float of 2."""
+    return torch.stack([targets_of(model, batch) for batch in micro_batches]).sum(0)
+
+
+def targets_of(model: RetroMAE, batch: batches.PretrainBatch) -> torch.Tensor:
+    inner = sum(n * max(0, length - 2) for n, length in batch.texts.runs)
+    masked = model.masked(batch).sum().float()
+    return torch.stack([masked, torch.full_like(masked, inner)])
+
+
+def count_targets(model: RetroMAE, micro_batches: list, over_all: bool) -> list[torch.Tensor]:
+    """What each micro batch's two sums are divided by.
+
+    Over all: the tokens of the step, of all ranks and accumulation steps, over the number of ranks (DeepSpeed's mean
+    over ranks multiplies it back). Otherwise the micro batch's own, times the accumulation steps.
+    """
+    if over_all:
+        total = collectives.sum_over_ranks(count_own_targets(model, micro_batches)) / collectives.world_size()
+        return [total.clamp_min(1e-9)] * len(micro_batches)
+    return [targets_of(model, batch).clamp_min(1) * len(micro_batches) for batch in micro_batches]
+
+
+def write_model(engine, tokenizer, data: shards.PretrainShards, folder: Path) -> float:
+    """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors; on every rank."""
+    weights = engines.full_parameters(engine)
+    model: RetroMAE = engine.module
+    ids = [data.ids(row) for row in range(min(8, len(data)))]
+    live_ND = Encoder(model.model.base_model, "cls", normalize=False).encode_ids(ids)
+    difference, failure = 0.0, None
+    if collectives.rank() == 0:
+        try:
+            encoder = {k.removeprefix("model."): w for k, w in weights.items() if k.startswith("model.")}
+            decoder = {k.removeprefix("decoder."): w for k, w in weights.items() if k.startswith("decoder.")}
+            export.save_model(model.model, encoder, tokenizer, folder / "encoder_model")
+            save_decoder(decoder, model.settings, folder)
+            difference = export.check_saved(folder / "encoder_model", ids, live_ND, "cls", False, engines.precision(engine))
+        except Exception as error:  # told to the other ranks, which would wait for ever otherwise
+            failure = error
+    run.fail_together(failure)
+    return collectives.broadcast_object(difference)
+
+
+def copy_model(checkpoint_folder: Path, folder: Path) -> None:
+    """A checkpoint's model (already checked) into an existing folder."""
+    if collectives.rank() == 0:
+        shutil.copytree(checkpoint_folder / "encoder_model", folder / "encoder_model")
+        for name in DECODER_FILES:
+            shutil.copy2(checkpoint_folder / name, folder)
+
+
+def publish(write, output: Path) -> float | None:
+    """The model as it is now into OUTPUT/encoder_model, and the decoder beside it, replacing the last ones."""
+    aside = output / ("model" + checkpoint.PARTIAL)
+    run.fresh_folder(aside)
+    difference = write(aside)
+    if collectives.rank() == 0:
+        checkpoint.replace_folder(aside / "encoder_model", output / "encoder_model")
+        checkpoint.merge_folder(aside, output, last=())
+    collectives.barrier()
+    return difference
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run.command(train, parse(PretrainArguments, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""What both training commands do around their loops: folders, seeds, the plan of steps, the summary, errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from bge_ds.arguments import TrainArguments, changed, describe, steps_from
+from bge_ds.data.order import Order, mix64
+from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import engine as engines
+
+_OURS = ("metrics.jsonl", "runs")
+
+
+def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> int:
+    """Run a training command; a user's mistake becomes one line and exit status 2, on the first rank of each host."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        train(args)
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if logging.getLogger("bge_ds").isEnabledFor(logging.DEBUG) or isinstance(error, NotImplementedError):
+                traceback.print_exc()
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def set_up(args: TrainArguments) -> Path | None:
+    """Logging, deterministic kernels, the output folder; the checkpoint to resume from. Writes nothing."""
+    level = args.log_level if os.environ.get("RANK", "0") == "0" else args.log_level_replica
+    number = logging.INFO if level == "passive" else getattr(logging, level.upper())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("bge_ds").setLevel(number)
+    quiet = logging.WARNING if level == "passive" else number
+    transformers.logging.set_verbosity(quiet)
+    transformers.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(quiet)
+    if args.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if args.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if args.kernels == "fused":
+        raise ValueError("--kernels fused: this version has no kernels of its own yet; use auto or torch")
+    output = Path(args.output_dir)
+    resume = checkpoint.find(args.resume_from_checkpoint, output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output} is a file; give a folder")
+    held = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
+    if held and resume is None and not args.overwrite_output_dir and not _only_a_start(held, args):
+        shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
+        raise ValueError(
+            f"--output_dir {output} is not empty (it holds {shown}); give another folder, --overwrite_output_dir to train "
+            "into it all the same, or --resume_from_checkpoint auto to go on"
+        )
+    return resume
+
+
+def _only_a_start(held: list[str], args: TrainArguments) -> bool:
+    """A run asked to resume that was stopped before its first checkpoint left nothing but its log."""
+    return bool(args.resume_from_checkpoint) and all(n in _OURS or n.endswith(checkpoint.PARTIAL) for n in held)
+
+
+def seed_step(seed: int, step: int, micro: int) -> None:
+    """Dropout's generators as a function of (seed, step, micro step, rank): a resumed run needs no random state."""
+    torch.manual_seed(int(mix64(seed, step, micro, collectives.rank())) >> 1)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which steps a run takes, and after which of them it logs and saves; a step counts when it is done (from 1).
+
+    total: steps of the run. epoch_steps: steps an epoch's texts fill (a fraction in general).
+    """
+
+    total: int
+    epoch_steps: float
+    log_every: int | None
+    log_epochs: bool
+    log_first: bool
+    save_every: int | None
+    save_epochs: bool
+
+    @classmethod
+    def make(cls, args: TrainArguments, order: Order) -> StepPlan:
+        total = args.max_steps if args.max_steps > 0 else order.steps(args.num_train_epochs, args.dataloader_drop_last)
+        if total < 1:
+            raise ValueError(
+                f"{len(order)} rows do not fill one batch of {order.global_batch} with --dataloader_drop_last; "
+                "lower --per_device_train_batch_size"
+            )
+        return cls(
+            total=total,
+            epoch_steps=len(order) / order.global_batch,
+            log_every=steps_from(args.logging_steps, total) if args.logging_strategy == "steps" else None,
+            log_epochs=args.logging_strategy == "epoch",
+            log_first=args.logging_first_step,
+            save_every=None if args.save_every is None else steps_from(args.save_every, total),
+            save_epochs=args.save_strategy == "epoch",
+        )
+
+    def epoch(self, step: int) -> float:
+        return step / self.epoch_steps
+
+    def _ends_epoch(self, step: int) -> bool:
+        # A billionth of slack: step / epoch_steps of a whole epoch may come out a rounding below it.
+        return int(self.epoch(step) + 1e-9) > int(self.epoch(step - 1) + 1e-9)
+
+    def logs(self, step: int) -> bool:
+        every = self.log_every is not None and (step % self.log_every == 0 or step == self.total)
+        by_epoch = self.log_epochs and (self._ends_epoch(step) or step == self.total)
+        return every or by_epoch or (self.log_first and step == 1)
+
+    def saves(self, step: int) -> bool:
+        every = self.save_every is not None and step % self.save_every == 0
+        return every or (self.save_epochs and (self._ends_epoch(step) or step == self.total))
+
+
+def make_order(args: TrainArguments, manifest: dict, max_per_source: int | None = None) -> Order:
+    return Order(
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        spans=tuple(tuple(source["rows"]) for source in manifest["sources"]),
+        global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * collectives.world_size(),
+        max_per_span=max_per_source,
+        shuffle=args.train_sampling_strategy == "random",
+    )
+
+
+def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
+    """(engine, its effective config): DeepSpeed around the model, with AdamW and transformers' schedule."""
+    config, source = engines.read_config(args.deepspeed)
+    warmup = steps_from(args.warmup_steps, plan.total)
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    values = engines.auto_values(
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world=collectives.world_size(),
+        clip=args.max_grad_norm,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        elements=sum(p.numel() for p in model.parameters()),
+        learning_rate=args.learning_rate,
+        betas=adam["betas"],
+        epsilon=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        total_steps=plan.total,
+        warmup_steps=warmup,
+    )
+    config = engines.merge_config(config, source, values, _monitors(args))
+
+    def schedule(optimizer):
+        return transformers.get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=plan.total,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+        )
+
+    groups = engines.parameter_groups(model, args.weight_decay)
+    fused = args.optim == "adamw_torch_fused"
+    return engines.build(model, config, groups, adam=adam, fused=fused, schedule=schedule), config
+
+
+def _monitors(args: TrainArguments) -> dict[str, dict]:
+    folder = args.logging_dir or str(Path(args.output_dir) / "runs")
+    name = args.run_name or Path(args.output_dir).name
+    sections = {
+        "tensorboard": {"enabled": True, "output_path": folder, "job_name": name},
+        "wandb": {"enabled": True, "project": name},
+        "csv": {"enabled": True, "output_path": folder, "job_name": name},
+    }
+    return {"csv_monitor" if kind == "csv" else kind: sections[kind] for kind in args.report_to}
+
+
+def summary(args: TrainArguments, plan: StepPlan, order: Order, engine, config: dict, facts: list[tuple[str, object]]) -> str:
+    """What the run is about to do, for a person: facts, memory, the settings that differ from the default, all settings."""
+    model = engine.module
+    elements = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    memory = engines.memory_estimate(elements, trainable, config, collectives.world_size())
+    zero = config.get("zero_optimization", {}).get("stage", 0)
+    batch = (
+        f"{order.global_batch} = {args.per_device_train_batch_size} a rank x {collectives.world_size()} ranks"
+        f" x {args.gradient_accumulation_steps} accumulation"
+    )
+    rows = [
+        ("parameters", f"{elements / 1e6:.1f} M, {trainable / 1e6:.1f} M trained"),
+        ("engine", f"ZeRO {zero}, {str(engines.precision(engine)).removeprefix('torch.')}, {args.optim}"),
+        ("batch", batch),
+        ("steps", f"{plan.total} ({plan.epoch(plan.total):.2f} epochs of {len(order)} rows)"),
+        *facts,
+        ("memory a rank", f"{sum(memory.values()) / 2**20:,.0f} MiB and activations ("
+                          + ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in memory.items()) + ")"),
+    ]  # fmt: skip
+    differing = changed(args)
+    lines = [f"  {name:<18}{value}" for name, value in rows]
+    lines += ["settings that differ from the default"]
+    lines += [f"  {name} = {value!r} (default {default!r})" for name, value, default in differing]
+    lines += ["other settings", "  " + ", ".join(f"{n}={v!r}" for n, v in describe(args) if n not in {d[0] for d in differing})]
+    return "\n".join(lines)
+
+
+def agreement(args: TrainArguments, shards, config: dict, plan: StepPlan, names: tuple[str, ...]) -> dict:
+    """What a resumed run must share with the stopped one to go on exactly as if it had not stopped."""
+    common = (
+        "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "bf16", "fp16",
+        "train_sampling_strategy", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    )  # fmt: skip
+    return {
+        "command": args.command,
+        "data_fingerprint": shards.fingerprint,
+        "total_steps": plan.total,
+        "ranks": collectives.world_size(),
+        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
+        **{name: getattr(args, name) for name in (*common, *names)},
+    }
+
+
+def is_first_on_host() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def silent(_: str) -> None:
+    """For ranks that have nothing to say."""
+
+
+def fail_together(failure: Exception | None) -> None:
+    """Raise on every rank what failed on rank 0: a rank that goes on alone would wait for ever."""
+    message = collectives.broadcast_object(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"rank 0 failed: {message}")
+
+
+def fresh_folder(folder: Path) -> None:
+    """An empty folder, made by rank 0 before any rank goes on."""
+    if collectives.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    collectives.barrier()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes the environment where it is missing, then runs the linters and the tests: ./launch/test.sh [pytest arguments]
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment || exit 1
+
+# The tests bring their own models and data; nothing may come from the network. Spawned ranks share the cores.
+export HF_HUB_OFFLINE=1
+look_at_machine || exit 1
+
+status=0
+failed=()
+step() {
+    echo "== $*"
+    "$@" || { status=1; failed+=("$1"); }
+}
+step ruff check .
+step lint-imports --no-logo
+step python -m pytest "$@"
+if [ $status -eq 0 ]; then echo "== all passed"; else echo "== failed: ${failed[*]}"; fi
+exit $status

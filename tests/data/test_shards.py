@@ -1,0 +1,236 @@
+"""Arrow shards: what is written is read back as views of the map, and damage is found and named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+
+from bge_ds.data import shards
+
+MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
+
+
+def texts(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, 300, size=1 + row % 13) for row in range(count)]
+
+
+def write_pretrain(folder, rows, shard_bytes=shards.SHARD_BYTES):
+    """Rows of ids, with each id's position as its word, a few at a time as preprocessing does."""
+    schema = shards.schemas("pretrain", 300, 512)["texts"]
+    with shards.new_folder(folder) as partial:
+        writer = shards.TableWriter(partial, "texts", schema, shard_bytes)
+        for start in range(0, len(rows), 5):
+            part = rows[start : start + 5]
+            lengths = np.array([len(ids) for ids in part])
+            values = (np.concatenate(part), np.concatenate([np.arange(n) for n in lengths]))
+            types = [kind.value_type for kind in schema.types]
+            writer.write([shards.list_array(v, lengths, t) for v, t in zip(values, types, strict=True)])
+        manifest = {"kind": "pretrain", "tokenizer": MADE_WITH, "max_seq_length": 512, "counts": {"texts": len(rows)}}
+        manifest |= {"sources": [{"path": "a", "rows": [0, len(rows)]}], "shards": writer.close()}
+        return shards.write_manifest(partial, manifest)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 3000, shards.SHARD_BYTES])
+def test_rows_come_back_over_shard_borders(tmp_path, shard_bytes):
+    """Every row is found in its shard and record batch; an off-by-one at a border would give a neighbour's text."""
+    rows = texts(203)
+    manifest = write_pretrain(tmp_path / "s", rows, shard_bytes)
+    made = len(manifest["shards"])
+    assert made == {1: 41, shards.SHARD_BYTES: 1}.get(shard_bytes, made) and (made > 1 or shard_bytes > 3000)
+    data = shards.open_folder(tmp_path / "s")
+    assert len(data) == 203 and sum(entry["rows"] for entry in manifest["shards"]) == 203
+    for row in [202, 0, *range(203)]:
+        assert data.ids(row).dtype == np.uint16
+        np.testing.assert_array_equal(data.ids(row), rows[row])
+        np.testing.assert_array_equal(data.words(row), np.arange(len(rows[row])))
+    for row in (-1, 203):
+        with pytest.raises(IndexError, match=f"row {row} of table texts, which has 203 rows"):
+            data.ids(row)
+
+
+def test_a_row_is_a_view_of_the_mapped_file(tmp_path):
+    """A read must not copy: the row is read-only, owns no memory, and two reads give the same address."""
+    write_pretrain(tmp_path / "s", texts(20))
+    data = shards.open_folder(tmp_path / "s")
+    row = data.ids(9)
+    assert not row.flags.owndata and not row.flags.writeable
+    assert row.__array_interface__["data"][0] == data.ids(9).__array_interface__["data"][0]
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path / "s" / "texts-00000.arrow") in maps.read_text()
+
+
+def test_opening_reads_no_rows(tmp_path, monkeypatch):
+    """Opening costs one footer a shard whatever the size: no record batch is touched before a row is asked for."""
+    write_pretrain(tmp_path / "s", texts(203), 1)
+
+    def refuse(self, k):
+        raise AssertionError("a shard's batches were read at opening")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards._Table, "_load", refuse)
+        data = shards.open_folder(tmp_path / "s")
+        assert len(data) == 203
+        with pytest.raises(AssertionError):
+            data.ids(0)
+    assert len(data.ids(0)) == 1
+
+
+def test_a_pickled_reader_opens_the_folder_again(tmp_path):
+    """A spawned loader worker gets the reader by pickle: it carries the path, not the data."""
+    rows = texts(50)
+    write_pretrain(tmp_path / "s", rows)
+    sent = pickle.dumps(shards.open_folder(tmp_path / "s"))
+    assert len(sent) < 500
+    np.testing.assert_array_equal(pickle.loads(sent).ids(49), rows[49])
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(1 << 16, pa.uint16()), ((1 << 16) + 1, pa.int32())])
+def test_id_type_holds_the_largest_id(limit, wanted):
+    """uint16 ends at 65,535: one vocabulary entry more must take int32, or ids would wrap around."""
+    assert shards.id_type(limit) == wanted
+    values = np.array([limit - 1])
+    assert shards.list_array(values, np.array([1]), wanted).to_pylist() == [[limit - 1]]
+
+
+def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path):
+    """A flipped bit in a buffer changes a token and nothing else: only the hash shows it."""
+    write_pretrain(tmp_path / "s", texts(203), 3000)
+    assert shards.verify_folder(tmp_path / "s") == []
+    path = tmp_path / "s" / "texts-00001.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    shards.open_folder(tmp_path / "s")
+    (problem,) = shards.verify_folder(tmp_path / "s")
+    assert "texts-00001.arrow: corrupted shard, hash" in problem
+
+
+def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
+    """The fingerprint covers the manifest's own claims; a shard left from elsewhere is no part of the data."""
+    write_pretrain(tmp_path / "s", texts(20))
+    path = tmp_path / "s" / shards.MANIFEST
+    manifest = orjson.loads(path.read_bytes())
+    path.write_bytes(orjson.dumps(manifest | {"max_seq_length": 128}))
+    (tmp_path / "s" / "texts-00009.arrow").write_bytes(b"x")
+    edited, stray = shards.verify_folder(tmp_path / "s")
+    assert "it was edited" in edited and "texts-00009.arrow: the manifest does not name this shard" in stray
+
+
+def test_fingerprint_ignores_names_and_keeps_content(tmp_path):
+    """The same rows from a renamed file and a moved tokenizer resume each other's runs; other rows never do."""
+    one = write_pretrain(tmp_path / "a", texts(20))
+    renamed = one | {"sources": [{"path": "b", "rows": [0, 20]}], "bge_ds_version": "9"}
+    renamed["tokenizer"] = one["tokenizer"] | {"name": "elsewhere"}
+    assert shards.fingerprint(renamed) == one["fingerprint"]
+    assert write_pretrain(tmp_path / "c", texts(21))["fingerprint"] != one["fingerprint"]
+    assert shards.fingerprint(one | {"tokenizer": MADE_WITH | {"fingerprint": "g"}}) != one["fingerprint"]
+
+
+def damage(folder, how):
+    shard, manifest = folder / "texts-00000.arrow", folder / shards.MANIFEST
+    if how == "missing":
+        shard.unlink()
+    elif how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif how == "footer":
+        shard.write_bytes(shard.read_bytes()[:-8] + b"????????")
+    elif how == "columns":
+        table = pa.table({"ids": pa.array([[1]], pa.list_(pa.uint16()))})
+        with pa.ipc.new_file(str(shard), table.schema) as writer:
+            writer.write_table(table)
+        known = orjson.loads(manifest.read_bytes())
+        known["shards"][0]["bytes"] = shard.stat().st_size
+        manifest.write_bytes(orjson.dumps(known))
+    elif how == "no manifest":
+        manifest.unlink()
+    elif how == "not json":
+        manifest.write_bytes(b"{")
+    else:
+        manifest.write_bytes(orjson.dumps(orjson.loads(manifest.read_bytes()) | how))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"texts-00000\.arrow is missing"),
+        ("cut", r"texts-00000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
+        ("footer", r"texts-00000\.arrow: corrupted shard, no readable Arrow footer"),
+        ("columns", r"texts-00000\.arrow: its columns are"),
+        ("no manifest", r"no folder of shards: no manifest\.json"),
+        ("not json", r"manifest\.json: not JSON"),
+        ({"schema_version": 2}, r"schema version 2; this bge_ds reads 1"),
+        ({"kind": "mine"}, r"kind 'mine' is none of pretrain, finetune"),
+    ],
+)
+def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
+    """Training must not start on a folder that is cut short or foreign; the error says which file it is."""
+    write_pretrain(tmp_path / "s", texts(20))
+    damage(tmp_path / "s", how)
+    with pytest.raises(ValueError, match=message):
+        shards.open_folder(tmp_path / "s")
+
+
+def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
+    """A run that fails may leave no folder that looks complete, and overwriting replaces only at the very end."""
+    with pytest.raises(RuntimeError), shards.new_folder(tmp_path / "s") as partial:
+        (partial / "texts-00000.arrow").write_bytes(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    manifest = write_pretrain(tmp_path / "s", texts(20))
+    with pytest.raises(RuntimeError), shards.new_folder(tmp_path / "s", overwrite=True):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert shards.open_folder(tmp_path / "s").fingerprint == manifest["fingerprint"]
+
+
+def test_a_killed_runs_folder_is_cleared_by_the_next_run(tmp_path):
+    """A killed run leaves its partial folder, which has no final name; the next run removes it, but no living run's."""
+    host = shards.socket.gethostname()
+    dead, alive = tmp_path / f".s.partial-{host}-999999999", tmp_path / f".s.partial-{host}-{os.getppid()}"
+    dead.mkdir()
+    alive.mkdir()
+    write_pretrain(tmp_path / "s", texts(5))
+    assert not dead.exists() and alive.exists()
+
+
+def test_output_folders_that_would_lose_files_are_refused(tmp_path):
+    """Overwriting deletes what it replaces, so a folder with anything but shards in it is never replaced."""
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"is not empty \(it holds thesis\.txt\)"):
+        shards.check_output(tmp_path, overwrite=False)
+    with pytest.raises(ValueError, match=r"holds thesis\.txt, which is no part of shards"):
+        shards.check_output(tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="is a file"):
+        shards.check_output(tmp_path / "thesis.txt", overwrite=True)
+
+
+def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
+    """Absent scores are None, not an empty list: a group without negatives can still have scores of its own."""
+    fields = shards.schemas("finetune", 70000)
+    with shards.new_folder(tmp_path / "s") as partial:
+        writers = {name: shards.TableWriter(partial, name, schema) for name, schema in fields.items()}
+        lengths = np.array([2, 1, 3])
+        ids = shards.list_array(np.array([1, 69999, 3, 4, 5, 6]), lengths, pa.int32())
+        writers["passages"].write([ids, pa.array(np.array([2**64 - 1, 8, 9], np.uint64))])
+        rows = [[[5], [6, 7]], [[0, 2], [1]], [[1, 2], []], [[0.5, 1.0], None], [None, []]]
+        rows += [["sym", None], [None, "p: "]]
+        writers["groups"].write([pa.array(v, t) for v, t in zip(rows, fields["groups"].types, strict=True)])
+        made = [entry for writer in writers.values() for entry in writer.close()]
+        manifest = {"kind": "finetune", "tokenizer": MADE_WITH | {"vocab_size": 70000}, "counts": {}, "sources": []}
+        shards.write_manifest(partial, manifest | {"shards": made})
+    data = shards.open_folder(tmp_path / "s")
+    first, second = data.group(0), data.group(1)
+    assert (first.query.tolist(), first.pos.tolist(), first.neg.tolist()) == ([5], [0, 2], [1, 2])
+    assert first.pos_scores.tolist() == [0.5, 1.0] and first.neg_scores is None
+    assert second.pos_scores is None and second.neg_scores.tolist() == [] and second.neg.dtype == np.int64
+    assert data.notes(0) == ("sym", None) and data.notes(1) == (None, "p: ")
+    assert data.num_passages == 3 and data.passage(0).tolist() == [1, 69999]
+    hashes = data.hashes(np.array([[2, 0], [1, 2]]))
+    assert hashes.dtype == np.uint64 and hashes.tolist() == [[9, 2**64 - 1], [8, 9]]

@@ -1,0 +1,137 @@
+"""A run stopped and resumed is the run that never stopped; the saved model is the trained one. At every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+# Both commands, each once to the end and once from the checkpoint in the middle, in one group of ranks. `finish` of the
+# whole runs also notes the live model's vectors, which the test holds against sentence-transformers'.
+RANK_SCRIPT = """
+import json, sys
+import numpy as np
+from bge_ds import finetune, pretrain
+from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.distributed import collectives
+
+folder, flags = sys.argv[1], json.loads(sys.argv[2])
+write = finetune.write_model
+
+def write_and_note(engine, tokenizer, args, data, out):
+    ids = [data.passage(row) for row in range(6)]
+    live = engine.module.encode_ids(ids).numpy()
+    if collectives.rank() == 0:
+        np.save(f"{folder}/live.npy", live)
+    return write(engine, tokenizer, args, data, out)
+
+finetune.write_model = write_and_note
+for name, train, kind in (("finetune", finetune.train, FinetuneArguments), ("pretrain", pretrain.train, PretrainArguments)):
+    common = {**flags["common"], **flags[name], "use_cpu": True}
+    train(kind.build(**common, output_dir=f"{folder}/{name}_whole"))
+    if not flags.get("only_whole"):
+        middle = f"{folder}/{name}_whole/checkpoint-3"
+        train(kind.build(**common, output_dir=f"{folder}/{name}_resumed", resume_from_checkpoint=middle))
+"""
+PASSAGES = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A tiny BERT with dropout (its random numbers must go on too) and both kinds of data."""
+    base = tmp_path_factory.mktemp("setting")
+    helpers.make_model("bert", base / "model", dropout=0.1)
+    helpers.make_tokenizer("wordpiece", base / "model")
+    groups = [
+        {
+            "query": helpers.SENTENCES[i % 6][: 20 + i],
+            "pos": [PASSAGES[i], f"a box number {i}"],
+            "neg": PASSAGES[:i] + PASSAGES[i + 1 :],
+        }
+        for i in range(9)
+    ]
+    (base / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
+    (base / "texts.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in PASSAGES))
+    return base
+
+
+def flags_of(setting, stage, **common) -> dict:
+    return {
+        "common": {
+            "model_name_or_path": str(setting / "model"), "deepspeed": f"zero{stage}", "per_device_train_batch_size": 2,
+            "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-3,
+            "warmup_steps": 2, "weight_decay": 0.1, "dataloader_num_workers": 0, "cache_dir": str(setting / "cache"), **common,
+        },
+        "finetune": {
+            "train_data": str(setting / "groups.jsonl"), "train_group_size": 3, "negatives_cross_device": True,
+            "temperature": 0.05, "query_instruction_for_retrieval": "query: ", "sentence_pooling_method": "mean",
+        },
+        "pretrain": {"train_data": str(setting / "texts.jsonl"), "max_seq_length": 40, "gradient_accumulation_steps": 2},
+    }  # fmt: skip
+
+
+def losses(folder) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
+
+
+@pytest.mark.parametrize("case", ["0", "1", "2", "3", "2-bf16"])
+def test_resumed_equals_undisturbed(tmp_path, setting, case):
+    """Stopped in the middle of an epoch after step 3 of 6: same losses, rates, norms and final weights, to the last bit."""
+    flags = flags_of(setting, case[0], bf16="bf16" in case)
+    helpers.run_ranks(RANK_SCRIPT, 2, tmp_path, json.dumps(flags))
+    for name, weights in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
+        whole, resumed = tmp_path / f"{name}_whole", tmp_path / f"{name}_resumed"
+        expected, found = losses(whole), losses(resumed)
+        assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+        assert found == {step: expected[step] for step in (4, 5, 6)}
+        files = [weights] + ["decoder.safetensors"] * (name == "pretrain")
+        for file in files:
+            a, b = load_file(whole / file), load_file(resumed / file)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[k], b[k]) for k in a), file
+        before = load_file(whole / "checkpoint-3" / ("" if name == "finetune" else "encoder_model") / "model.safetensors")
+        after = load_file(whole / weights)
+        assert all(not torch.equal(after[k], before[k]) for k in after if "query.weight" in k)  # it did go on learning
+        assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.old"))
+    check_saved_model(tmp_path, tolerance=2e-2 if "bf16" in case else 1e-5)
+
+
+def check_saved_model(folder, tolerance: float) -> None:
+    """sentence-transformers gives the live model's vectors, with its pooling, normalisation and prompts."""
+    model = SentenceTransformer(str(folder / "finetune_whole"), device="cpu")
+    assert model.prompts["query"] == "query: "
+    live = np.load(folder / "live.npy")
+    vectors = model.encode(order_of_passages(), normalize_embeddings=False)
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    assert np.abs(vectors - live).max() < tolerance
+    assert np.abs(vectors[0] - vectors[1]).max() > 10 * tolerance
+
+
+def order_of_passages() -> list[str]:
+    """The first six passages as the shards hold them: in the order of their first appearance."""
+    seen: dict[str, None] = {}
+    for i in range(9):
+        for text in [PASSAGES[i], f"a box number {i}", *PASSAGES[:i], *PASSAGES[i + 1 :]]:
+            seen.setdefault(text)
+    return list(seen)[:6]
+
+
+def test_one_rank_and_two_ranks_train_alike(tmp_path, setting):
+    """1 rank with batch 4 and 2 ranks with batch 2: the same texts in the same steps, so the same losses (no dropout)."""
+    helpers.make_model("bert", tmp_path / "model")
+    helpers.make_tokenizer("wordpiece", tmp_path / "model")
+    for ranks in (1, 2):
+        flags = flags_of(setting, 1, per_device_train_batch_size=4 // ranks, model_name_or_path=str(tmp_path / "model"))
+        (tmp_path / str(ranks)).mkdir()
+        helpers.run_ranks(RANK_SCRIPT, ranks, tmp_path / str(ranks), json.dumps({**flags, "only_whole": True}))
+    for name in ("finetune", "pretrain"):
+        one, two = (losses(tmp_path / str(ranks) / f"{name}_whole") for ranks in (1, 2))
+        assert one.keys() == two.keys()
+        for step in one:
+            assert np.allclose(one[step], two[step], rtol=1e-4), (name, step)

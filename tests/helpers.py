@@ -1,0 +1,121 @@
+"""What several tests build: tiny tokenizers and models, packed random texts, spawned ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+
+REPO = Path(__file__).resolve().parent.parent
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog and unbelievable thunderstorms",
+    "retrieval models embed questions and passages into one vector space",
+    "gradients of a single process with the whole batch, exactly the same",
+    "北京是中华人民共和国的首都 台北的天氣很好",
+    "memory mapped arrow shards are opened instantly whatever their size",
+    "antidisestablishmentarianism is an internationalization of words",
+]
+
+
+def make_tokenizer(kind: str, folder: Path) -> Path:
+    """A tiny tokenizer of one of three kinds: wordpiece (BERT), bytes (RoBERTa), unigram (SentencePiece, XLM-R)."""
+    texts = SENTENCES * 4
+    if kind == "wordpiece":
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        tok.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special)
+        first, last = "[CLS]", "[SEP]"
+    else:
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>",
+                 "bos_token": "<s>", "eos_token": "</s>"}  # fmt: skip
+        first, last = "<s>", "</s>"
+        if kind == "bytes":
+            tok = Tokenizer(models.BPE())
+            tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=360, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+            )
+        else:
+            tok = Tokenizer(models.Unigram())
+            tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+            trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>")
+    tok.train_from_iterator(texts, trainer)
+    pieces = [(t, tok.token_to_id(t)) for t in (first, last)]
+    tok.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=pieces)
+    PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(family: str, *, vocab_size: int = 200, dropout: float = 0.0, **changes):
+    """A two-layer model's config: bert or roberta (whose positions start after the padding id, 1)."""
+    shape = dict(
+        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        # Large weights: texts of a freshly made model would otherwise all have nearly the same vector.
+        max_position_embeddings=130, initializer_range=0.15, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    if family == "bert":
+        return BertConfig(**{**shape, **changes})
+    return RobertaConfig(**{**shape, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1, **changes})
+
+
+def make_model(family: str, folder: Path, **changes) -> Path:
+    import torch
+
+    torch.manual_seed(0)
+    model = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}[family](tiny_config(family, **changes))
+    # Random norms and biases: a parameter left at 0 or 1 would hide a gradient that never arrives.
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_texts(lengths: list[int], vocab_size: int = 200, seed: int = 0, first: int = 2, last: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(5, vocab_size, n).astype(np.int64) for n in lengths]
+    for text in texts:
+        text[0], text[-1] = first, last
+    return texts
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
+
+
+def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300) -> str:
+    """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others')."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, args)], cwd=REPO, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),
+        )
+        for r in range(ranks)
+    ]  # fmt: skip
+    try:
+        results = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for r, (process, (out, err)) in enumerate(zip(processes, results, strict=True)):
+        assert process.returncode == 0, f"rank {r} exited with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
+    return "".join(out for out, _ in results)
