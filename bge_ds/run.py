@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,7 +212,8 @@ def summary(args: TrainArguments, plan: StepPlan, order: Order, engine, config: 
     lines = [f"  {name:<18}{value}" for name, value in rows]
     lines += ["settings that differ from the default"]
     lines += [f"  {name} = {value!r} (default {default!r})" for name, value, default in differing]
-    lines += ["other settings", "  " + ", ".join(f"{n}={v!r}" for n, v in describe(args) if n not in {d[0] for d in differing})]
+    others = ", ".join(f"{name}={value!r}" for name, value in describe(args) if name not in {d[0] for d in differing})
+    lines += ["other settings", textwrap.fill(others, 118, initial_indent="  ", subsequent_indent="  ")]
     return "\n".join(lines)
 
 

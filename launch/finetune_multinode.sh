@@ -9,10 +9,12 @@
 # launch/.deepspeed_env holds what every host's processes get in their environment: NAME=value lines and nothing else,
 # since a blank or comment line crashes DeepSpeed's reader. Of your own variables DeepSpeed forwards only those whose
 # names begin with PYTHON, NCCL, UCX, MV2 or MLFLOW; HF_*, WANDB_*, OMP_* must stand in the file. NCCL_SOCKET_IFNAME
-# (GPUs) or GLOO_SOCKET_IFNAME (CPUs) names the network interface that the hosts reach one another by.
-# ssh's options go through PDSH_SSH_ARGS_APPEND, as in PDSH_SSH_ARGS_APPEND="-p 2222 -i key". MASTER_ADDR and
-# MASTER_PORT choose where the processes meet. Should a host fail while starting, the others wait without a word until
-# DEEPSPEED_TIMEOUT (minutes): look at the first host's lines for the error.
+# (GPUs) or GLOO_SOCKET_IFNAME (CPUs) names the network interface that the hosts reach one another by. PATH is the one
+# of an ssh session: the offloading configurations need the environment's ninja, so PATH=/the/environment/bin:$PATH.
+# MASTER_ADDR and MASTER_PORT choose where the processes meet (default: the first host's first address, port 29500).
+# A port or key for ssh is best set in ~/.ssh/config. PDSH_SSH_ARGS_APPEND="-p 2222 -i key" works too, with MASTER_ADDR.
+# Should a host fail while starting, the others wait without a word for --ddp_timeout seconds: look for its lines. Ctrl-C
+# ends the run, and with it every other DeepSpeed run of yours that uses the same Python on one of the hosts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hostfile=${HOSTFILE:-$here/hostfile}
@@ -27,6 +29,27 @@ if [ -e "$here/.deepspeed_env" ]; then
     fi
     export DS_ENV_FILE="$here/.deepspeed_env"
 fi
-DEEPSPEED_ARGS="--hostfile $hostfile --master_port ${MASTER_PORT:-29500}"
-export DEEPSPEED_ARGS+="${MASTER_ADDR:+ --master_addr $MASTER_ADDR}"
-exec "$here/finetune.sh" "$@"
+# --force_multi: a hostfile of one host goes through pdsh as well.
+DEEPSPEED_ARGS="--force_multi --hostfile $hostfile --master_port ${MASTER_PORT:-29500}"
+DEEPSPEED_ARGS+="${MASTER_ADDR:+ --master_addr $MASTER_ADDR}"
+if [ -n "${PDSH_SSH_ARGS_APPEND:-}" ]; then
+    # Only pdsh knows these options; DeepSpeed's own two uses of ssh would fail without them.
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        echo "error: PDSH_SSH_ARGS_APPEND needs MASTER_ADDR, the first host's address (or use ~/.ssh/config instead)" >&2
+        exit 2
+    fi
+    DEEPSPEED_ARGS+=" --no_ssh_check"
+fi
+export DEEPSPEED_ARGS
+
+# A shell on each host reads the flags again, and pdsh replaces %h, %n and %u. DeepSpeed puts only words with a space in
+# (double) quotes, so what these leave open and all other words are quoted here.
+words=()
+for word in "$@"; do
+    case $word in
+        *" "*) word=$(printf %s. "$word" | sed 's/[\\$`]/\\&/g') && word=${word%.} ;;
+        *) word="'${word//\'/\'\\\'\'}'" ;;
+    esac
+    words+=("${word//%/%%}")
+done
+exec "$here/finetune.sh" "${words[@]}"

@@ -11,6 +11,7 @@ A backbone whose family is not listed runs padded, and says so.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,13 +214,16 @@ def say_how(config: PretrainedConfig) -> str:
 
 def read_pooling(folder: Path) -> tuple[str, bool] | None:
     """(pooling, normalise) of a sentence-transformers folder, or None where it has no such files."""
-    import json
-
     modules = folder / "modules.json"
     if not modules.is_file():
         return None
     entries = json.loads(modules.read_text(encoding="utf-8"))
     types = [entry["type"].rsplit(".", 1)[-1] for entry in entries]
+    unknown = sorted(set(types) - {"Transformer", "Pooling", "Normalize"})
+    if unknown:
+        raise ValueError(
+            f"{modules}: {', '.join(unknown)} layers are not supported; load this model with sentence-transformers"
+        )
     pooling = "cls"
     for entry, kind in zip(entries, types, strict=True):
         if kind != "Pooling":

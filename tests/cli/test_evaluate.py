@@ -176,9 +176,7 @@ def test_the_command_writes_a_table_and_json(tmp_path, capsys, minilm_path):
     """The printed table and the JSON file carry the same figures, for each of two folders of one name."""
     folders = [str(write_set(tmp_path / parent / "dev")) for parent in ("a", "b")]
     output = tmp_path / "scores" / "out.json"
-    status = evaluate.main(
-        ["--model_name_or_path", str(minilm_path), "--data", *folders, "--output", str(output), "--use_cpu"]
-    )
+    status = evaluate.main(["--model_name_or_path", str(minilm_path), "--data", *folders, "--output", str(output), "--use_cpu"])
     printed = capsys.readouterr().out
     written = json.loads(output.read_text())
     assert status == 0

@@ -23,8 +23,7 @@ from bge_ds.data import build, records, shards
 
 WHOLE = ["pretrain", "--input", "nowhere.jsonl", "--output", "o", "--tokenizer", "t"]
 GROUPS = [
-    {"query": f"question {i}", "pos": [f"answer {i}"], "neg": [f"answer {(i + j) % 40}" for j in (1, 2, 2)]}
-    for i in range(40)
+    {"query": f"question {i}", "pos": [f"answer {i}"], "neg": [f"answer {(i + j) % 40}" for j in (1, 2, 2)]} for i in range(40)
 ]
 
 

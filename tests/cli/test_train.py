@@ -1,0 +1,145 @@
+"""The training commands as people type them: each way of launching, and what lies in the output folder afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    base = tmp_path_factory.mktemp("commands")
+    helpers.make_model("bert", base / "model")
+    helpers.make_tokenizer("wordpiece", base / "model")
+    words = " ".join(helpers.SENTENCES).split()
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, 3 + i % 20)) for i in range(40)]
+    groups = [{"query": texts[i][:15], "pos": [texts[i]], "neg": [texts[(i + 7) % 40], texts[(i + 9) % 40]]} for i in range(20)]
+    (base / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
+    (base / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return base
+
+
+def launch(program: list[str], *flags: object) -> str:
+    found = shutil.which(program[0], path=str(BIN))
+    if found is None:
+        pytest.skip(f"{program[0]} is not installed beside this Python")
+    command = [found, *program[1:], *map(str, flags)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, cwd=helpers.REPO,
+        env=helpers.environment(MASTER_PORT=str(helpers.free_port())),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def finetune_flags(setting, out, **more) -> list[object]:
+    flags = {
+        "output_dir": setting / out, "model_name_or_path": setting / "model", "train_data": setting / "groups.jsonl",
+        "cache_dir": setting / "cache", "learning_rate": "1e-3", "per_device_train_batch_size": 4, "logging_steps": 1,
+        "train_group_size": 3, "normlized": True, "temperature": 0.05, "query_max_len": 16, "passage_max_len": 40,
+        "max_steps": 4, **more,
+    }  # fmt: skip
+    return [word for name, value in flags.items() for word in (f"--{name}", value)] + ["--negatives_cross_device", "--use_cpu"]
+
+
+def test_finetune_by_deepspeed_and_by_torchrun(setting):
+    """`deepspeed -m` and `torchrun -m` give the same run; recomputed activations change nothing; the monitors wrote."""
+    port = ["--master_port", str(helpers.free_port())]
+    out = launch(
+        ["deepspeed", "--num_gpus", "2", *port, "-m", "bge_ds.finetune"],
+        *finetune_flags(setting, "by_deepspeed", deepspeed="zero2"), "--gradient_checkpointing",
+        "--report_to", "tensorboard", "csv", "--save_only_model", "--save_steps", "2",
+    )  # fmt: skip
+    assert "negatives         23 a query from all ranks" in out and "vectors differ from the trained model's by at most" in out
+    port = ["--master_port", str(helpers.free_port())]
+    launch(["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"], *finetune_flags(setting, "by_torchrun"))
+    ours, theirs = metrics(setting / "by_deepspeed"), metrics(setting / "by_torchrun")
+    assert [r["step"] for r in ours] == [1, 2, 3, 4]
+    assert np.allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
+    assert ours[0]["negatives"] <= 23 and ours[0]["tokens_per_second"] > 0
+    folder = setting / "by_deepspeed"
+    assert list((folder / "runs").rglob("events.out.tfevents*")) and list((folder / "runs").rglob("*.csv"))
+    assert AutoModel.from_pretrained(folder / "checkpoint-2").config.hidden_size == 32
+    assert not (folder / "checkpoint-2" / "resume").exists()
+
+
+def test_pretrain_from_scratch_then_finetune(setting):
+    """One process from a JSON file of arguments; the encoder loads as masked LM and base model, and fine-tunes on."""
+    out = setting / "pretrained"
+    arguments = {
+        "output_dir": str(out), "model_name_or_path": "", "config_name": str(setting / "model"),
+        "tokenizer_name": str(setting / "model"), "train_data": str(setting / "texts.jsonl"), "use_cpu": True,
+        "cache_dir": str(setting / "cache"), "max_seq_length": 40, "num_train_epochs": 2, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "logging_steps": 1, "save_total_limit": 1,
+        "dataloader_num_workers": 2,
+    }  # fmt: skip
+    (setting / "arguments.json").write_text(json.dumps(arguments))
+    launch(["python", "-m", "bge_ds.pretrain"], setting / "arguments.json")
+    records = metrics(out)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]  # 40 texts twice, 16 a step
+    assert all(abs(r["loss"] - r["encoder_loss"] - r["decoder_loss"]) < 1e-6 for r in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert [p.name for p in sorted(out.glob("checkpoint-*"))] == ["checkpoint-5"]
+    assert {"encoder_model", "decoder.safetensors", "decoder.json", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
+    tokenizer = AutoTokenizer.from_pretrained(out / "encoder_model")
+    model, info = AutoModelForMaskedLM.from_pretrained(out / "encoder_model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model(**tokenizer("the quick brown fox", return_tensors="pt")).logits.isfinite().all()
+    port = ["--master_port", str(helpers.free_port())]
+    flags = finetune_flags(setting, "from_pretrained", model_name_or_path=out / "encoder_model", max_steps=1)
+    launch(["deepspeed", "--num_gpus", "2", *port, "--module", "bge_ds.finetune"], *flags)
+    before, after = model.base_model, AutoModel.from_pretrained(setting / "from_pretrained")
+    moved = [(a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters(), strict=False)]
+    assert 0 < max(moved) < 0.01  # one Adam step of 1e-3 from where pre-training ended, not from elsewhere
+
+
+def test_a_run_without_negatives_of_its_own(setting):
+    """Groups without `neg`: ranks bring different numbers of passages, in-batch negatives serve, nothing hangs."""
+    lines = (setting / "groups.jsonl").read_text().splitlines()
+    bare = [json.loads(line) for line in lines]
+    for i, group in enumerate(bare):
+        if i % 3:
+            group["neg"] = []
+    (setting / "bare.jsonl").write_text("".join(json.dumps(g) + "\n" for g in bare))
+    port = ["--master_port", str(helpers.free_port())]
+    flags = finetune_flags(setting, "bare", train_data=setting / "bare.jsonl")
+    launch(["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"], *flags)
+    assert all(np.isfinite(r["loss"]) and r["loss"] > 0.1 for r in metrics(setting / "bare"))
+
+
+def test_a_conflict_of_config_and_flags_ends_all_ranks(setting, tmp_path):
+    """The error stands there once, names both sides, and the launcher returns with an error and no output folder."""
+    (tmp_path / "mine.json").write_text('{"gradient_clipping": 0.3, "zero_optimization": {"stage": 2}}')
+    with pytest.raises(AssertionError, match=r"gradient_clipping to 0.3 and --max_grad_norm makes it 1.0") as failure:
+        launch(
+            ["torchrun", "--nproc_per_node", "2", "--master_port", str(helpers.free_port()), "-m", "bge_ds.finetune"],
+            *finetune_flags(setting, "conflict", deepspeed=tmp_path / "mine.json"),
+        )
+    assert str(failure.value).count("error: ") >= 1
+    assert not (setting / "conflict").exists()
+
+
+def test_half_precision_trains(setting):
+    """bf16 on the CPU: the loss falls, and the saved weights are the fp32 master copies, not their roundings."""
+    flags = finetune_flags(setting, "bf16", num_train_epochs=8, max_steps=30)
+    launch(["python", "-m", "bge_ds.finetune"], *flags, "--bf16")
+    records = metrics(setting / "bf16")
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    weight = AutoModel.from_pretrained(setting / "bf16").encoder.layer[0].attention.self.query.weight
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())

@@ -1,0 +1,65 @@
+"""Meters and the metrics file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bge_ds.metrics import Meter, RunLog
+
+
+def test_meter_sums_and_starts_anew():
+    meter = Meter(torch.device("cpu"))
+    meter.add(loss=torch.tensor(2.0), tokens=10)
+    meter.add(loss=torch.tensor(4.0), tokens=5)
+    first = meter.read()
+    assert (first["loss"], first["tokens"], first["steps"]) == (6.0, 15, 2) and first["seconds"] > 0
+    meter.add(loss=1.0)
+    assert meter.read()["loss"] == 1.0
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_meter_filters_what_is_not_finite(filtered):
+    """logging_nan_inf_filter: a step whose loss is NaN counts as the average so far; off, it shows."""
+    meter = Meter(torch.device("cpu"), filtered)
+    for loss in (1.0, 3.0, float("nan")):
+        meter.add(loss=loss)
+    total = meter.read()["loss"]
+    assert total == 6.0 if filtered else total != total
+
+
+def record(step):
+    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0}
+
+
+def log_to(file, first_step=0):
+    events = []
+    log = RunLog(file, first_step=first_step, total_steps=9, show_bar=False, write_events=events.extend)
+    return log, events
+
+
+def test_metrics_of_a_resumed_run(tmp_path):
+    """Lines up to the checkpoint stay, those written after it (and a torn last line) go: each step stands once."""
+    file = tmp_path / "metrics.jsonl"
+    log, events = log_to(file)
+    for step in (1, 2, 3, 4):
+        log.write(record(step))
+    log.close()
+    assert ("train/loss", 1.0, 4) in events
+    with file.open("a") as out:
+        out.write('{"step": 5, "lo')
+    log, _ = log_to(file, first_step=2)
+    log.write(record(3))
+    log.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        log, _ = log_to(file)
+        log.write(record(1))
+        log.close()
+    assert len(file.read_text().splitlines()) == 1

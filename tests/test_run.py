@@ -1,0 +1,113 @@
+"""The plan of steps, and what the commands refuse before they start."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bge_ds import finetune, pretrain, run
+from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.data.order import Order
+
+
+def plan(rows=100, batch=10, kind=FinetuneArguments, **flags):
+    common = {"output_dir": "o", "train_data": "d", "model_name_or_path": "m"}
+    args = kind.build(**common, **flags)
+    return run.StepPlan.make(args, Order(0, ((0, rows),), batch))
+
+
+def test_epochs_and_shares():
+    """Steps from epochs (also in parts), ratios from the total, max_steps above all."""
+    assert plan(num_train_epochs=2.5).total == 25
+    assert plan(rows=101, num_train_epochs=1).total == 11
+    assert plan(rows=101, num_train_epochs=1, dataloader_drop_last=True).total == 10
+    assert plan(max_steps=7, num_train_epochs=9).total == 7
+    shares = plan(num_train_epochs=2, logging_steps=0.1, save_steps=0.5)
+    assert [s for s in range(1, 21) if shares.logs(s)] == list(range(2, 21, 2))
+    assert [s for s in range(1, 21) if shares.saves(s)] == [10, 20]
+
+
+def test_epoch_ends():
+    """save_strategy epoch saves at the step in which an epoch's last text was seen, and at the end of the run."""
+    by_epoch = plan(rows=95, num_train_epochs=2, save_strategy="epoch", logging_strategy="epoch")
+    assert [s for s in range(1, by_epoch.total + 1) if by_epoch.saves(s)] == [10, 19]
+    assert [s for s in range(1, by_epoch.total + 1) if by_epoch.logs(s)] == [10, 19]
+    both = plan(kind=PretrainArguments, num_train_epochs=2, save_steps=4)
+    assert [s for s in range(1, 21) if both.saves(s)] == [4, 8, 10, 12, 16, 20]
+
+
+def test_logging_first_and_last():
+    assert [s for s in range(1, 11) if plan(num_train_epochs=1, logging_steps=4, logging_first_step=True).logs(s)] == [
+        1,
+        4,
+        8,
+        10,
+    ]
+    assert not any(plan(logging_strategy="no").logs(s) for s in range(1, 31))
+
+
+@pytest.fixture
+def groups(tmp_path):
+    path = tmp_path / "groups.jsonl"
+    lines = [{"query": f"question {i}", "pos": [f"answer {i}"], "neg": [f"other {i}", "wrong"]} for i in range(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def error_of(capsys, command, *flags) -> str:
+    """The one line that a user sees."""
+    assert command(list(map(str, flags))) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path, groups, tiny_bert_path):
+    """Nothing is overwritten unless asked for, and the message says how to ask."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    line = error_of(
+        capsys, finetune.main, "--output_dir", tmp_path / "out", "--train_data", groups, "--model_name_or_path", tiny_bert_path
+    )
+    assert "is not empty (it holds precious)" in line and "--overwrite_output_dir" in line
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--passage_max_len", "131"], "--passage_max_len 131 is more than the 130 positions"),
+        (["--resume_from_checkpoint", "nowhere"], "no resumable checkpoint there"),
+        (["--kernels", "fused"], "no kernels of its own yet"),
+        (["--train_data", "missing.jsonl"], "missing.jsonl"),
+        (["--model_name_or_path", "no/such-model"], "no/such-model"),
+    ],
+)
+def test_mistakes_before_the_start(capsys, tmp_path, groups, tiny_bert_path, flags, message):
+    """Each is one line that names the culprit; nothing is written."""
+    base = ["--output_dir", tmp_path / "out", "--train_data", groups, "--model_name_or_path", tiny_bert_path]
+    assert message in error_of(capsys, finetune.main, *base, "--cache_dir", tmp_path / "cache", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_lines_reach_the_person_with_file_and_line(capsys, tmp_path, groups, tiny_bert_path):
+    """The trainer says of raw JSON lines what the preprocessing command says: where, and what is wrong."""
+    groups.write_text(groups.read_text() + '{"query": "q", "pos": []}\n')
+    flags = ["--output_dir", tmp_path / "out", "--train_data", groups, "--model_name_or_path", tiny_bert_path]
+    line = error_of(capsys, finetune.main, *flags, "--cache_dir", tmp_path / "cache")
+    assert f"{groups}:9" in line and "pos" in line
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "cache").rglob("manifest.json"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_bert_path):
+    """A tokenizer with more tokens than the model embeds would index past the matrix."""
+    import helpers
+
+    small = helpers.make_model("bert", tmp_path / "small", vocab_size=50)
+    (tmp_path / "texts.jsonl").write_text('{"text": "the quick brown fox"}\n' * 3)
+    line = error_of(
+        capsys, pretrain.main, "--output_dir", tmp_path / "out", "--train_data", tmp_path / "texts.jsonl",
+        "--model_name_or_path", small, "--tokenizer_name", tiny_bert_path, "--max_seq_length", "40",
+        "--cache_dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert "the model embeds 50" in line
