@@ -13,8 +13,8 @@
 # of an ssh session: the offloading configurations need the environment's ninja, so PATH=/the/environment/bin:$PATH.
 # MASTER_ADDR and MASTER_PORT choose where the processes meet (default: the first host's first address, port 29500).
 # A port or key for ssh is best set in ~/.ssh/config. PDSH_SSH_ARGS_APPEND="-p 2222 -i key" works too, with MASTER_ADDR.
-# Should a host fail while starting, the others wait without a word for --ddp_timeout seconds: look for its lines. Ctrl-C
-# ends the run, and with it every other DeepSpeed run of yours that uses the same Python on one of the hosts.
+# Should a host fail while starting, the others wait without a word, for --ddp_timeout seconds (gloo: five times that):
+# look for its lines. Ctrl-C ends the run, and every other DeepSpeed run of yours with the same Python on these hosts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hostfile=${HOSTFILE:-$here/hostfile}

@@ -1,0 +1,76 @@
+"""What differs on a GPU: the variable-length kernel, masks made there, sums in another order. Skipped without one."""
+
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import pytest
+import torch
+
+from bge_ds.data.batches import pack
+from bge_ds.data.order import mix64
+from bge_ds.kernels import masks
+from bge_ds.kernels.attention import varlen_attention
+from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
+from bge_ds.modeling.encoder import Encoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_varlen_kernel_equals_the_runs(heads, causal):
+    """Flash attention over cu_seqlens gives what dense attention text by text gives, output and gradients (bf16)."""
+    texts, _ = pack(helpers.random_texts([1, 5, 5, 64, 200, 333]))
+    texts = texts.to("cuda")
+    q, k, v = (
+        torch.randn(texts.tokens, h, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for h in (heads[0], heads[1], heads[1])
+    )
+    weights = torch.randn_like(q)
+    outs = [
+        varlen_attention(q, k, v, texts.cu_seqlens, texts.runs, scale=0.125, causal=causal, way=way)
+        for way in ("varlen", "runs")
+    ]
+    assert (outs[0] - outs[1]).abs().max() < 2e-2
+    for mine, theirs in zip(*(torch.autograd.grad(o, (q, k, v), weights) for o in outs), strict=True):
+        assert (mine - theirs).abs().max() < 2e-2 * theirs.abs().max()
+
+
+def test_masks_are_the_same_on_both_devices():
+    """A mask made on the GPU is the mask made on the CPU, bit for bit: else a run would depend on where it ran."""
+    keys = torch.from_numpy(mix64(0, 0, np.arange(64)).view(np.int64))
+    words = torch.arange(70).repeat(64, 1)
+    assert torch.equal(masks.decoder_visible(keys.cuda(), words.cuda(), 0.5).cpu(), masks.decoder_visible(keys, words, 0.5))
+    key_T, positions_T = keys.repeat_interleave(70), words.flatten()
+    on_cpu = masks.encoder_masked(key_T, positions_T, torch.ones_like(positions_T, dtype=torch.bool), 0.3)
+    on_gpu = masks.encoder_masked(
+        key_T.cuda(), positions_T.cuda(), torch.ones_like(positions_T, dtype=torch.bool).cuda(), 0.3
+    )
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+def test_linear_cross_entropy_on_the_gpu():
+    """Same sum and gradients as on the CPU, fp32."""
+    x, w, b = torch.randn(300, 64), torch.randn(5000, 64), torch.randn(5000)
+    target = torch.randint(5000, (300,))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (x, w, b)]
+        loss, _ = linear_cross_entropy(leaves[0], leaves[1], target.to(device), leaves[2])
+        loss.backward()
+        results.append([loss.detach().cpu(), *(t.grad.cpu() for t in leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+def test_the_encoder_on_the_gpu(tiny_bert_path, pooling):
+    """The padding-free forward on the GPU in bf16 gives the CPU's fp32 vectors, within bf16's rounding."""
+    texts = helpers.random_texts([3, 40, 17, 100, 5])
+    encoder = Encoder.load(str(tiny_bert_path), pooling)
+    expected = encoder.encode_ids(texts)
+    assert (encoder.to("cuda", torch.bfloat16).encode_ids(texts) - expected).abs().max() < 5e-2
