@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from bge_ds import preprocess, run
 from bge_ds.arguments import FinetuneArguments, parse
-from bge_ds.data import batches, loader, records, shards
+from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import engine as engines
-from bge_ds.metrics import Meter, RunLog, peak_memory
+from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export
 from bge_ds.modeling.encoder import Encoder, check_lengths, say_how
 
@@ -44,16 +44,8 @@ def train(args: FinetuneArguments) -> None:
     check_comparable(args, data, order, uniform)
     engine, config = run.build_engine(args, model, plan)
     agreement = run.agreement(args, data, config, plan, _AGREE)
-    first_step = 0
-    if resume:
-        first_step = checkpoint.read_state(resume, agreement)
-        checkpoint.restore(engine, resume)
-
-    output = Path(args.output_dir)
-    log = RunLog(
-        output / "metrics.jsonl", first_step=first_step, total_steps=plan.total,
-        show_bar=not args.disable_tqdm and sys.stderr.isatty(), write_events=engine.monitor.write_events,
-    )  # fmt: skip
+    first_step, tokens_seen = run.resume(args, resume, engine, agreement)
+    log = run.open_log(args, engine, first_step, plan)
     ranks = collectives.world_size() if args.negatives_cross_device else 1
     passages = args.per_device_train_batch_size * args.train_group_size * ranks
     negatives = (passages if args.use_inbatch_neg else args.train_group_size) - 1
@@ -61,51 +53,46 @@ def train(args: FinetuneArguments) -> None:
         ("model", f"{args.model_name_or_path}, runs {say_how(model_config)}"),
         ("data", f"{len(data)} groups, {data.num_passages} passages"),
         ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),
-        ("negatives", f"{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
+        ("negatives", f"{'' if uniform else 'up to '}{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
     ]  # fmt: skip
     log.say(f"fine-tuning\n{run.summary(args, plan, order, engine, config, facts)}")
     if args.gradient_accumulation_steps > 1 and args.use_inbatch_neg:
         log.say("warning: accumulation adds no negatives; a larger batch on each rank does")
     if resume:
         log.say(f"resumed from {resume} at step {first_step}")
-    batches_of_steps = loader.steps(
-        data.folder, order, batches.collate_groups,
-        first_step=first_step, end_step=plan.total, accumulation=args.gradient_accumulation_steps,
-        rank=collectives.rank(), world=collectives.world_size(),
-        workers=args.dataloader_num_workers, prefetch=args.dataloader_prefetch_factor,
-        pin_memory=args.dataloader_pin_memory and device.type == "cuda",
-        context=args.dataloader_multiprocessing_context,
+    batches_of_steps = run.load_steps(
+        args, data, order, batches.collate_groups, device, first_step, plan.total,
         seed=order.seed, group_size=args.train_group_size,
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
     )  # fmt: skip
     save = partial(write_model, engine, tokenizer, args, data)
 
     meter = Meter(device, args.logging_nan_inf_filter)
-    tokens_seen = 0
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
-        loss_sum, hidden_sum = 0.0, 0
+        loss_sum, negatives_sum, hidden_sum = 0.0, 0, 0
         for micro, batch in enumerate(micro_batches):
             batch = batch.to(device)
             run.seed_step(args.seed, step, micro)
             vectors = engine(batch.texts)
-            loss, hidden = contrastive_loss(vectors, batch, args, uniform)
+            loss, compared, hidden = contrastive_loss(vectors, batch, args, uniform)
             engine.backward(loss)
             engine.step()
             loss_sum, hidden_sum = loss_sum + loss.detach(), hidden_sum + hidden
+            negatives_sum = negatives_sum + batch.queries * (compared - 1) - hidden
         meter.add(
             loss=loss_sum / len(micro_batches),
+            negatives=negatives_sum,
             hidden=hidden_sum,
             tokens=sum(b.texts.tokens for b in micro_batches),
             padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
         )
+        tokens_seen += sum(b.texts.tokens for b in micro_batches)
         log.advance()
-        if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0 and device.type == "cuda":
-            torch.cuda.empty_cache()
+        run.empty_cache(args, step, device)
         if plan.logs(step):
             sums = meter.read()
-            tokens_seen += sums["tokens"]
             queries = sums["steps"] * order.global_batch
             log.write({
                 "step": step,
@@ -113,27 +100,29 @@ def train(args: FinetuneArguments) -> None:
                 "loss": sums["loss"] / sums["steps"] / collectives.world_size(),
                 "learning_rate": learning_rate,
                 "grad_norm": engines.gradient_norm(engine),
-                "negatives": negatives - sums["hidden"] / queries,
+                "negatives": sums["negatives"] / queries,
                 "false_negatives_hidden": sums["hidden"] / queries,
-                "tokens_per_second": sums["tokens"] / sums["seconds"],
-                "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
-                "seconds_per_step": sums["seconds"] / sums["steps"],
-                "peak_memory_bytes": peak_memory(device),
-                **engines.skipped_steps(engine),
-                **({} if args.include_num_input_tokens_seen == "no" else {"num_input_tokens_seen": tokens_seen}),
+                **run.rates(args, engine, device, sums, tokens_seen),
             })  # fmt: skip
             engine.train()
         if plan.saves(step):
             folder = checkpoint.save(
-                engine, output, step, agreement, save, keep=args.save_total_limit, only_model=args.save_only_model
+                engine,
+                Path(args.output_dir),
+                step,
+                tokens_seen,
+                agreement,
+                save,
+                keep=args.save_total_limit,
+                only_model=args.save_only_model,
             )
             log.say(f"step {step}: saved {folder}")
             engine.train()
 
-    difference = finish(save, output)
+    difference = finish(save, Path(args.output_dir))
     log.close()
     log.say(
-        f"done in {time.perf_counter() - started:.0f} s: the model is in {output}\n"
+        f"done in {time.perf_counter() - started:.0f} s: the model is in {args.output_dir}\n"
         f"  loaded back with transformers, its vectors differ from the trained model's by at most {difference:.1e}"
     )
 
@@ -186,7 +175,7 @@ def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) ->
 
 
 def contrastive_loss(vectors, batch: batches.ContrastiveBatch, args: FinetuneArguments, uniform: bool):
-    """(this rank's mean loss over its queries, how many passages were hidden as false negatives)."""
+    """(mean loss over this rank's queries, passages each is compared with, how many of those were hidden in all)."""
     q_BD, p_PD = vectors[: batch.queries], vectors[batch.queries :]
     target_B, hashes_P = batch.target_B, batch.hashes_P
     if args.negatives_cross_device and collectives.world_size() > 1:
@@ -204,7 +193,8 @@ def contrastive_loss(vectors, batch: batches.ContrastiveBatch, args: FinetuneArg
             own_BG = torch.arange(len(p_PD), device=p_PD.device).unflatten(0, (len(q_BD), -1))
             hidden_BP = hidden_BP.gather(1, own_BG)
         loss = contrastive.info_nce_own_group(q_BD, p_PD, args.temperature, hidden_BP)
-    return loss, 0 if hidden_BP is None else hidden_BP.sum()
+    compared = len(p_PD) if args.use_inbatch_neg else len(p_PD) // len(q_BD)
+    return loss, compared, 0 if hidden_BP is None else hidden_BP.sum()
 
 
 def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.FinetuneShards, folder: Path) -> float:

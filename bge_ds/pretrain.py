@@ -8,15 +8,16 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from bge_ds import preprocess, run
 from bge_ds.arguments import PretrainArguments, parse
-from bge_ds.data import batches, loader, records, shards
+from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import engine as engines
-from bge_ds.metrics import Meter, RunLog, peak_memory
+from bge_ds.metrics import Meter
 from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, say_how
 from bge_ds.modeling.retromae import DECODER_FILES, RetroMAE, RetroMAESettings, check_family, load_decoder, save_decoder
@@ -37,21 +38,13 @@ def train(args: PretrainArguments) -> None:
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
     torch.manual_seed(args.seed)
-    model = make_model(args, model_config, tokenizer)
+    model = make_model(args, model_config, tokenizer, data)
     order = run.make_order(args, data.manifest)
     plan = run.StepPlan.make(args, order)
     engine, config = run.build_engine(args, model, plan)
     agreement = run.agreement(args, data, config, plan, _AGREE)
-    first_step = 0
-    if resume:
-        first_step = checkpoint.read_state(resume, agreement)
-        checkpoint.restore(engine, resume)
-
-    output = Path(args.output_dir)
-    log = RunLog(
-        output / "metrics.jsonl", first_step=first_step, total_steps=plan.total,
-        show_bar=not args.disable_tqdm and sys.stderr.isatty(), write_events=engine.monitor.write_events,
-    )  # fmt: skip
+    first_step, tokens_seen = run.resume(args, resume, engine, agreement)
+    log = run.open_log(args, engine, first_step, plan)
     source = args.model_name_or_path or f"from scratch, {args.config_name}"
     facts = [
         ("model", f"{source}, runs {say_how(model_config)}"),
@@ -62,19 +55,14 @@ def train(args: PretrainArguments) -> None:
     log.say(f"RetroMAE pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
     if resume:
         log.say(f"resumed from {resume} at step {first_step}")
-    batches_of_steps = loader.steps(
-        data.folder, order, batches.collate_texts,
-        first_step=first_step, end_step=plan.total, accumulation=args.gradient_accumulation_steps,
-        rank=collectives.rank(), world=collectives.world_size(),
-        workers=args.dataloader_num_workers, prefetch=args.dataloader_prefetch_factor,
-        pin_memory=args.dataloader_pin_memory and device.type == "cuda",
-        context=args.dataloader_multiprocessing_context,
+    batches_of_steps = run.load_steps(
+        args, data, order, batches.collate_texts, device, first_step, plan.total,
         seed=order.seed, max_seq_length=args.max_seq_length,
     )  # fmt: skip
     write = partial(write_model, engine, tokenizer, data)
+    output = Path(args.output_dir)
 
     meter = Meter(device, args.logging_nan_inf_filter)
-    tokens_seen = 0
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
@@ -96,12 +84,11 @@ def train(args: PretrainArguments) -> None:
             tokens=sum(b.texts.tokens for b in micro_batches),
             padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
         )  # fmt: skip
+        tokens_seen += sum(b.texts.tokens for b in micro_batches)
         log.advance()
-        if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0 and device.type == "cuda":
-            torch.cuda.empty_cache()
+        run.empty_cache(args, step, device)
         if plan.logs(step):
             sums = meter.read()
-            tokens_seen += sums["tokens"]
             encoder_loss = sums["encoder_loss"] / max(1, sums["encoder_targets"])
             decoder_loss = sums["decoder_loss"] / max(1, sums["decoder_targets"])
             log.write({
@@ -115,16 +102,18 @@ def train(args: PretrainArguments) -> None:
                 "masked_share": sums["encoder_targets"] / sums["tokens"],
                 "learning_rate": learning_rate,
                 "grad_norm": engines.gradient_norm(engine),
-                "tokens_per_second": sums["tokens"] / sums["seconds"],
-                "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
-                "seconds_per_step": sums["seconds"] / sums["steps"],
-                "peak_memory_bytes": peak_memory(device),
-                **engines.skipped_steps(engine),
-                **({} if args.include_num_input_tokens_seen == "no" else {"num_input_tokens_seen": tokens_seen}),
+                **run.rates(args, engine, device, sums, tokens_seen),
             })  # fmt: skip
         if plan.saves(step):
             folder = checkpoint.save(
-                engine, output, step, agreement, write, keep=args.save_total_limit, only_model=args.save_only_model
+                engine,
+                Path(args.output_dir),
+                step,
+                tokens_seen,
+                agreement,
+                write,
+                keep=args.save_total_limit,
+                only_model=args.save_only_model,
             )
             publish(partial(copy_model, folder), output)
             log.say(f"step {step}: saved {folder} and {output / 'encoder_model'}")
@@ -159,12 +148,13 @@ def check_vocabulary(config, tokenizer, args: PretrainArguments) -> None:
         )
 
 
-def make_model(args: PretrainArguments, config, tokenizer) -> RetroMAE:
+def make_model(args: PretrainArguments, config, tokenizer, data: shards.PretrainShards) -> RetroMAE:
     """The encoder (loaded, or from scratch) with a decoder: the one saved beside the encoder, or a random one."""
     if args.model_name_or_path:
         encoder = load_backbone(AutoModelForMaskedLM, args.model_name_or_path, config=config, cache_dir=args.cache_dir)
     else:
         encoder = build_backbone(AutoModelForMaskedLM, config)
+        start_at_frequencies(encoder.get_output_embeddings().bias, data)
     if args.gradient_checkpointing:
         options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -176,6 +166,22 @@ def make_model(args: PretrainArguments, config, tokenizer) -> RetroMAE:
     if beside is not None and (beside / "decoder.safetensors").is_file():
         load_decoder(model.decoder, beside)
     return model
+
+
+def start_at_frequencies(bias: torch.Tensor, data: shards.PretrainShards, tokens: int = 1 << 21) -> None:
+    """Set a new vocabulary head's bias to the log frequencies of the (first two million) tokens.
+
+    From scratch, a head first learns how frequent each token is, and with tied weights it does so by pushing the
+    embeddings of all rare tokens the same way, which costs a short run more than it ever gains. A bias that knows the
+    frequencies leaves the embeddings free.
+    """
+    counts = np.ones(bias.numel())
+    row = 0
+    while row < len(data) and counts.sum() < tokens:
+        counts += np.bincount(data.ids(row), minlength=bias.numel())
+        row += 1
+    with torch.no_grad():
+        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
 def count_own_targets(model: RetroMAE, micro_batches: list) -> torch.Tensor:

@@ -16,9 +16,11 @@ import torch
 import transformers
 
 from bge_ds.arguments import TrainArguments, changed, describe, steps_from
+from bge_ds.data import loader
 from bge_ds.data.order import Order, mix64
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import engine as engines
+from bge_ds.metrics import RunLog, peak_memory
 
 _OURS = ("metrics.jsonl", "runs")
 
@@ -231,6 +233,64 @@ def agreement(args: TrainArguments, shards, config: dict, plan: StepPlan, names:
         "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
         **{name: getattr(args, name) for name in (*common, *names)},
     }
+
+
+def resume(args: TrainArguments, path: Path | None, engine, agreement: dict) -> tuple[int, int]:
+    """(steps done, tokens this rank counts as seen): of the checkpoint, loaded into the engine, or (0, 0)."""
+    if path is None:
+        return 0, 0
+    state = checkpoint.read_state(path, agreement)
+    checkpoint.restore(engine, path)
+    return state["step"], state["tokens_seen"] if collectives.rank() == 0 else 0
+
+
+def open_log(args: TrainArguments, engine, first_step: int, plan: StepPlan) -> RunLog:
+    return RunLog(
+        Path(args.output_dir) / "metrics.jsonl",
+        first_step=first_step,
+        total_steps=plan.total,
+        show_bar=not args.disable_tqdm and sys.stderr.isatty(),
+        write_events=engine.monitor.write_events,
+    )
+
+
+def load_steps(args: TrainArguments, data, order: Order, collate: Callable, device: torch.device, first: int, end: int, **more):
+    """This rank's batches of steps first..end-1, each a list over the accumulation steps; `more` goes to `collate`."""
+    return loader.steps(
+        data.folder,
+        order,
+        collate,
+        first_step=first,
+        end_step=end,
+        accumulation=args.gradient_accumulation_steps,
+        rank=collectives.rank(),
+        world=collectives.world_size(),
+        workers=args.dataloader_num_workers,
+        prefetch=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory and device.type == "cuda",
+        context=args.dataloader_multiprocessing_context,
+        **more,
+    )
+
+
+def rates(args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int) -> dict[str, float]:
+    """What both commands log of a stretch of steps besides their losses; on every rank, rates are those of all ranks."""
+    record = {
+        "tokens_per_second": sums["tokens"] / sums["seconds"],
+        "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
+        "seconds_per_step": sums["seconds"] / sums["steps"],
+        "peak_memory_bytes": peak_memory(device),
+        **engines.skipped_steps(engine),
+    }
+    if args.include_num_input_tokens_seen != "no":
+        record["num_input_tokens_seen"] = sum(collectives.gather_counts(tokens_seen, device))
+    return record
+
+
+def empty_cache(args: TrainArguments, step: int, device: torch.device) -> None:
+    """torch_empty_cache_steps; on a CPU there is nothing to give back."""
+    if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0 and device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_first_on_host() -> bool:

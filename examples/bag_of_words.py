@@ -1,6 +1,6 @@
 """What ranking by words alone (BM25) scores on a BEIR folder, beside which a model's figures mean something.
 
-    python examples/bag_of_words.py --data quickstart/data/test
+python examples/bag_of_words.py --data quickstart/data/test
 """
 
 from __future__ import annotations

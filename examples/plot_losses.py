@@ -1,6 +1,6 @@
 """Draws the loss curves of one or more runs from their `metrics.jsonl` into one picture.
 
-    python examples/plot_losses.py --output losses.png runs/pretrain/metrics.jsonl runs/finetune/metrics.jsonl
+python examples/plot_losses.py --output losses.png runs/pretrain/metrics.jsonl runs/finetune/metrics.jsonl
 """
 
 from __future__ import annotations

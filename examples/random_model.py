@@ -1,6 +1,6 @@
 """Saves a model of a config with random weights: where training from scratch starts, as a model of its own.
 
-    python examples/random_model.py --config quickstart/small_bert --output quickstart/random
+python examples/random_model.py --config quickstart/small_bert --output quickstart/random
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Puts score files of `bge_ds.evaluate` (or `bag_of_words.py`) under one another.
 
-    python examples/score_table.py "before=scores/random.json" "after=scores/finetuned.json"
+python examples/score_table.py "before=scores/random.json" "after=scores/finetuned.json"
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def main() -> None:
     for row in args.rows:
         name, _, path = row.partition("=")
         if Path(path).is_file():
-            for values in json.loads(Path(path).read_text(encoding="utf-8"))["results"].values():
-                rows.append((name, values))
+            results = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
+            for dataset, values in results.items():
+                rows.append((f"{name} on {dataset}" if len(results) > 1 else name, values))
                 sizes.add((values.get("queries"), values.get("passages")))
     if not rows:
         parser.error("none of the files exists")

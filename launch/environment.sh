@@ -32,15 +32,17 @@ find_environment() {
     }
 }
 
-# Sets ranks (NUM_GPUS, else one a GPU, else two), precision (bf16 where the GPU has it) and OMP_NUM_THREADS (so that all
-# ranks together ask for no more cores than there are).
+# Sets ranks (NUM_GPUS, else one a GPU, else two), precision (bf16 where the GPU or CPU has instructions for it) and
+# OMP_NUM_THREADS (so that all ranks together ask for no more cores than there are).
 look_at_machine() {
     local facts
     facts=$(NUM_GPUS=${NUM_GPUS:-} python -c '
 import os, torch
 ranks = int(os.environ["NUM_GPUS"] or torch.cuda.device_count() or 2)
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+# On a CPU without such instructions bfloat16 works, but slower than float32.
+fast = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else fast
 print(ranks, max(1, cores // ranks), "--bf16" if half else "")
 ') || return 1
     read -r ranks threads precision <<< "$facts"

@@ -4,8 +4,8 @@
 #
 #     ./launch/quickstart.sh [folder]      (default: quickstart)
 #
-# Uses the GPUs it finds, else two CPU processes. WITH_CONTROL=0 leaves out the fine-tuning without pre-training, which
-# shows what pre-training gave. PRETRAIN_STEPS and FINETUNE_STEPS change the length. Steps whose result lies in the folder already are not repeated.
+# Uses the GPUs it finds, else two CPU processes. WITH_CONTROL=1 also fine-tunes without pre-training, which shows what
+# pre-training gave. PRETRAIN_STEPS and FINETUNE_STEPS change the length. What lies in the folder already is not repeated.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE=1
 # Texts a step over all ranks, and steps: what two CPU cores do in some minutes each.
 pretrain_batch=$((ranks > 32 ? ranks : 32))
 finetune_batch=$((ranks > 128 ? ranks : 128))
-pretrain_steps=${PRETRAIN_STEPS:-400}
-finetune_steps=${FINETUNE_STEPS:-100}
+pretrain_steps=${PRETRAIN_STEPS:-300}
+finetune_steps=${FINETUNE_STEPS:-150}
 mkdir -p "$out"
 begun=$SECONDS
 
@@ -67,7 +67,7 @@ headline "contrastive fine-tuning on $ranks ranks"
 contrastive "$out/finetune" "$out/pretrain/encoder_model"
 score finetuned "$out/finetune"
 
-if [ "${WITH_CONTROL:-1}" != 0 ]; then
+if [ "${WITH_CONTROL:-0}" != 0 ]; then
     headline "the same fine-tuning without pre-training"
     contrastive "$out/finetune_only" "$out/random"
     score finetuned_only "$out/finetune_only"

@@ -44,8 +44,8 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
     return path
 
 
-def read_state(path: Path, expected: dict) -> int:
-    """The step a checkpoint stands at. `expected`: what this run would write; a difference is refused by name."""
+def read_state(path: Path, expected: dict) -> dict:
+    """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name."""
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def read_state(path: Path, expected: dict) -> int:
             f"{path} belongs to another run and would not continue exactly ({'; '.join(differing)}); "
             "give the same settings, or start a new run in another --output_dir"
         )
-    return int(state["step"])
+    return {key: int(state[key]) for key in ("step", "tokens_seen")}
 
 
 def restore(engine, path: Path) -> None:
@@ -72,9 +72,19 @@ def restore(engine, path: Path) -> None:
 
 
 def save(
-    engine, output_dir: Path, step: int, agreement: dict, export: Callable[[Path], None], keep: int | None, only_model: bool
+    engine,
+    output_dir: Path,
+    step: int,
+    tokens_seen: int,
+    agreement: dict,
+    export: Callable[[Path], None],
+    keep: int | None,
+    only_model: bool,
 ) -> Path:
-    """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`. `export(folder)` writes the model."""
+    """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`.
+
+    tokens_seen: by this rank. export(folder) writes the model.
+    """
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
     if collectives.rank() == 0:
@@ -84,13 +94,11 @@ def save(
     export(partial)
     if not only_model:
         engine.save_checkpoint(str(partial), tag="resume", save_latest=False)
-    collectives.barrier()
+    tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
     if collectives.rank() == 0:
         if not only_model:
-            write_json(partial / "state.json", {"step": step, "agreement": agreement})
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+            write_json(partial / "state.json", {"step": step, "tokens_seen": tokens_seen, "agreement": agreement})
+        replace_folder(partial, final)
         if keep:
             _drop_oldest(output_dir, keep)
     collectives.barrier()

@@ -13,7 +13,7 @@ def make(folder, step, whole=True, **agreement):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     if whole:
-        checkpoint.write_json(path / "state.json", {"step": step, "agreement": agreement})
+        checkpoint.write_json(path / "state.json", {"step": step, "tokens_seen": 7, "agreement": agreement})
     return path
 
 
@@ -38,7 +38,7 @@ def test_a_wrong_path_is_an_error_with_the_right_ones(tmp_path):
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     """Other data, another rank count, another batch: what differs is named, with both values."""
     path = make(tmp_path, 5, ranks=2, data_fingerprint="a")
-    assert checkpoint.read_state(path, {"ranks": 2, "data_fingerprint": "a"}) == 5
+    assert checkpoint.read_state(path, {"ranks": 2, "data_fingerprint": "a"}) == {"step": 5, "tokens_seen": 7}
     with pytest.raises(ValueError, match="ranks: 2 there, 3 now"):
         checkpoint.read_state(path, {"ranks": 3, "data_fingerprint": "a"})
     (path / "state.json").write_text('{"step": 5')
@@ -48,6 +48,8 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
 
 class FakeEngine:
     """Writes what DeepSpeed would, a file in the tag's folder."""
+
+    device = "cpu"
 
     def save_checkpoint(self, folder, tag, save_latest):
         from pathlib import Path
@@ -59,7 +61,7 @@ class FakeEngine:
 def test_save_keeps_the_last_n(tmp_path):
     """save_total_limit keeps the newest and leaves nothing of the others."""
     for step in (1, 2, 10):
-        checkpoint.save(FakeEngine(), tmp_path, step, {}, lambda f: (f / "model").mkdir(), keep=2, only_model=False)
+        checkpoint.save(FakeEngine(), tmp_path, step, 0, {}, lambda f: (f / "model").mkdir(), keep=2, only_model=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     state = json.loads((tmp_path / "checkpoint-10" / "state.json").read_text())
     assert state["step"] == 10
@@ -68,20 +70,20 @@ def test_save_keeps_the_last_n(tmp_path):
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
     """A full disk in the middle of a save: the former checkpoint is still the newest whole one."""
-    checkpoint.save(FakeEngine(), tmp_path, 1, {}, lambda f: None, keep=1, only_model=False)
+    checkpoint.save(FakeEngine(), tmp_path, 1, 0, {}, lambda f: None, keep=1, only_model=False)
 
     def full(folder):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save(FakeEngine(), tmp_path, 2, {}, full, keep=1, only_model=False)
+        checkpoint.save(FakeEngine(), tmp_path, 2, 0, {}, full, keep=1, only_model=False)
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-1"
-    checkpoint.save(FakeEngine(), tmp_path, 2, {}, lambda f: None, keep=1, only_model=False)
+    checkpoint.save(FakeEngine(), tmp_path, 2, 0, {}, lambda f: None, keep=1, only_model=False)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_only_model_checkpoints_are_not_resumed(tmp_path):
-    checkpoint.save(FakeEngine(), tmp_path, 1, {}, lambda f: (f / "model").mkdir(), keep=None, only_model=True)
+    checkpoint.save(FakeEngine(), tmp_path, 1, 0, {}, lambda f: (f / "model").mkdir(), keep=None, only_model=True)
     assert (tmp_path / "checkpoint-1" / "model").is_dir()
     assert checkpoint.newest(tmp_path) is None
 

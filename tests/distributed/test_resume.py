@@ -135,3 +135,15 @@ def test_one_rank_and_two_ranks_train_alike(tmp_path, setting):
         assert one.keys() == two.keys()
         for step in one:
             assert np.allclose(one[step], two[step], rtol=1e-4), (name, step)
+
+
+def test_the_seed_decides_the_run(tmp_path, setting):
+    """The same seed gives the same run to the last bit, dropout and loader workers included; another seed another."""
+    runs = {}
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        flags = flags_of(setting, 1, seed=seed, dataloader_num_workers=2, max_steps=3)
+        helpers.run_ranks(RANK_SCRIPT, 1, tmp_path / name, json.dumps({**flags, "only_whole": True}))
+        runs[name] = [losses(tmp_path / name / f"{command}_whole") for command in ("finetune", "pretrain")]
+    assert runs["first"] == runs["again"]
+    assert all(a[1][0] != b[1][0] for a, b in zip(runs["first"], runs["other"], strict=True))

@@ -47,9 +47,7 @@ def test_masks_are_the_same_on_both_devices():
     assert torch.equal(masks.decoder_visible(keys.cuda(), words.cuda(), 0.5).cpu(), masks.decoder_visible(keys, words, 0.5))
     key_T, positions_T = keys.repeat_interleave(70), words.flatten()
     on_cpu = masks.encoder_masked(key_T, positions_T, torch.ones_like(positions_T, dtype=torch.bool), 0.3)
-    on_gpu = masks.encoder_masked(
-        key_T.cuda(), positions_T.cuda(), torch.ones_like(positions_T, dtype=torch.bool).cuda(), 0.3
-    )
+    on_gpu = masks.encoder_masked(key_T.cuda(), positions_T.cuda(), torch.ones_like(positions_T, dtype=torch.bool).cuda(), 0.3)
     assert torch.equal(on_gpu.cpu(), on_cpu)
 
 

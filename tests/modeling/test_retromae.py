@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import helpers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from bge_ds.modeling.retromae import EnhancedDecoder, RetroMAE, RetroMAESettings
 
 
 def make_batch(lengths, seed=0, epoch=0) -> PretrainBatch:
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     texts, order = pack(helpers.random_texts(lengths, seed=seed))
     words = []
@@ -136,3 +135,16 @@ def test_decoder_starts_random_and_small():
     decoder = EnhancedDecoder(helpers.tiny_config("bert", hidden_size=64))
     assert 0.13 < decoder.up.weight.std().item() < 0.17  # the config's initializer_range is 0.15
     assert not decoder.up.bias.any()
+
+
+def test_a_head_from_scratch_starts_at_the_token_frequencies():
+    """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible."""
+    from bge_ds.pretrain import start_at_frequencies
+
+    class Rows(list):
+        def ids(self, row):
+            return self[row]
+
+    bias = torch.zeros(6)
+    start_at_frequencies(bias, Rows([np.array([1, 1, 2]), np.array([2, 1, 3])]))
+    assert torch.allclose(bias.exp(), torch.tensor([1, 4, 3, 2, 1, 1]) / 12)
