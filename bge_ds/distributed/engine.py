@@ -182,7 +182,8 @@ def build(
     for name, supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
         if config.get(name, {}).get("enabled") and not supported():
             other = "--bf16" if name == "fp16" else "--fp16"
-            raise ValueError(f"--{name}: this {accelerator.device_name()} device does not train in {name}; use {other} or neither")
+            device = accelerator.device_name()
+            raise ValueError(f"--{name}: this {device} device does not train in {name}; use {other} or neither")
     zero = config.get("zero_optimization", {})
     groups = [group for group in groups if group["params"]]
     optimizer = None
