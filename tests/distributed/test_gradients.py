@@ -168,6 +168,7 @@ def test_two_ranks_give_one_process_gradients(tmp_path, tiny_bert_path, data, st
     """Every parameter's gradient differs by less than 1e-5, relative, from that of an fp64 or single fp32 process."""
     cases = {**CASES, "pretrain": {}, "pretrain_accumulated": {"gradient_accumulation_steps": 2}}
     helpers.run_ranks(RANK_SCRIPT, 2, tiny_bert_path, *data, tmp_path, stage, json.dumps(cases))
+    worst = 0.0
     for case, flags in cases.items():
         if "pretrain" in case:
             expected = pretrain_reference(tiny_bert_path, data[1])
@@ -178,7 +179,11 @@ def test_two_ranks_give_one_process_gradients(tmp_path, tiny_bert_path, data, st
         largest = max(np.abs(g).max() for g in expected.values())
         assert largest > 1e-3, case
         for name, gradient in expected.items():
-            # Some gradients are sums that cancel (key biases exactly, the last norm's bias nearly): what is left of them
-            # is judged by the size of their terms, which is that of the other gradients.
-            scale = max(np.abs(gradient).max(), 0.1 * largest)
-            assert np.abs(found[name] - gradient).max() < 1e-5 * scale, f"{case}: {name}"
+            # Two kinds of gradients are sums that cancel: what shifts all keys changes no softmax, and what shifts all
+            # vectors alike changes hardly any score. Their rounding is that of their terms, as large as other gradients.
+            cancels = name.endswith("key.bias") or name.endswith("layer.1.output.LayerNorm.bias")
+            scale = largest if cancels else np.abs(gradient).max()
+            difference = np.abs(found[name] - gradient).max() / scale
+            assert difference < 1e-5, f"{case}: {name} differs by {difference:.1e}"
+            worst = max(worst, difference)
+    print(f"largest relative difference at stage {stage}: {worst:.1e}")
