@@ -4,8 +4,8 @@
 #
 #     ./launch/quickstart.sh [folder]      (default: quickstart)
 #
-# Uses the GPUs it finds, else two CPU processes. WITH_CONTROL=1 also fine-tunes without pre-training, which shows what
-# pre-training gave. PRETRAIN_STEPS and FINETUNE_STEPS change the length. What lies in the folder already is not repeated.
+# Uses the GPUs it finds, else two CPU processes. WITH_CONTROL=0 leaves out the fine-tuning without pre-training, which
+# shows what pre-training gave. PRETRAIN_STEPS and FINETUNE_STEPS change the length. What lies in the folder already is not repeated.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
@@ -67,7 +67,7 @@ headline "contrastive fine-tuning on $ranks ranks"
 contrastive "$out/finetune" "$out/pretrain/encoder_model"
 score finetuned "$out/finetune"
 
-if [ "${WITH_CONTROL:-0}" != 0 ]; then
+if [ "${WITH_CONTROL:-1}" != 0 ]; then
     headline "the same fine-tuning without pre-training"
     contrastive "$out/finetune_only" "$out/random"
     score finetuned_only "$out/finetune_only"
