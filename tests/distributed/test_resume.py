@@ -99,7 +99,7 @@ def test_resumed_equals_undisturbed(tmp_path, setting, case):
         after = load_file(whole / weights)
         assert all(not torch.equal(after[k], before[k]) for k in after if "query.weight" in k)  # it did go on learning
         assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.old"))
-    check_saved_model(tmp_path, tolerance=2e-2 if "bf16" in case else 1e-5)
+    check_saved_model(tmp_path, tolerance=1e-2 if "bf16" in case else 1e-5)
 
 
 def check_saved_model(folder, tolerance: float) -> None:
@@ -109,7 +109,9 @@ def check_saved_model(folder, tolerance: float) -> None:
     live = np.load(folder / "live.npy")
     vectors = model.encode(order_of_passages(), normalize_embeddings=False)
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
-    assert np.abs(vectors - live).max() < tolerance
+    difference = np.abs(vectors - live).max()
+    print(f"largest difference {difference:.1e}")
+    assert difference < tolerance
     assert np.abs(vectors[0] - vectors[1]).max() > 10 * tolerance
 
 
