@@ -53,7 +53,7 @@ class TrainArguments:
     kernels: Literal["auto", "torch", "fused"] = _flag(
         "auto", "which kernels: the best that runs here, plain torch, or fused or fail"
     )
-    overwrite_output_dir: bool = _flag(False, "train into an output_dir that is not empty")
+    overwrite_output_dir: bool = _flag(False, "train into an output_dir that is not empty; the checkpoints in it are removed")
 
     # Length of the run
     per_device_train_batch_size: int = _flag(

@@ -238,6 +238,9 @@ def agreement(args: TrainArguments, shards, config: dict, plan: StepPlan, names:
 def resume(args: TrainArguments, path: Path | None, engine, agreement: dict) -> tuple[int, int]:
     """(steps done, tokens this rank counts as seen): of the checkpoint, loaded into the engine, or (0, 0)."""
     if path is None:
+        if args.overwrite_output_dir and collectives.rank() == 0:
+            # Another run's checkpoints would be taken for this one's newest, and be kept in place of this one's.
+            checkpoint.drop_oldest(Path(args.output_dir), keep=0)
         return 0, 0
     state = checkpoint.read_state(path, agreement)
     checkpoint.restore(engine, path)

@@ -100,14 +100,15 @@ def save(
             write_json(partial / "state.json", {"step": step, "tokens_seen": tokens_seen, "agreement": agreement})
         replace_folder(partial, final)
         if keep:
-            _drop_oldest(output_dir, keep)
+            drop_oldest(output_dir, keep)
     collectives.barrier()
     return final
 
 
-def _drop_oldest(output_dir: Path, keep: int) -> None:
+def drop_oldest(output_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints (0: all). On rank 0."""
     found = sorted((int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)))
-    for _, path in found[:-keep]:
+    for _, path in found[: len(found) - keep]:
         # Renamed first: a kill in the middle of the removal must not leave a folder that looks whole.
         doomed = path.with_name(path.name + PARTIAL)
         path.rename(doomed)

@@ -107,3 +107,13 @@ def test_merge_folder_makes_it_loadable_last(tmp_path, monkeypatch):
     checkpoint.merge_folder(new, final, last=("modules.json", "config.json"))
     assert order[-2:] == ["modules.json", "config.json"] and not new.exists()
     assert {p.read_text() for p in final.rglob("*") if p.is_file()} == {"new"}
+
+
+def test_dropping_all_leaves_other_files(tmp_path):
+    """A new run into an old folder removes the old checkpoints (else `auto` would resume them), and nothing besides."""
+    for step in (1, 2):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-notes").mkdir()
+    (tmp_path / "precious").write_text("x")
+    checkpoint.drop_oldest(tmp_path, keep=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-notes", "precious"]
