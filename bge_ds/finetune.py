@@ -203,29 +203,24 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
     Returns the largest difference found (the same on every rank).
     """
     weights = engines.full_parameters(engine)
-    group = data.group(0)
-    ids = [group.query, *(data.passage(int(row)) for row in group.pos), *(data.passage(int(row)) for row in group.neg)]
+    suffix = len(data.manifest["tokenizer"]["suffix_ids"])
+    ids = [batches.cut(data.group(0).query, args.query_max_len, suffix)]
+    ids += [batches.cut(data.passage(row), args.passage_max_len, suffix) for row in range(min(8, data.num_passages))]
     encoder: Encoder = engine.module
     live_ND = encoder.encode_ids(ids)
-    difference, failure = 0.0, None
-    if collectives.rank() == 0:
-        weights = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
+
+    def write() -> float:
+        own = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
         prompts = {
             "query": args.query_instruction_for_retrieval or "",
             "passage": args.passage_instruction_for_retrieval or "",
         }
-        try:
-            export.save_model(encoder.backbone, weights, tokenizer, folder)
-            export.write_sentence_transformers(
-                folder, encoder.backbone.config, args.sentence_pooling_method, args.normalize_embeddings, prompts
-            )
-            difference = export.check_saved(
-                folder, ids, live_ND, args.sentence_pooling_method, args.normalize_embeddings, engines.precision(engine)
-            )
-        except Exception as error:  # told to the other ranks, which would wait for ever otherwise
-            failure = error
-    run.fail_together(failure)
-    return collectives.broadcast_object(difference)
+        pooling, normalize = args.sentence_pooling_method, args.normalize_embeddings
+        export.save_model(encoder.backbone, own, tokenizer, folder)
+        export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
+        return export.check_saved(folder, ids, live_ND, pooling, normalize, engines.precision(engine))
+
+    return run.on_first_rank(write)
 
 
 def finish(save, output: Path) -> float:

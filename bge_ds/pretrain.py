@@ -59,7 +59,7 @@ def train(args: PretrainArguments) -> None:
         args, data, order, batches.collate_texts, device, first_step, plan.total,
         seed=order.seed, max_seq_length=args.max_seq_length,
     )  # fmt: skip
-    write = partial(write_model, engine, tokenizer, data)
+    write = partial(write_model, engine, tokenizer, data, args.max_seq_length)
     output = Path(args.output_dir)
 
     meter = Meter(device, args.logging_nan_inf_filter)
@@ -207,24 +207,22 @@ def count_targets(model: RetroMAE, micro_batches: list, over_all: bool) -> list[
     return [targets_of(model, batch).clamp_min(1) * len(micro_batches) for batch in micro_batches]
 
 
-def write_model(engine, tokenizer, data: shards.PretrainShards, folder: Path) -> float:
+def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: int, folder: Path) -> float:
     """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors; on every rank."""
     weights = engines.full_parameters(engine)
     model: RetroMAE = engine.module
-    ids = [data.ids(row) for row in range(min(8, len(data)))]
+    suffix = len(data.manifest["tokenizer"]["suffix_ids"])
+    ids = [batches.cut(data.ids(row), max_seq_length, suffix) for row in range(min(8, len(data)))]
     live_ND = Encoder(model.model.base_model, "cls", normalize=False).encode_ids(ids)
-    difference, failure = 0.0, None
-    if collectives.rank() == 0:
-        try:
-            encoder = {k.removeprefix("model."): w for k, w in weights.items() if k.startswith("model.")}
-            decoder = {k.removeprefix("decoder."): w for k, w in weights.items() if k.startswith("decoder.")}
-            export.save_model(model.model, encoder, tokenizer, folder / "encoder_model")
-            save_decoder(decoder, model.settings, folder)
-            difference = export.check_saved(folder / "encoder_model", ids, live_ND, "cls", False, engines.precision(engine))
-        except Exception as error:  # told to the other ranks, which would wait for ever otherwise
-            failure = error
-    run.fail_together(failure)
-    return collectives.broadcast_object(difference)
+
+    def write() -> float:
+        encoder = {k.removeprefix("model."): w for k, w in weights.items() if k.startswith("model.")}
+        decoder = {k.removeprefix("decoder."): w for k, w in weights.items() if k.startswith("decoder.")}
+        export.save_model(model.model, encoder, tokenizer, folder / "encoder_model")
+        save_decoder(decoder, model.settings, folder)
+        return export.check_saved(folder / "encoder_model", ids, live_ND, "cls", False, engines.precision(engine))
+
+    return run.on_first_rank(write)
 
 
 def copy_model(checkpoint_folder: Path, folder: Path) -> None:

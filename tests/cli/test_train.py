@@ -143,3 +143,26 @@ def test_half_precision_trains(setting):
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     weight = AutoModel.from_pretrained(setting / "bf16").encoder.layer[0].attention.self.query.weight
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+def test_shards_longer_than_the_model(setting, kind):
+    """Shards cut at 400 tokens train a model of 130 positions at a shorter length, the check of the saved model included."""
+    long = " ".join(helpers.SENTENCES[i % 6] for i in range(12))
+    lines = [
+        {"query": f"{i} {long}", "pos": [f"{i} {long}"], "neg": [long, f"{long} {i}"], "text": f"{i} {long}"} for i in range(8)
+    ]
+    if kind == "finetune":
+        lines = [{k: v for k, v in line.items() if k != "text"} for line in lines]
+    data, out = setting / f"long_{kind}.jsonl", setting / f"long_{kind}"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lengths = ["--query_max_len", 400, "--passage_max_len", 400] if kind == "finetune" else ["--max_seq_length", 400]
+    shards = setting / f"long_{kind}_shards"
+    launch(
+        ["python", "-m", "bge_ds.preprocess", kind, "--input", str(data), "--output", str(shards)],
+        *lengths, "--tokenizer", setting / "model", "--num_proc", 1,
+    )  # fmt: skip
+    flags = ["--output_dir", out, "--model_name_or_path", setting / "model", "--train_data", shards, "--max_steps", 1]
+    short = ["--query_max_len", 20, "--passage_max_len", 30] if kind == "finetune" else ["--max_seq_length", 30]
+    launch(["python", "-m", f"bge_ds.{kind}"], *flags, *short, "--use_cpu", "--save_strategy", "no")
+    assert (out / ("config.json" if kind == "finetune" else "encoder_model/config.json")).is_file()
