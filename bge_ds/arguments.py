@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Literal
 from bge_ds.argument_checks import (
     SCHEDULES,
     check_conflicts,
+    check_evaluation,
+    check_lora,
+    check_objective,
     check_optimizer,
     check_ranges,
     choose,
@@ -116,13 +119,31 @@ class TrainArguments:
     logging_dir: str | None = _flag(None, "folder of the writers; unset: OUTPUT_DIR/runs")
 
     # Saving and resuming
-    save_strategy: str = _flag("steps", "when a checkpoint is written: no, steps or epoch (at each epoch's end)")
+    save_strategy: str = _flag(
+        "steps", "when a checkpoint is written: no, steps, epoch (at each epoch's end) or best (where an evaluation is)"
+    )
     save_steps: float = _flag(500, "steps between two checkpoints; below 1, a share of all steps")
-    save_total_limit: int | None = _flag(None, "number of checkpoints kept, older ones are deleted; unset: all")
+    save_total_limit: int | None = _flag(None, "number of checkpoints kept, the best among them; unset: all")
     save_only_model: bool = _flag(False, "checkpoints hold the model alone: small, but no run resumes from them")
     resume_from_checkpoint: str | None = _flag(
         None, "checkpoint-N folder to go on from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
     )
+
+    # Evaluating
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders in BEIR's form that are searched while training; the last step is evaluated always"},
+    )
+    eval_strategy: str = _flag("no", "no, steps or epoch; with eval_data and unset: steps, or epoch where checkpoints are")
+    eval_steps: float | None = _flag(None, "steps between two evaluations; below 1, a share of all steps; unset: save_steps")
+    eval_delay: float = _flag(0.0, "steps (epochs, with eval_strategy epoch) before the first evaluation")
+    eval_on_start: bool = _flag(False, "evaluate the model as it is before the first step too")
+    per_device_eval_batch_size: int = _flag(8, "full-length passages a rank encodes at a time; of shorter texts, more")
+    load_best_model_at_end: bool = _flag(False, "the result is the best checkpoint's model, not the last step's")
+    metric_for_best_model: str | None = _flag(
+        None, "what the best checkpoint is best by, such as dev_Recall@100; unset: nDCG@10, the mean over the sets"
+    )
+    greater_is_better: bool | None = _flag(None, "True, as for every measure here", nargs="?", const=True)
 
     # Randomness and order
     seed: int = _flag(42, "seed of initial weights, dropout and masks")
@@ -140,7 +161,9 @@ class TrainArguments:
     )
 
     # Ranks
-    deepspeed: str = _flag("zero1", "name of a config of ds_configs/ (zero0 ... zero3) or path of a JSON file")
+    deepspeed: str = _flag(
+        "auto", "name of a config of ds_configs/ (zero0 ... zero3) or path of a JSON file; auto: zero1, or zero0 on one rank"
+    )
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = _flag(None, "unset: nccl on GPUs, gloo on CPUs")
     ddp_timeout: int = _flag(1800, "seconds that a rank waits for the others before it gives up")
     local_rank: int = _flag(-1, "set by the deepspeed launcher")
@@ -173,7 +196,7 @@ class TrainArguments:
                 setattr(self, name, str(Path(value).expanduser()))
         for name in ("output_dir", "train_data"):
             require(getattr(self, name), f"--{name} is empty; give a path")
-        choose(self, "save_strategy", ("no", "steps", "epoch"), {"best": "no metric is computed while training"})
+        choose(self, "save_strategy", ("no", "steps", "epoch", "best"))
         lengths = "no forward pass is padded, so texts of like length need no grouping"
         choose(
             self,
@@ -190,6 +213,7 @@ class TrainArguments:
         self.resume_from_checkpoint = {"true": "auto", "auto": "auto", "false": None, "none": None}.get(resume.lower(), resume)
         self.report_to = writers(self.report_to)
         check_optimizer(self)
+        check_evaluation(self)
         check_conflicts(self)
 
 
@@ -210,7 +234,7 @@ class PretrainArguments(TrainArguments):
         "embeddings", "decoder's query stream: through the encoder's embedding module, or the raw h + p_i of the paper"
     )
     save_strategy: str = _flag(
-        "epoch", "no, steps or epoch; with epoch, a save_steps that is given saves every so many steps too"
+        "epoch", "no, steps, epoch or best; with epoch, a save_steps that is given saves every so many steps too"
     )
 
     def check(self) -> None:
@@ -242,13 +266,46 @@ class FinetuneArguments(TrainArguments):
     )
     query_instruction_for_retrieval: str | None = _flag(None, "prefix of every query, saved as the model's query prompt")
     passage_instruction_for_retrieval: str | None = _flag(None, "prefix of every passage, saved as the model's passage prompt")
+    sub_batch_size: int | None = _flag(
+        None, "texts (queries and passages) computed at a time: the same gradient in less memory (GradCache); unset: all"
+    )
+    sub_batch_tokens: int | None = _flag(None, "the same by tokens: evener pieces where texts differ in length")
     negatives_cross_device: bool = _flag(False, "the passages of all ranks are negatives, not only the rank's own")
     use_inbatch_neg: bool = _flag(True, "the other queries' passages are negatives too")
+    bidirectional: bool = _flag(False, "also score each positive against all queries; the loss is the mean of both ways")
     mask_false_negatives: bool = _flag(True, "a passage whose text equals the query's positive is no negative of it")
+    false_negative_margin: float | None = _flag(
+        None, "a passage more similar than the positive by more than this is no negative; may be below 0; unset: off"
+    )
+    false_negative_margin_type: Literal["absolute", "relative"] = _flag(
+        "absolute", "the margin is a similarity, or a share of the positive's"
+    )
     temperature: float = _flag(0.02, "divides the similarities; always 1 where vectors are not normalised")
+    learnable_temperature: bool = _flag(False, "train the temperature too, from --temperature on")
+    knowledge_distillation: bool = _flag(False, "learn from the data's pos_scores and neg_scores, the teacher's")
+    kd_loss_type: Literal["kl_div", "m3_kd_loss", "margin_mse"] = _flag(
+        "kl_div", "kl_div and margin_mse add to the contrastive loss, m3_kd_loss weights its targets"
+    )
+    use_mrl: bool = _flag(False, "Matryoshka: the mean of the loss over prefixes of the vectors")
+    mrl_dims: list[int] = field(
+        default_factory=list, metadata={"help": "with use_mrl: the prefixes' lengths, such as 64 128 256 768"}
+    )
     normalize_embeddings: bool = _flag(True, "vectors of length 1; also spelled normlized")
     sentence_pooling_method: Literal["cls", "mean", "last_token"] = _flag("cls", "how token vectors become the text's")
+    bidirectional_attention: bool = _flag(
+        False, "decoder backbones: every token sees the whole text, not only what is before it"
+    )
     fix_position_embedding: bool = _flag(False, "do not train parameters whose name contains position_embeddings")
+
+    # LoRA
+    use_lora: bool = _flag(False, "train low-rank adapters of linear layers alone; saved merged, and by themselves for peft")
+    lora_rank: int = _flag(64, "with use_lora: rank of an adapter's matrices")
+    lora_alpha: float = _flag(16.0, "with use_lora: an adapter's product is multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = _flag(0.1, "with use_lora: dropout of an adapter's input")
+    target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "with use_lora: names of the linear layers that get an adapter, such as query value; unset: all"},
+    )
 
     def check(self) -> None:
         """As for both commands, and: the temperature fits the similarity, and there is something to compare against."""
@@ -277,6 +334,8 @@ class FinetuneArguments(TrainArguments):
             "--negatives_cross_device and --use_inbatch_neg False exclude each other: without in-batch negatives no "
             "other query's passage is compared; drop one of them",
         )
+        check_objective(self)
+        check_lora(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)
         require(
             self.train_group_size > 1 or not alone,

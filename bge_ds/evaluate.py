@@ -3,11 +3,11 @@
 A folder is in BEIR's form: `corpus.jsonl` (`_id`, optional `title`, `text`), `queries.jsonl` (`_id`, `text`) and
 `qrels.tsv` or `qrels/test.tsv` (query-id, corpus-id, score), each plain or `.gz`.
 
-Shapes: Q queries, P passages of one block, K kept passages a query, D features.
+Shapes: Q queries, D features.
 
-The search is exact: every query is scored against every passage by inner product. The corpus goes through the model
-block by block and only the best K of each query stay, so memory does not grow with the corpus. All lines are checked
-before the model is loaded: a mistake in the last line of qrels costs a second, not the encoding of a corpus.
+The search is exact. The corpus goes through the model block by block and only the best of each query stay, so memory does
+not grow with the corpus. All lines are checked before the model is loaded: a mistake in the last line of qrels costs a
+second, not the encoding of a corpus.
 """
 
 from __future__ import annotations
@@ -18,40 +18,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import ir_measures
-import orjson
 import torch
 from tqdm import tqdm
 
+from bge_ds import retrieval
 from bge_ds.data import records
 from bge_ds.modeling import encoder
+from bge_ds.retrieval import KEPT, NAMES, RetrievalSet, measure, read_folder, search
 
-MEASURES = (ir_measures.nDCG @ 10, ir_measures.RR @ 10, ir_measures.R @ 100)
-NAMES = ("nDCG@10", "MRR@10", "Recall@100")
-KEPT = 100  # the deepest cutoff among the measures
-BLOCK = 16384  # passages encoded and searched at a time
-TILE = 1024  # queries scored against a block at a time: 64 MiB of fp32 scores
 DEFAULT_LENGTHS = {"query_max_len": 64, "passage_max_len": 256}
-
-
-@dataclass
-class RetrievalSet:
-    """A checked BEIR folder. Passages stay on disk: `passages()` reads them again, in the order of `passage_ids`."""
-
-    name: str
-    corpus: Path
-    passage_ids: list[str]
-    queries: dict[str, str]  # those that have at least one relevant passage
-    qrels: dict[str, dict[str, int]]
-    unjudged: int = 0  # queries left out because no passage is relevant to them
-
-    def passages(self) -> Iterator[str]:
-        return (text for _, text, _ in read_texts(self.corpus))
 
 
 @dataclass
@@ -65,140 +45,21 @@ class Settings:
     said: list[str] = field(default_factory=list)
 
 
-def find_file(folder: Path, *names: str) -> Path:
-    """The first of `names` that exists in `folder`, plain or with `.gz`."""
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise ValueError(f"{folder} holds no {' or '.join(names)} (plain or .gz): give a folder in BEIR's form")
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line that is not blank; the place is `file:line`."""
-    for block in records.read_blocks(records.Source(path), 0):
-        for number, raw in enumerate(block.data.split(b"\n"), block.first):
-            try:
-                line = raw.decode("utf-8").rstrip("\r")
-            except UnicodeDecodeError as error:
-                place = f"{path}:{number}"
-                raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line)") from None
-            if line.strip():
-                yield f"{path}:{number}", line
-
-
-def read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(id, text, place) of each line of a corpus or of queries; a title goes before its text, as BEIR has it."""
-    for place, line in read_lines(path):
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: a {type(row).__name__} where an object with _id and text is expected")
-        identity, text, title = row.get("_id"), row.get("text"), row.get("title") or ""
-        if not isinstance(identity, str) or not identity:
-            raise ValueError(f"{place}: _id must be a non-empty string, not {identity!r}")
-        if not isinstance(text, str) or not isinstance(title, str):
-            raise ValueError(f"{place}: text (and title, where there is one) must be a string")
-        yield identity, f"{title} {text}".strip(), place
-
-
-def read_qrels(path: Path, passages: Collection[str], queries: Collection[str]) -> dict[str, dict[str, int]]:
-    """query id -> passage id -> grade, every id checked against the folder's own texts."""
-    qrels: dict[str, dict[str, int]] = {}
-    for first, (place, line) in enumerate(read_lines(path)):
-        fields = line.split("\t")
-        if len(fields) != 3:
-            raise ValueError(f"{place}: {len(fields)} tab-separated fields, not query-id, corpus-id, score")
-        query, passage, grade = fields
-        try:
-            value = int(grade)
-        except ValueError:
-            if first == 0:
-                continue  # the header
-            raise ValueError(f"{place}: the score must be a whole number, not {grade!r}") from None
-        if query not in queries:
-            raise ValueError(f"{place}: query {query!r} is not among the queries of this folder")
-        if passage not in passages:
-            raise ValueError(f"{place}: passage {passage!r} is not in the corpus of this folder")
-        qrels.setdefault(query, {})[passage] = value
-    return qrels
-
-
-def read_folder(folder: Path) -> RetrievalSet:
-    """Reads and checks a BEIR folder; a ValueError names the file and line of what is wrong."""
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
-    corpus, asked = find_file(folder, "corpus.jsonl"), find_file(folder, "queries.jsonl")
-    judged = find_file(folder, "qrels.tsv", "qrels/test.tsv")
-    places: dict[str, str] = {}
-    for identity, _, place in read_texts(corpus):
-        if identity in places:
-            raise ValueError(f"{place}: passage {identity!r} was given before, at {places[identity]}")
-        places[identity] = place
-    if not places:
-        raise ValueError(f"{corpus}: an empty corpus")
-    queries: dict[str, str] = {}
-    for identity, text, place in read_texts(asked):
-        if identity in queries:
-            raise ValueError(f"{place}: query {identity!r} was given before")
-        if not text:
-            raise ValueError(f"{place}: an empty query")
-        queries[identity] = text
-    qrels = read_qrels(judged, places.keys(), queries)
-    qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
-    if not qrels:
-        raise ValueError(f"{judged}: no query has a relevant passage (a score above 0)")
-    kept = {query: queries[query] for query in qrels}
-    return RetrievalSet(folder.name, corpus, list(places), kept, qrels, len(queries) - len(kept))
-
-
-def search(queries_QD: torch.Tensor, blocks_PD: Iterable[torch.Tensor], kept: int = KEPT):
-    """The `kept` best passages of each query over all blocks: (scores Q x K fp32, rows Q x K int64), best first.
-
-    Rows count through the blocks in the order given. Each block is dropped once it is searched.
-    """
-    device = queries_QD.device
-    best_scores = torch.empty(len(queries_QD), 0, device=device)
-    best_rows = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=device)
-    start = 0
-    for block_PD in blocks_PD:
-        block_PD = block_PD.to(device)
-        tiles = [(tile_QD @ block_PD.T).topk(min(kept, len(block_PD)), dim=1) for tile_QD in queries_QD.split(TILE)]
-        scores = torch.cat([best_scores, torch.cat([tile.values for tile in tiles])], dim=1)
-        rows = torch.cat([best_rows, torch.cat([tile.indices for tile in tiles]) + start], dim=1)
-        best_scores, order = scores.topk(min(kept, scores.shape[1]), dim=1)
-        best_rows = rows.gather(1, order)
-        start += len(block_PD)
-    return best_scores, best_rows
-
-
-def measure(data: RetrievalSet, run: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The measures of a ranking (query id -> passage id -> score), averaged over all queries of the set."""
-    values = ir_measures.calc_aggregate(MEASURES, data.qrels, run)
-    return {name: round(float(values[measure]), 6) for name, measure in zip(NAMES, MEASURES, strict=True)}
-
-
 def evaluate(data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor]) -> dict[str, float]:
     """The measures of a model on one set. `encode(texts, "query" | "passage")` gives fp32 rows of D features."""
     started = time.perf_counter()
     queries_QD = encode(list(data.queries.values()), "query")
-    texts = data.passages()
-    with tqdm(total=len(data.passage_ids), desc=data.name, unit="passages", disable=None) as bar:
+    texts = data.distinct()
+    with tqdm(total=len(data.firsts), desc=data.name, unit="passages", disable=None) as bar:
 
         def blocks() -> Iterator[torch.Tensor]:
-            while block := list(islice(texts, BLOCK)):
+            while block := list(islice(texts, retrieval.BLOCK)):
                 yield encode(block, "passage")
                 bar.update(len(block))
 
-        scores, rows = search(queries_QD, blocks())
-    run = {
-        query: {data.passage_ids[row]: score for row, score in zip(rows_K, scores_K, strict=True)}
-        for query, rows_K, scores_K in zip(data.queries, rows.tolist(), scores.tolist(), strict=True)
-    }
+        _, found_QK = search(queries_QD, blocks(), KEPT)
     sizes = {"queries": len(data.queries), "passages": len(data.passage_ids), "queries_left_out": data.unjudged}
-    return measure(data, run) | sizes | {"seconds": round(time.perf_counter() - started, 2)}
+    return measure(data, retrieval.ranking(data, found_QK)) | sizes | {"seconds": round(time.perf_counter() - started, 2)}
 
 
 def settings_folder(name_or_path: str, cache_dir: str | None) -> Path:
@@ -272,7 +133,7 @@ def build_encode(args: argparse.Namespace) -> tuple[Callable[[list[str], str], t
     def encode(texts: list[str], side: str) -> torch.Tensor:
         prompt = settings.query_prompt if side == "query" else settings.passage_prompt
         length = lengths[f"{side}_max_len"]
-        ids = tokenizer([prompt + text for text in texts], truncation=True, max_length=length)["input_ids"]
+        ids = retrieval.tokenize(tokenizer, [prompt + text for text in texts], length)
         half = torch.autocast(device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
         with half:
             vectors = model.encode_ids(ids, batch_tokens=args.batch_size * length)

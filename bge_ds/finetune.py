@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
-from bge_ds import preprocess, run
+from bge_ds import evaluation, preprocess, run
 from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
-from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import checkpoint, collectives, gradcache
 from bge_ds.distributed import engine as engines
 from bge_ds.metrics import Meter
-from bge_ds.modeling import contrastive, export
+from bge_ds.modeling import contrastive, export, lora
 from bge_ds.modeling.encoder import Encoder, check_lengths, say_how
 
 _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cross_device", "use_inbatch_neg",
-          "temperature", "normalize_embeddings", "sentence_pooling_method", "mask_false_negatives")  # fmt: skip
+          "temperature", "normalize_embeddings", "sentence_pooling_method", "mask_false_negatives", "sub_batch_size",
+          "sub_batch_tokens", "bidirectional", "false_negative_margin", "false_negative_margin_type", "learnable_temperature",
+          "knowledge_distillation", "kd_loss_type", "mrl_dims", "bidirectional_attention", "use_lora", "lora_rank",
+          "lora_alpha", "lora_dropout", "target_modules")  # fmt: skip
 
 
 def train(args: FinetuneArguments) -> None:
@@ -28,22 +33,35 @@ def train(args: FinetuneArguments) -> None:
     resume = run.set_up(args)
     tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
+    eval_sets = evaluation.open_sets(args)
     model_config = AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
     check_lengths(model_config, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
     torch.manual_seed(args.seed)
-    model = Encoder.load(
-        args.model_name_or_path, args.sentence_pooling_method, args.normalize_embeddings,
-        config=model_config, cache_dir=args.cache_dir,
-    )  # fmt: skip
+    with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
+        model = Encoder.load(
+            args.model_name_or_path, args.sentence_pooling_method, args.normalize_embeddings,
+            config=model_config, cache_dir=args.cache_dir, bidirectional=args.bidirectional_attention,
+        )  # fmt: skip
+    if args.use_lora:
+        add_adapters(model.backbone, args)
+    if args.learnable_temperature:
+        model.temperature = contrastive.Temperature(args.temperature)
     freeze_and_checkpoint(model.backbone, args)
     order = run.make_order(args, data.manifest, args.max_example_num_per_dataset)
     plan = run.StepPlan.make(args, order)
     uniform = not has_bare_groups(data)
     check_comparable(args, data, order, uniform)
+    if args.knowledge_distillation:
+        check_teacher(args, data, uniform)
+    width = model_config.hidden_size
+    if args.mrl_dims and args.mrl_dims[-1] > width:
+        raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
     engine, config = run.build_engine(args, model, plan)
     agreement = run.agreement(args, data, config, plan, _AGREE)
+    if args.use_lora:
+        agreement[checkpoint.FROZEN] = engines.mark_of_frozen(engine)
     first_step, tokens_seen = run.resume(args, resume, engine, agreement)
     log = run.open_log(args, engine, first_step, plan)
     ranks = collectives.world_size() if args.negatives_cross_device else 1
@@ -64,27 +82,31 @@ def train(args: FinetuneArguments) -> None:
         args, data, order, batches.collate_groups, device, first_step, plan.total,
         seed=order.seed, group_size=args.train_group_size,
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
+        own_only_spans=own_only_spans(data), distill=args.knowledge_distillation,
     )  # fmt: skip
     save = partial(write_model, engine, tokenizer, args, data)
+    evaluations = evaluation.prepare(
+        args, eval_sets, tokenizer, engine.module, device, plan, log, resume,
+        query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
+        query_prompt=args.query_instruction_for_retrieval or "", passage_prompt=args.passage_instruction_for_retrieval or "",
+    )  # fmt: skip
 
+    objective = objective_of(args)
     meter = Meter(device, args.logging_nan_inf_filter)
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
-        loss_sum, negatives_sum, hidden_sum = 0.0, 0, 0
+        parts = []
         for micro, batch in enumerate(micro_batches):
             batch = batch.to(device)
-            run.seed_step(args.seed, step, micro)
-            vectors = engine(batch.texts)
-            loss, compared, hidden = contrastive_loss(vectors, batch, args, uniform)
-            engine.backward(loss)
+            parts.append(backward(engine, batch, args, objective, uniform, partial(run.seed_step, args.seed, step, micro)))
             engine.step()
-            loss_sum, hidden_sum = loss_sum + loss.detach(), hidden_sum + hidden
-            negatives_sum = negatives_sum + batch.queries * (compared - 1) - hidden
         meter.add(
-            loss=loss_sum / len(micro_batches),
-            negatives=negatives_sum,
-            hidden=hidden_sum,
+            loss=sum(part.loss for part in parts) / len(parts),
+            negatives=sum(part.negatives for part in parts),
+            hidden_by_content=sum(part.by_content for part in parts),
+            hidden_by_margin=sum(part.by_margin for part in parts),
+            scale=parts[0].scale,
             tokens=sum(b.texts.tokens for b in micro_batches),
             padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
         )
@@ -101,11 +123,14 @@ def train(args: FinetuneArguments) -> None:
                 "learning_rate": learning_rate,
                 "grad_norm": engines.gradient_norm(engine),
                 "negatives": sums["negatives"] / queries,
-                "false_negatives_hidden": sums["hidden"] / queries,
+                "false_negatives_hidden": sums["hidden_by_content"] / queries,
+                "margin_negatives_hidden": sums["hidden_by_margin"] / queries,
+                "temperature": sums["steps"] * collectives.world_size() / sums["scale"],
                 **run.rates(args, engine, device, sums, tokens_seen),
             })  # fmt: skip
             engine.train()
-        if plan.saves(step):
+        to_save = evaluations.at(step, meter)
+        if plan.saves(step) or to_save:
             folder = checkpoint.save(
                 engine,
                 Path(args.output_dir),
@@ -115,15 +140,16 @@ def train(args: FinetuneArguments) -> None:
                 save,
                 keep=args.save_total_limit,
                 only_model=args.save_only_model,
+                best=evaluations.judge(step),
             )
             log.say(f"step {step}: saved {folder}")
             engine.train()
 
-    difference = finish(save, Path(args.output_dir))
+    difference = finish(evaluations.result(save), Path(args.output_dir))
     log.close()
     log.say(
         f"done in {time.perf_counter() - started:.0f} s: the model is in {args.output_dir}\n"
-        f"  loaded back with transformers, its vectors differ from the trained model's by at most {difference:.1e}"
+        f"  {evaluations.say_result(difference)}"
     )
 
 
@@ -164,6 +190,32 @@ def check_comparable(args: FinetuneArguments, data: shards.FinetuneShards, order
         )
 
 
+def own_only_spans(data: shards.FinetuneShards) -> tuple[tuple[int, int], ...]:
+    """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
+    marked = [s for s in data.manifest["sources"] if Path(s["path"]).name.split(".")[0].endswith("no_in_batch_neg")]
+    return tuple((first, last) for first, last in (source["rows"] for source in marked))
+
+
+def check_teacher(args: FinetuneArguments, data: shards.FinetuneShards, uniform: bool) -> None:
+    """Refuse distillation from groups that lack a score or have nothing to distil from."""
+    what = f"{args.train_data}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
+    if (row := data.first_without_scores()) is not None:
+        raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
+    if not uniform:
+        raise ValueError(f"{what}, and {data.manifest['counts']['groups_without_negatives']} have no negatives; leave them out")
+
+
+def add_adapters(backbone: torch.nn.Module, args: FinetuneArguments) -> None:
+    lora.add_adapters(
+        backbone,
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        name_or_path=args.model_name_or_path,
+    )
+
+
 def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) -> None:
     if args.fix_position_embedding:
         for name, parameter in backbone.named_parameters():
@@ -174,27 +226,79 @@ def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) ->
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def contrastive_loss(vectors, batch: batches.ContrastiveBatch, args: FinetuneArguments, uniform: bool):
-    """(mean loss over this rank's queries, passages each is compared with, how many of those were hidden in all)."""
-    q_BD, p_PD = vectors[: batch.queries], vectors[batch.queries :]
-    target_B, hashes_P = batch.target_B, batch.hashes_P
-    if args.negatives_cross_device and collectives.world_size() > 1:
-        counts = None if uniform else collectives.gather_counts(len(p_PD), p_PD.device)
-        before = collectives.rank() * len(p_PD) if counts is None else sum(counts[: collectives.rank()])
+def backward(
+    engine, batch: batches.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, uniform: bool, seed
+) -> contrastive.Parts:
+    """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k."""
+    texts, bounds = batch.texts, [0, batch.texts.place_N.numel()]
+    if args.sub_batch_size or args.sub_batch_tokens:
+        bounds = batches.chunk_bounds(texts, args.sub_batch_size, args.sub_batch_tokens)
+        # Every rank makes as many passes as the one that needs most: under ZeRO-3 a pass is a conversation.
+        bounds = batches.split_further(bounds, collectives.largest(len(bounds) - 1, texts.ids_T.device))
+    pieces = batches.split(texts, bounds)
+    fixed_scale = torch.tensor(1 / args.temperature, device=texts.ids_T.device)
+    parts: list[contrastive.Parts] = []
+
+    def embed(k: int):
+        seed(k)
+        scale = engine.module.temperature() if args.learnable_temperature else fixed_scale
+        return engine(pieces[k]), scale
+
+    def loss(vectors_ND, scale):
+        parts.append(contrastive_loss(vectors_ND[texts.place_N], scale, batch, objective, args.negatives_cross_device, uniform))
+        return parts[0].loss
+
+    sizes = [last - first for first, last in pairwise(bounds)]
+    with engines.one_reduction(engine, len(pieces)) as run_backward:
+        gradcache.backward(embed, sizes, loss, run_backward)
+    return parts[0].detached()
+
+
+def objective_of(args: FinetuneArguments) -> contrastive.Objective:
+    return contrastive.Objective(
+        in_batch=args.use_inbatch_neg,
+        bidirectional=args.bidirectional,
+        mask_false_negatives=args.mask_false_negatives,
+        margin=args.false_negative_margin,
+        relative=args.false_negative_margin_type == "relative",
+        distillation=args.kd_loss_type if args.knowledge_distillation else None,
+        dims=tuple(args.mrl_dims),
+        normalize=args.normalize_embeddings,
+    )
+
+
+def contrastive_loss(
+    vectors_ND: torch.Tensor,
+    scale: torch.Tensor | float,
+    batch: batches.ContrastiveBatch,
+    objective: contrastive.Objective,
+    cross_device: bool,
+    uniform: bool = True,
+) -> contrastive.Parts:
+    """The loss of this rank's queries, gathering first what other ranks bring.
+
+    vectors_ND: queries, then passages, in the batch's order. uniform: all ranks bring the same number of passages.
+    """
+    q_BD, p_PD = vectors_ND[: batch.queries], vectors_ND[batch.queries :]
+    hashes_P, own_BG, device = batch.hashes_P, batch.own_BG, p_PD.device
+    q_CD, mine_B, known, owner = q_BD, torch.arange(len(q_BD), device=device), batch.known_K, batch.known_query_K
+    if cross_device and collectives.world_size() > 1:
+        rank = collectives.rank()
+        counts = None if uniform else collectives.gather_counts(len(p_PD), device)
+        before = rank * len(p_PD) if counts is None else sum(counts[:rank])
         p_PD, hashes_P = collectives.all_gather_rows(p_PD, counts), collectives.all_gather_rows(hashes_P, counts)
-        target_B = target_B + before
-    hidden_BP = None
-    if args.mask_false_negatives:
-        hidden_BP = contrastive.false_negatives(hashes_P, batch.known_K, batch.known_query_K, target_B)
-    if args.use_inbatch_neg:
-        loss = contrastive.info_nce(q_BD, p_PD, target_B, args.temperature, hidden_BP)
-    else:
-        if hidden_BP is not None:
-            own_BG = torch.arange(len(p_PD), device=p_PD.device).unflatten(0, (len(q_BD), -1))
-            hidden_BP = hidden_BP.gather(1, own_BG)
-        loss = contrastive.info_nce_own_group(q_BD, p_PD, args.temperature, hidden_BP)
-    compared = len(p_PD) if args.use_inbatch_neg else len(p_PD) // len(q_BD)
-    return loss, compared, 0 if hidden_BP is None else hidden_BP.sum()
+        own_BG = torch.where(own_BG < 0, own_BG, own_BG + before)
+        if objective.bidirectional:
+            lists = collectives.gather_counts(len(known), device)
+            mine_B = mine_B + rank * len(q_BD)
+            q_CD, known = collectives.all_gather_rows(q_BD), collectives.all_gather_rows(known, lists)
+            owner = collectives.all_gather_rows(owner + rank * len(q_BD), lists)
+    found = contrastive.Candidates(
+        p_PD=p_PD, hashes_P=hashes_P, own_BG=own_BG, known_K=batch.known_K, owner_K=batch.known_query_K,
+        own_only_B=batch.own_only_B, teacher_BG=batch.teacher_BG,
+        q_CD=q_CD, mine_B=mine_B, all_known_K=known, all_owner_K=owner,
+    )  # fmt: skip
+    return contrastive.loss(q_BD, scale, found, objective)
 
 
 def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.FinetuneShards, folder: Path) -> float:
@@ -202,7 +306,7 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
 
     Returns the largest difference found (the same on every rank).
     """
-    weights = engines.full_parameters(engine)
+    weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
     suffix = len(data.manifest["tokenizer"]["suffix_ids"])
     ids = [batches.cut(data.group(0).query, args.query_max_len, suffix)]
     ids += [batches.cut(data.passage(row), args.passage_max_len, suffix) for row in range(min(8, data.num_passages))]
@@ -216,6 +320,9 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
             "passage": args.passage_instruction_for_retrieval or "",
         }
         pooling, normalize = args.sentence_pooling_method, args.normalize_embeddings
+        if args.use_lora:
+            lora.save_adapter(encoder.backbone, own, folder / lora.FOLDER)
+            own = lora.merge(encoder.backbone, own)
         export.save_model(encoder.backbone, own, tokenizer, folder)
         export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
         return export.check_saved(folder, ids, live_ND, pooling, normalize, engines.precision(engine))
@@ -229,6 +336,7 @@ def finish(save, output: Path) -> float:
     run.fresh_folder(aside)
     difference = save(aside)
     if collectives.rank() == 0:
+        shutil.rmtree(output / lora.FOLDER, ignore_errors=True)  # an older run's would not fit this run's model
         checkpoint.merge_folder(aside, output, last=export.ENTRY_FILES)
     collectives.barrier()
     return difference

@@ -37,6 +37,10 @@ class Meter:
             self.sums[name] = total + value
         self.steps += 1
 
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last reading that was not training."""
+        self.began += seconds
+
     def read(self) -> dict[str, float]:
         """Each value summed over the steps and averaged over the ranks' sums; `steps`, `seconds`. Starts anew."""
         names = sorted(self.sums)
@@ -88,9 +92,7 @@ class RunLog:
         """One line of metrics; `record["step"]` is the number of steps done."""
         if not self.active:
             return
-        record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        record = self._append(record)
         shown = {
             "loss": f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
@@ -102,6 +104,21 @@ class RunLog:
         if self.bar.disable:
             self.say("  ".join([f"step {record['step']}"] + [f"{k} {v}" for k, v in shown.items()]))
         self.write_events([(f"train/{k}", v, record["step"]) for k, v in record.items() if k != "step"])
+
+    def write_evaluation(self, record: dict[str, float], shown: list[str]) -> None:
+        """The same for an evaluation after that step: `eval_...` values and `eval_seconds`; a person is shown some of them."""
+        if not self.active:
+            return
+        record = self._append(record)
+        words = [f"{k.removeprefix('eval_')} {record[k]:.4f}" for k in shown]
+        self.say("  ".join([f"step {record['step']}: evaluated in {record['eval_seconds']:.1f} s", *words]))
+        self.write_events([(f"eval/{k.removeprefix('eval_')}", v, record["step"]) for k, v in record.items() if k != "step"])
+
+    def _append(self, record: dict[str, float]) -> dict[str, float]:
+        record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        return record
 
     def say(self, text: str) -> None:
         if self.active:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from functools import partial
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from bge_ds import preprocess, run
+from bge_ds import evaluation, preprocess, run
 from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives
@@ -20,7 +19,7 @@ from bge_ds.distributed import engine as engines
 from bge_ds.metrics import Meter
 from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, say_how
-from bge_ds.modeling.retromae import DECODER_FILES, RetroMAE, RetroMAESettings, check_family, load_decoder, save_decoder
+from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings, check_family, load_decoder, save_decoder
 
 _AGREE = ("max_seq_length", "encoder_mlm_probability", "decoder_mlm_probability", "decoder_query",
           "average_tokens_across_devices")  # fmt: skip
@@ -31,6 +30,7 @@ def train(args: PretrainArguments) -> None:
     resume = run.set_up(args)
     tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
+    eval_sets = evaluation.open_sets(args)
     model_config = AutoConfig.from_pretrained(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
     check_family(model_config)
     check_lengths(model_config, max_seq_length=args.max_seq_length)
@@ -61,6 +61,11 @@ def train(args: PretrainArguments) -> None:
     )  # fmt: skip
     write = partial(write_model, engine, tokenizer, data, args.max_seq_length)
     output = Path(args.output_dir)
+    probe = Encoder(engine.module.model.base_model, "cls", normalize=True)
+    evaluations = evaluation.prepare(
+        args, eval_sets, tokenizer, probe, device, plan, log, resume,
+        query_max_len=args.max_seq_length, passage_max_len=args.max_seq_length,
+    )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
     engine.train()
@@ -104,7 +109,8 @@ def train(args: PretrainArguments) -> None:
                 "grad_norm": engines.gradient_norm(engine),
                 **run.rates(args, engine, device, sums, tokens_seen),
             })  # fmt: skip
-        if plan.saves(step):
+        to_save = evaluations.at(step, meter)
+        if plan.saves(step) or to_save:
             folder = checkpoint.save(
                 engine,
                 Path(args.output_dir),
@@ -114,16 +120,17 @@ def train(args: PretrainArguments) -> None:
                 write,
                 keep=args.save_total_limit,
                 only_model=args.save_only_model,
+                best=evaluations.judge(step),
             )
             publish(partial(copy_model, folder), output)
             log.say(f"step {step}: saved {folder} and {output / 'encoder_model'}")
             engine.train()
 
-    difference = publish(write, output)
+    difference = publish(evaluations.result(write), output)
     log.close()
     log.say(
         f"done in {time.perf_counter() - started:.0f} s: the encoder is in {output / 'encoder_model'}\n"
-        f"  loaded back with transformers, its vectors differ from the trained model's by at most {difference:.1e}"
+        f"  {evaluations.say_result(difference)}"
     )
 
 
@@ -151,7 +158,8 @@ def check_vocabulary(config, tokenizer, args: PretrainArguments) -> None:
 def make_model(args: PretrainArguments, config, tokenizer, data: shards.PretrainShards) -> RetroMAE:
     """The encoder (loaded, or from scratch) with a decoder: the one saved beside the encoder, or a random one."""
     if args.model_name_or_path:
-        encoder = load_backbone(AutoModelForMaskedLM, args.model_name_or_path, config=config, cache_dir=args.cache_dir)
+        with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
+            encoder = load_backbone(AutoModelForMaskedLM, args.model_name_or_path, config=config, cache_dir=args.cache_dir)
     else:
         encoder = build_backbone(AutoModelForMaskedLM, config)
         start_at_frequencies(encoder.get_output_embeddings().bias, data)
@@ -228,9 +236,7 @@ def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: 
 def copy_model(checkpoint_folder: Path, folder: Path) -> None:
     """A checkpoint's model (already checked) into an existing folder."""
     if collectives.rank() == 0:
-        shutil.copytree(checkpoint_folder / "encoder_model", folder / "encoder_model")
-        for name in DECODER_FILES:
-            shutil.copy2(checkpoint_folder / name, folder)
+        checkpoint.copy_model(checkpoint_folder, folder)
 
 
 def publish(write, output: Path) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -79,16 +80,20 @@ def _only_a_start(held: list[str], args: TrainArguments) -> bool:
     return bool(args.resume_from_checkpoint) and all(n in _OURS or n.endswith(checkpoint.PARTIAL) for n in held)
 
 
-def seed_step(seed: int, step: int, micro: int) -> None:
-    """Dropout's generators as a function of (seed, step, micro step, rank): a resumed run needs no random state."""
-    torch.manual_seed(int(mix64(seed, step, micro, collectives.rank())) >> 1)
+def seed_step(seed: int, step: int, micro: int, piece: int = 0) -> None:
+    """Dropout's generators as a function of (seed, step, micro step, rank, piece of its texts).
+
+    A resumed run needs no random state, and a piece computed twice gives the same vectors twice.
+    """
+    torch.manual_seed(int(mix64(seed, step, micro, collectives.rank(), piece)) >> 1)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which steps a run takes, and after which of them it logs and saves; a step counts when it is done (from 1).
+    """Which steps a run takes, and after which of them it logs, saves and evaluates; a step counts when it is done (from 1).
 
-    total: steps of the run. epoch_steps: steps an epoch's texts fill (a fraction in general).
+    total: steps of the run. epoch_steps: steps an epoch's texts fill (a fraction in general). eval_after: the first step
+    that may be evaluated. save_last: the run's last step is saved too.
     """
 
     total: int
@@ -98,6 +103,10 @@ class StepPlan:
     log_first: bool
     save_every: int | None
     save_epochs: bool
+    save_last: bool = False
+    eval_every: int | None = None
+    eval_epochs: bool = False
+    eval_after: float = 0.0
 
     @classmethod
     def make(cls, args: TrainArguments, order: Order) -> StepPlan:
@@ -107,15 +116,34 @@ class StepPlan:
                 f"{len(order)} rows do not fill one batch of {order.global_batch} with --dataloader_drop_last; "
                 "lower --per_device_train_batch_size"
             )
-        return cls(
+        by_epoch = args.eval_strategy == "epoch"
+        epoch_steps = len(order) / order.global_batch
+        plan = cls(
             total=total,
-            epoch_steps=len(order) / order.global_batch,
+            epoch_steps=epoch_steps,
             log_every=steps_from(args.logging_steps, total) if args.logging_strategy == "steps" else None,
             log_epochs=args.logging_strategy == "epoch",
             log_first=args.logging_first_step,
             save_every=None if args.save_every is None else steps_from(args.save_every, total),
             save_epochs=args.save_strategy == "epoch",
+            # Whatever the model has become last is a candidate too: without it, a run might end with nothing to choose from.
+            save_last=args.load_best_model_at_end and args.save_strategy != "best",
+            eval_every=steps_from(args.eval_steps, total) if args.eval_strategy == "steps" else None,
+            eval_epochs=by_epoch,
+            eval_after=args.eval_delay * (epoch_steps if by_epoch else 1),
         )
+        if args.load_best_model_at_end:
+            plan.check_judged()
+        return plan
+
+    def check_judged(self) -> None:
+        """Refuse checkpoints that no evaluation judges; those before `eval_after` are no candidates."""
+        for step in range(max(1, math.ceil(self.eval_after)), self.total + 1):
+            if self.saves(step) and not self.evaluates(step):
+                raise ValueError(
+                    f"--load_best_model_at_end: the checkpoint of step {step} would not be evaluated, so the best would not "
+                    "be known; give save and eval the same strategy, and make --save_steps a multiple of --eval_steps"
+                )
 
     def epoch(self, step: int) -> float:
         return step / self.epoch_steps
@@ -131,7 +159,15 @@ class StepPlan:
 
     def saves(self, step: int) -> bool:
         every = self.save_every is not None and step % self.save_every == 0
-        return every or (self.save_epochs and (self._ends_epoch(step) or step == self.total))
+        by_epoch = self.save_epochs and (self._ends_epoch(step) or step == self.total)
+        return every or by_epoch or (self.save_last and step == self.total)
+
+    def evaluates(self, step: int) -> bool:
+        """The last step is evaluated always: it is what the run ends with."""
+        if self.eval_every is None and not self.eval_epochs:
+            return False
+        due = self._ends_epoch(step) if self.eval_epochs else step % self.eval_every == 0
+        return step == self.total or (due and step >= self.eval_after - 1e-9)
 
 
 def make_order(args: TrainArguments, manifest: dict, max_per_source: int | None = None) -> Order:
@@ -155,7 +191,8 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
         world=collectives.world_size(),
         clip=args.max_grad_norm,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        elements=sum(p.numel() for p in model.parameters()),
+        elements=engines.count_elements(model),
+        trainable=engines.count_elements(model, trainable=True),
         learning_rate=args.learning_rate,
         betas=adam["betas"],
         epsilon=args.adam_epsilon,
@@ -193,8 +230,7 @@ def _monitors(args: TrainArguments) -> dict[str, dict]:
 def summary(args: TrainArguments, plan: StepPlan, order: Order, engine, config: dict, facts: list[tuple[str, object]]) -> str:
     """What the run is about to do, for a person: facts, memory, the settings that differ from the default, all settings."""
     model = engine.module
-    elements = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    elements, trainable = engines.count_elements(model), engines.count_elements(model, trainable=True)
     memory = engines.memory_estimate(elements, trainable, config, collectives.world_size())
     zero = config.get("zero_optimization", {}).get("stage", 0)
     batch = (
@@ -243,7 +279,7 @@ def resume(args: TrainArguments, path: Path | None, engine, agreement: dict) -> 
             checkpoint.drop_oldest(Path(args.output_dir), keep=0)
         return 0, 0
     state = checkpoint.read_state(path, agreement)
-    checkpoint.restore(engine, path)
+    checkpoint.restore(engine, path, without_frozen=checkpoint.FROZEN in agreement)
     return state["step"], state["tokens_seen"] if collectives.rank() == 0 else 0
 
 

@@ -15,10 +15,12 @@ ALIASES: dict[str, tuple[str, type]] = {
     "activation_checkpointing": ("gradient_checkpointing", bool),
     "activation_checkpointing_kwargs": ("gradient_checkpointing_kwargs", str),
     "warmup_ratio": ("warmup_steps", float),
+    "evaluation_strategy": ("eval_strategy", str),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size", int),
 }
 
-_EVALUATION = "nothing is evaluated while training in this version; run `python -m bge_ds.evaluate` on the saved model"
-_BEST = "no metric is computed while training in this version, so no checkpoint is the best one: the last is the result"
+_EVALUATION = "an evaluation searches the folders of --eval_data; it has no loss, predictions or metric functions to set up"
+_ASK_FOR_EVALUATION = "--eval_data FOLDER is what turns evaluation on, and --eval_steps or --eval_strategy says when"
 _HUB = "nothing is uploaded in this version; the finished folder can be pushed with `hf upload REPO FOLDER`"
 _TRACKIO = "Trackio is not among the writers; choose from --report_to tensorboard, wandb, csv"
 _FSDP = "the engine is DeepSpeed; --deepspeed zero3 shards the parameters as FSDP does"
@@ -27,7 +29,7 @@ _COMPILE = "the model is not compiled in this version: texts of every length sha
 _ACCELERATE = "accelerate is not used: DeepSpeed starts the ranks and the order of the data is computed from the seed"
 _LIGER = "Liger's kernels patch causal language models; --kernels auto|torch|fused chooses bge_ds's own"
 _OPTIMIZER = '--optim takes AdamW only; for another optimizer write the "optimizer" section of the DeepSpeed config'
-_FULL_EVAL = _EVALUATION + "; --bf16 there sets its precision"
+_FULL_EVAL = "texts are encoded for an evaluation in the precision of the run; see --bf16 and --fp16"
 _APEX = "apex is not used: --fp16 or --bf16 chooses the precision and DeepSpeed keeps the fp32 master weights"
 _TPU = "TPUs are not supported: DeepSpeed runs on GPUs and CPUs"
 _LENGTH = "no forward pass is padded, so grouping texts by length would save nothing"
@@ -35,12 +37,10 @@ _BATCHES = "batches are built from the shards and hold exactly what the model ta
 
 # A group of names that share a reason -> the reason.
 _GROUPS: dict[str, str] = {
-    "eval_strategy evaluation_strategy evaluate_during_training eval_steps eval_delay per_device_eval_batch_size "
-    "per_gpu_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object "
-    "eval_accumulation_steps include_for_metrics include_inputs_for_metrics batch_eval_metrics do_eval jit_mode_eval "
-    "use_legacy_prediction_loop": _EVALUATION,
+    "do_eval evaluate_during_training": _ASK_FOR_EVALUATION,
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+    "include_inputs_for_metrics batch_eval_metrics jit_mode_eval use_legacy_prediction_loop": _EVALUATION,
     "bf16_full_eval fp16_full_eval": _FULL_EVAL,
-    "load_best_model_at_end metric_for_best_model greater_is_better": _BEST,
     "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
     "push_to_hub_model_id push_to_hub_organization push_to_hub_token": _HUB,
     "project trackio_space_id trackio_bucket_id trackio_static_space_id": _TRACKIO,
@@ -93,12 +93,7 @@ REFUSED: dict[str, str] = {name: reason for names, reason in _GROUPS.items() for
 # The values of a refused name that ask for what happens anyway. Not listed: None, False and "".
 _OFF = (None, False, "")
 ACCEPTED: dict[str, tuple] = {
-    "eval_strategy": ("no", None),
-    "evaluation_strategy": ("no", None),
-    "eval_delay": (0,),
-    "per_device_eval_batch_size": (8,),
     "eval_do_concat_batches": (True,),
-    "greater_is_better": (None,),
     "hub_strategy": ("every_save",),
     "project": ("huggingface",),
     "trackio_space_id": (None, "trackio"),

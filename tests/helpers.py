@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 SENTENCES = [
@@ -62,7 +70,10 @@ def make_tokenizer(kind: str, folder: Path) -> Path:
 
 
 def tiny_config(family: str, *, vocab_size: int = 200, dropout: float = 0.0, **changes):
-    """A two-layer model's config: bert or roberta (whose positions start after the padding id, 1)."""
+    """A two-layer model's config: bert, roberta (whose positions start after the padding id, 1), or any other model type.
+
+    Where a type has a sliding window, one layer has one of a few tokens; Mistral has it in both.
+    """
     shape = dict(
         vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         # Large weights: texts of a freshly made model would otherwise all have nearly the same vector.
@@ -70,14 +81,32 @@ def tiny_config(family: str, *, vocab_size: int = 200, dropout: float = 0.0, **c
     )  # fmt: skip
     if family == "bert":
         return BertConfig(**{**shape, **changes})
-    return RobertaConfig(**{**shape, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1, **changes})
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    if family == "roberta":
+        return RobertaConfig(**{**shape, **ids, "type_vocab_size": 1, **changes})
+    # The same under the names of the other types; a type keeps a name that it does not know as a mere note.
+    names = ("attention_dropout", "embedding_dropout", "mlp_dropout", "dropout", "embd_pdrop", "resid_pdrop")
+    shape |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": 4, **ids, **dict.fromkeys(names, dropout)}
+    return AutoConfig.for_model(family, **{**shape, **_OWN_SETTINGS.get(family, {}), **changes})
+
+
+_SLIDING = {"num_key_value_heads": 2, "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
+_OWN_SETTINGS = {
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "llama": {"num_key_value_heads": 2, "pad_token_id": None},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
+    "modernbert": {"local_attention": 12, "global_attn_every_n_layers": 2},
+    "qwen2": _SLIDING,
+    "qwen3": {**_SLIDING, "head_dim": 8},
+}
 
 
 def make_model(family: str, folder: Path, **changes) -> Path:
     import torch
 
     torch.manual_seed(0)
-    model = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}[family](tiny_config(family, **changes))
+    model_class = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}.get(family, AutoModel.from_config)
+    model = model_class(tiny_config(family, **changes))
     # Random norms and biases: a parameter left at 0 or 1 would hide a gradient that never arrives.
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -104,12 +133,20 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
 
 
+# A gloo thread still at work when the interpreter ends aborts the rank; so the commands leave their group too (`run.command`).
+_LEAVE = """
+import torch
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
 def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300) -> str:
     """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others')."""
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, args)], cwd=REPO, text=True,
+            [sys.executable, "-c", script + _LEAVE, *map(str, args)], cwd=REPO, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),

@@ -162,7 +162,18 @@ def test_negations_of_refused_switches_are_refused_too(capsys):
         (["--save_steps", "0"], ["--save_steps", "above 0"]),
         (["--save_strategy", "epoch", "--save_steps", "100"], ["--save_steps 100", "--save_strategy"]),
         (["--save_strategy", "no", "--save_total_limit", "2"], ["--save_total_limit 2", "--save_strategy"]),
-        (["--save_strategy", "best"], ["best", "no metric", "epoch"]),
+        (["--save_strategy", "best"], ["best", "no metric", "--eval_data"]),
+        (["--save_strategy", "worst"], ["worst", "no, steps, epoch, best"]),
+        (["--eval_steps", "10"], ["--eval_steps 10", "--eval_data"]),
+        (["--eval_strategy", "steps"], ["--eval_strategy steps", "--eval_data"]),
+        (["--load_best_model_at_end"], ["--load_best_model_at_end", "--eval_data"]),
+        (["--eval_data", "d", "--eval_strategy", "no"], ["--eval_data", "--eval_strategy no"]),
+        (["--eval_data", "d", "--eval_strategy", "epoch", "--eval_steps", "5"], ["--eval_steps 5", "--eval_strategy steps"]),
+        (["--eval_data", "d", "--eval_steps", "1.5"], ["--eval_steps", "whole number"]),
+        (["--eval_data", "d", "--eval_delay", "-1"], ["--eval_delay", "at least 0"]),
+        (["--eval_data", "d", "--greater_is_better", "False"], ["--greater_is_better False", "nDCG"]),
+        (["--eval_data", "d", "--load_best_model_at_end", "--save_strategy", "no"], ["--load_best", "--save_strategy no"]),
+        (["--do_eval"], ["--do_eval is refused", "--eval_data FOLDER"]),
         (["--logging_strategy", "epoch", "--logging_steps", "5"], ["--logging_steps 5", "--logging_strategy"]),
         (["--dataloader_num_workers", "0", "--dataloader_prefetch_factor", "2"], ["--dataloader_num_workers"]),
         (["--save_only_model", "--resume_from_checkpoint", "auto"], ["--save_only_model", "--resume_from_checkpoint"]),
@@ -180,9 +191,21 @@ def test_negations_of_refused_switches_are_refused_too(capsys):
         (["--deepspeed", "{}"], ["--deepspeed", "path"]),
         (["--use_cpu", "--ddp_backend", "nccl"], ["--use_cpu", "--ddp_backend nccl"]),
         (["--average_tokens_across_devices", "False"], ["--average_tokens_across_devices"]),
+        (["--sub_batch_size", "0"], ["--sub_batch_size is 0", "at least 1"]),
+        (["--sub_batch_size", "4", "--sub_batch_tokens", "4"], ["--sub_batch_size", "--sub_batch_tokens"]),
+        (["--sub_batch_tokens", "4", "--gradient_accumulation_steps", "2"], ["--sub_batch_tokens", "--per_device_train_batch"]),
+        (["--bidirectional", "--use_inbatch_neg", "False"], ["--bidirectional", "--use_inbatch_neg False"]),
+        (["--use_mrl"], ["--use_mrl", "--mrl_dims"]),
+        (["--mrl_dims", "8"], ["--use_mrl", "--mrl_dims"]),
+        (["--use_mrl", "--mrl_dims", "0", "8"], ["--mrl_dims [0, 8]", "at least 1"]),
+        (["--knowledge_distillation", "--train_group_size", "1"], ["--knowledge_distillation", "--train_group_size 1"]),
+        (["--kd_loss_type", "m3_kd_loss"], ["--kd_loss_type m3_kd_loss", "--knowledge_distillation"]),
+        (["--false_negative_margin_type", "relative"], ["--false_negative_margin_type", "no effect"]),
+        (["--false_negative_margin", "nan"], ["--false_negative_margin is nan", "finite"]),
+        (["--learnable_temperature", "--normalize_embeddings", "False"], ["--learnable_temperature", "--normalize_embed"]),
         (["--model_name_or_path", ""], ["--model_name_or_path"]),
         (["--trust_remote_code", "True"], ["--trust_remote_code is refused"]),
-        (["--push_to_hub", "--eval_strategy", "steps"], ["--push_to_hub is refused", "--eval_strategy is refused"]),
+        (["--push_to_hub", "--do_eval", "True"], ["--push_to_hub is refused", "--do_eval is refused"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )  # fmt: skip
@@ -231,6 +254,20 @@ def test_when_checkpoints_are_written():
     assert ok(FinetuneArguments, "--save_strategy", "no").save_every is None
 
 
+@BOTH
+def test_when_evaluations_happen(cls):
+    """Folders alone turn evaluation on, at the steps of the checkpoints; without folders nothing is evaluated."""
+    assert ok(cls).eval_strategy == "no" and ok(cls).eval_data == []
+    by_steps = ok(cls, "--eval_data", "a", "~/b", "--save_strategy", "steps", "--save_steps", 0.5)
+    assert (by_steps.eval_strategy, by_steps.eval_steps) == ("steps", 0.5)
+    assert by_steps.eval_data == ["a", str(Path("~/b").expanduser())]
+    assert ok(cls, "--eval_data", "a", "--eval_steps", 20, "--save_strategy", "epoch").eval_steps == 20
+    by_epoch = ok(cls, "--eval_data", "a", "--save_strategy", "epoch")
+    assert (by_epoch.eval_strategy, by_epoch.eval_steps) == ("epoch", None)
+    assert ok(cls, "--eval_data", "a", "--evaluation_strategy", "epoch").eval_strategy == "epoch"
+    assert ok(cls, "--eval_data", "a", "--save_strategy", "best", "--greater_is_better").save_every is None
+
+
 @pytest.mark.parametrize(
     ("value", "total", "steps"), [(0, 10, 0), (1, 10, 1), (500, 10, 500), (0.1, 100, 10), (0.1, 101, 11), (0.001, 3, 1)]
 )
@@ -270,7 +307,7 @@ def test_a_json_file_says_the_same_as_flags(tmp_path):
     settings = {
         "output_dir": "out", "train-data": "data", "model_name_or_path": "", "config_name": "c", "tokenizer_name": "t",
         "bf16": True, "learning_rate": 1e-4, "max_steps": 10, "report_to": ["csv"], "lr_scheduler_type": "polynomial",
-        "lr_scheduler_kwargs": {"power": 2}, "resume_from_checkpoint": None, "no_cuda": True, "eval_strategy": "no",
+        "lr_scheduler_kwargs": {"power": 2}, "resume_from_checkpoint": None, "no_cuda": True, "do_eval": False,
         "push_to_hub": False, "fsdp_config": None, "include_for_metrics": [], "disable_tqdm": None, "warmup_ratio": 0.1,
     }  # fmt: skip
     path = tmp_path / "settings.json"
@@ -297,7 +334,7 @@ def test_a_json_file_says_the_same_as_flags(tmp_path):
         ('{"output_dir": "o", "train_data": "d", "seed": null}', ["seed is null"]),
         ('{"output_dir": "o", "train_data": "d", "sead": []}', ["unknown flag --sead", "--seed"]),
         ('{"output_dir": "o", "train_data": "d", "deepspeed": {"train_batch_size": 1}}', ["--deepspeed", "path"]),
-        ('{"output_dir": "o", "train_data": "d", "eval_strategy": "steps"}', ["--eval_strategy is refused"]),
+        ('{"output_dir": "o", "train_data": "d", "do_eval": true}', ["--do_eval is refused"]),
         ('{"output_dir": "o"}', ["--train_data"]),
     ],
 )

@@ -37,6 +37,34 @@ def test_epoch_ends():
     assert [s for s in range(1, 21) if both.saves(s)] == [4, 8, 10, 12, 16, 20]
 
 
+def evaluated(planned):
+    return [step for step in range(1, planned.total + 1) if planned.evaluates(step)]
+
+
+def test_which_steps_are_evaluated():
+    """By steps, shares or epochs, from the delay on, and always the last step; never without folders."""
+    assert evaluated(plan(num_train_epochs=1)) == []
+    assert evaluated(plan(num_train_epochs=1, eval_data=["d"], eval_steps=4)) == [4, 8, 10]
+    assert evaluated(plan(num_train_epochs=2, eval_data=["d"], eval_steps=0.25, eval_delay=9)) == [10, 15, 20]
+    assert evaluated(plan(num_train_epochs=1, eval_data=["d"])) == [10]
+    by_epoch = plan(rows=95, num_train_epochs=3, eval_data=["d"], eval_strategy="epoch", eval_delay=1.5)
+    assert evaluated(by_epoch) == [19, 29]
+
+
+def test_checkpoints_and_evaluations_coincide_where_the_best_is_asked_for():
+    """A checkpoint that is not evaluated could be the best unnoticed; the last step is saved, since it may be the best."""
+    best = {"eval_data": ["d"], "load_best_model_at_end": True, "num_train_epochs": 2}
+    saved = plan(**best, save_steps=6, eval_steps=3)
+    assert [s for s in range(1, 21) if saved.saves(s)] == [6, 12, 18, 20]
+    with pytest.raises(ValueError, match=r"the checkpoint of step 4 would not be evaluated.* multiple of --eval_steps"):
+        plan(**best, save_steps=4, eval_steps=3)
+    with pytest.raises(ValueError, match="the checkpoint of step 10 would not be evaluated"):
+        plan(**best, save_strategy="epoch", eval_steps=3)
+    assert plan(**best, save_steps=4, eval_steps=3, eval_delay=17).total == 20  # what is before the delay is no candidate
+    by_best = plan(**best, save_strategy="best", eval_steps=3)
+    assert not any(by_best.saves(s) for s in range(1, 21))
+
+
 def test_logging_first_and_last():
     assert [s for s in range(1, 11) if plan(num_train_epochs=1, logging_steps=4, logging_first_step=True).logs(s)] == [
         1,
@@ -81,6 +109,7 @@ def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path, groups, tiny
         (["--kernels", "fused"], "no kernels of its own yet"),
         (["--train_data", "missing.jsonl"], "missing.jsonl"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
+        (["--eval_data", "no/such/folder"], "--eval_data no/such/folder: no such folder"),
     ],
 )
 def test_mistakes_before_the_start(capsys, tmp_path, groups, tiny_bert_path, flags, message):

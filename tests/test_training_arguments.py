@@ -102,6 +102,6 @@ def test_every_setting_is_read_somewhere(cls):
     constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     read |= {value for value in constants if isinstance(value, str)}
     elsewhere = {"save_steps", "local_rank"}  # through save_every; launchers set LOCAL_RANK to the same
-    by_check = {"average_tokens_across_devices"} if cls is FinetuneArguments else set()
+    by_check = {"greater_is_better"} | ({"average_tokens_across_devices", "use_mrl"} if cls is FinetuneArguments else set())
     unread = fields_of(cls).keys() - read - elsewhere - by_check
     assert not unread, sorted(unread)

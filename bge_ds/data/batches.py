@@ -9,6 +9,7 @@ variable-length attention kernel each such run is one dense attention call on vi
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -72,18 +73,21 @@ class PackedTexts(_Movable):
 class ContrastiveBatch(_Movable):
     """Queries and passages of B groups: `texts` holds the B queries first, then the P passages group by group.
 
-    target_B: int64, the place of each query's positive among the P passages.
+    own_BG: int64, the places of each query's group among the P passages, its positive first, -1 where a group is shorter.
     hashes_P: int64, content hash of each passage. known_K, known_query_K: the hashes of every positive listed for a
     query, drawn or not, and the query each belongs to (what must never serve as that query's negative).
+    own_only_B: bool, queries of a set that takes no in-batch negatives. teacher_BG: fp32, the teacher's scores, or None.
     """
 
     texts: PackedTexts
     queries: int
-    target_B: torch.Tensor
+    own_BG: torch.Tensor
     hashes_P: torch.Tensor
     known_K: torch.Tensor
     known_query_K: torch.Tensor
+    own_only_B: torch.Tensor
     rows_B: torch.Tensor
+    teacher_BG: torch.Tensor | None = None
 
 
 @dataclass
@@ -124,6 +128,58 @@ def pack(texts: list[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
     ), order
 
 
+def chunk_bounds(texts: PackedTexts, max_texts: int | None, max_tokens: int | None) -> list[int]:
+    """Where to cut the row so that no piece has more texts or tokens than allowed: [0, ..., N], as few as follow each other.
+
+    A single text that is longer than max_tokens is a piece of its own.
+    """
+    bounds, held, tokens = [0], 0, 0
+    for n, length in texts.runs:
+        for _ in range(n):
+            full = (max_texts is not None and held >= max_texts) or (max_tokens is not None and tokens + length > max_tokens)
+            if full and held:
+                bounds.append(bounds[-1] + held)
+                held, tokens = 0, 0
+            held, tokens = held + 1, tokens + length
+    return [*bounds, texts.place_N.numel()]
+
+
+def split_further(bounds: list[int], pieces: int) -> list[int]:
+    """The same cuts and more, until there are `pieces`: always the piece with most texts is halved.
+
+    Where texts run out, pieces without a text remain: (n, n) at the end.
+    """
+    sizes = np.diff(bounds).tolist()
+    while len(sizes) < pieces and max(sizes) > 1:
+        largest = sizes.index(max(sizes))
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [half, sizes[largest] - half]
+    sizes += [0] * (pieces - len(sizes))
+    return [0, *np.cumsum(sizes).tolist()]
+
+
+def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
+    """The pieces between the cuts, in packed order, as views; a piece without a text holds the row's first text instead."""
+    lengths = [length for n, length in texts.runs for _ in range(n)]
+    starts = [0, *np.cumsum(lengths).tolist()]
+    pieces = []
+    for first, last in pairwise(bounds):
+        if first == last:
+            first, last = 0, 1
+        row = slice(starts[first], starts[last])
+        sizes, counts = np.unique(lengths[first:last], return_counts=True)
+        pieces.append(
+            PackedTexts(
+                ids_T=texts.ids_T[row],
+                positions_T=texts.positions_T[row],
+                cu_seqlens=texts.cu_seqlens[first : last + 1] - starts[first],
+                place_N=torch.arange(last - first, device=texts.ids_T.device),
+                runs=[Run(int(n), int(length)) for length, n in zip(sizes, counts, strict=True)],
+            )
+        )
+    return pieces
+
+
 def choose_group(positives: int, negatives: int, group_size: int, *key: int) -> tuple[int, np.ndarray]:
     """Which positive and which negatives (indices) one visit of a group takes; pure in `key` = (seed, epoch, row).
 
@@ -139,29 +195,44 @@ def choose_group(positives: int, negatives: int, group_size: int, *key: int) -> 
     return positive, rank[:wanted] % negatives
 
 
-def collate_groups(shards, epochs_B, rows_B, *, seed: int, group_size: int, query_max_len: int, passage_max_len: int):
-    """A `ContrastiveBatch` of the groups `rows_B` as visited in `epochs_B`."""
+def collate_groups(
+    shards, epochs_B, rows_B, *, seed: int, group_size: int, query_max_len: int, passage_max_len: int,
+    own_only_spans: tuple[tuple[int, int], ...] = (), distill: bool = False,
+) -> ContrastiveBatch:  # fmt: skip
+    """A `ContrastiveBatch` of the groups `rows_B` as visited in `epochs_B`.
+
+    own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
+    """
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
-    queries, passages, target, known, known_query = [], [], [], [], []
+    queries, passages, known, known_query = [], [], [], []
+    own_BG = np.full((len(rows_B), group_size), -1, np.int64)
+    teacher_BG = np.zeros((len(rows_B), group_size), np.float32) if distill else None
     for b, (epoch, row) in enumerate(zip(epochs_B.tolist(), rows_B.tolist(), strict=True)):
         group = shards.group(row)
         positive, negatives = choose_group(len(group.pos), len(group.neg), group_size, seed, epoch, row)
         queries.append(cut(group.query, query_max_len, suffix))
-        target.append(len(passages))
+        own_BG[b, : 1 + len(negatives)] = len(passages) + np.arange(1 + len(negatives))
         passages.append(int(group.pos[positive]))
         passages.extend(group.neg[negatives].tolist())
         known.append(group.pos)
         known_query.append(np.full(len(group.pos), b))
+        if distill:
+            teacher_BG[b] = [group.pos_scores[positive], *group.neg_scores[negatives]]
     passages = np.asarray(passages, np.int64)
     texts, _ = pack(queries + [cut(shards.passage(int(p)), passage_max_len, suffix) for p in passages])
+    own_only_B = np.zeros(len(rows_B), bool)
+    for start, end in own_only_spans:
+        own_only_B |= (rows_B >= start) & (rows_B < end)
     return ContrastiveBatch(
         texts=texts,
         queries=len(queries),
-        target_B=torch.tensor(target),
+        own_BG=torch.from_numpy(own_BG),
         hashes_P=torch.from_numpy(shards.hashes(passages).view(np.int64)),
         known_K=torch.from_numpy(shards.hashes(np.concatenate(known)).view(np.int64)),
         known_query_K=torch.from_numpy(np.concatenate(known_query)),
+        own_only_B=torch.from_numpy(own_only_B),
         rows_B=torch.from_numpy(rows_B),
+        teacher_BG=None if teacher_BG is None else torch.from_numpy(teacher_BG),
     )
 
 

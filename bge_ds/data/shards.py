@@ -334,6 +334,17 @@ class FinetuneShards(_Shards):
         batch, i = self._tables["groups"].locate(row)
         return batch["type"][i].as_py(), batch["prompt"][i].as_py()
 
+    def first_without_scores(self) -> int | None:
+        """The first group that has no teacher's scores for its positives or its negatives; None: all groups have them."""
+        table = self._tables["groups"]
+        for k, first in enumerate(table.starts):
+            for start, batch in zip(*(table._shards[k] or table._load(k)), strict=True):
+                columns = [batch[name].column for name in ("pos_scores", "neg_scores")]
+                nulls = [column.is_null().to_numpy(zero_copy_only=False).argmax() for column in columns if column.null_count]
+                if nulls:
+                    return first + start + int(min(nulls))
+        return None
+
     def passage(self, prow: int) -> np.ndarray:
         """Token ids of a passage, special tokens included: a read-only view, shape (T,)."""
         batch, i = self._tables["passages"].locate(prow)

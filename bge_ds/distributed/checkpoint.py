@@ -18,6 +18,7 @@ from bge_ds.distributed import collectives
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 PARTIAL = ".partial"
+FROZEN = "frozen_weights"
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -64,9 +65,9 @@ def read_state(path: Path, expected: dict) -> dict:
     return {key: int(state[key]) for key in ("step", "tokens_seen")}
 
 
-def restore(engine, path: Path) -> None:
-    """Load weights, optimizer, schedule and loss scale, on every rank."""
-    loaded, _ = engine.load_checkpoint(str(path), tag="resume")
+def restore(engine, path: Path, without_frozen: bool = False) -> None:
+    """Load weights, optimizer, schedule and loss scale, on every rank. without_frozen: the weights that train only."""
+    loaded, _ = engine.load_checkpoint(str(path), tag="resume", load_module_strict=not without_frozen)
     if loaded is None:
         raise ValueError(f"{path / 'resume'}: DeepSpeed found no state for this run; the checkpoint is incomplete")
 
@@ -80,10 +81,14 @@ def save(
     export: Callable[[Path], None],
     keep: int | None,
     only_model: bool,
+    best: dict | None = None,
 ) -> Path:
-    """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`.
+    """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`, the best one excepted.
 
-    tokens_seen: by this rank. export(folder) writes the model.
+    best: step, metric and value of the best checkpoint so far, this one included; it also goes into best.json beside them.
+
+    tokens_seen: by this rank. export(folder) writes the model. Where `agreement` holds FROZEN, the mark of the weights that
+    do not train, `resume/` leaves those out: a run that resumes has just loaded them, and the mark says that they are the same.
     """
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
@@ -93,26 +98,57 @@ def save(
     collectives.barrier()
     export(partial)
     if not only_model:
-        engine.save_checkpoint(str(partial), tag="resume", save_latest=False)
+        more = {"exclude_frozen_parameters": True} if FROZEN in agreement else {}
+        engine.save_checkpoint(str(partial), tag="resume", save_latest=False, **more)
     tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
     if collectives.rank() == 0:
         if not only_model:
-            write_json(partial / "state.json", {"step": step, "tokens_seen": tokens_seen, "agreement": agreement})
+            state = {"step": step, "tokens_seen": tokens_seen, "best": best, "agreement": agreement}
+            write_json(partial / "state.json", state)
         replace_folder(partial, final)
+        if best is not None:
+            write_json(output_dir / "best.json", best)
         if keep:
-            drop_oldest(output_dir, keep)
+            drop_oldest(output_dir, keep, None if best is None else best["step"])
     collectives.barrier()
     return final
 
 
-def drop_oldest(output_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints (0: all). On rank 0."""
+def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None) -> None:
+    """Remove all but `keep` checkpoints (0: all): the newest, and the best in place of the oldest of them. On rank 0.
+
+    The newest stays beside the best even where `keep` is 1: it is the one to resume from.
+    """
     found = sorted((int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)))
-    for _, path in found[: len(found) - keep]:
+    split = max(0, len(found) - keep)
+    doomed_ones = found[:split]
+    if any(step == best_step for step, _ in doomed_ones):
+        doomed_ones = [entry for entry in found[: split + (keep > 1)] if entry[0] != best_step]
+    for _, path in doomed_ones:
         # Renamed first: a kill in the middle of the removal must not leave a folder that looks whole.
         doomed = path.with_name(path.name + PARTIAL)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def read_best(path: Path) -> tuple[dict, Path] | None:
+    """(step, metric and value of the best checkpoint, its folder) as they were when the checkpoint `path` was written."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    best = state.get("best")
+    if best is None:
+        return None
+    return best, path if best["step"] == state["step"] else path.parent / f"checkpoint-{best['step']}"
+
+
+def copy_model(path: Path, folder: Path) -> None:
+    """A checkpoint's model (checked when it was written) into an existing folder: all but what resuming needs."""
+    for entry in sorted(path.iterdir()):
+        if entry.name in ("resume", "state.json"):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name)
+        else:
+            shutil.copy2(entry, folder / entry.name)
 
 
 def write_json(path: Path, content: dict) -> None:

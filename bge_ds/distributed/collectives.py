@@ -68,6 +68,11 @@ def gather_counts(n: int, device: torch.device) -> list[int]:
     return counts.tolist()
 
 
+def largest(n: int, device: torch.device) -> int:
+    """The largest n of any rank."""
+    return n if world_size() == 1 else int(max_over_ranks(torch.tensor(n, device=device)))
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over ranks (a new tensor, no gradient)."""
     values = values.detach().clone()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,6 +47,10 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
         accelerator.set_device(local_rank)
     if accelerator.device_name() == "cpu":
         backend = backend or "gloo"
+        # oneDNN keeps a primitive for each shape of a 16-bit product, a thousand by default. Rows of texts hardly ever have
+        # the same length twice: what is kept is memory (0.5 GB for a BERT of 6 layers) that serves nobody.
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(name, "32")
         # An all-reduce for inference that training never calls; compiling it costs half a minute and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
@@ -60,7 +66,9 @@ def _free_port() -> str:
 
 
 def read_config(name_or_path: str) -> tuple[dict, str]:
-    """(config, where it came from) of a shipped config's name or a file's path."""
+    """(config, where it came from) of a shipped config's name or a file's path; "auto" as for --deepspeed."""
+    if name_or_path == "auto":
+        name_or_path = "zero1" if collectives.world_size() > 1 else "zero0"
     shipped = {f.stem: f for folder in _CONFIG_FOLDERS if folder.is_dir() for f in sorted(folder.glob("*.json"))}
     path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file():
@@ -80,13 +88,68 @@ def read_config(name_or_path: str) -> tuple[dict, str]:
     return config, str(path)
 
 
+class _ShardedLoading:
+    """What transformers looks for while it loads a model: that ZeRO 3 is on, and its settings."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@contextmanager
+def sharded_loading(name_or_path: str, *, bf16: bool = False, fp16: bool = False):
+    """Where the DeepSpeed config says ZeRO 3, a model loaded in here is sharded over the ranks as it is built.
+
+    No rank but the first reads the weights, and none holds more than its share and one layer's; the values and their order
+    are those of a model loaded whole and sharded afterwards. In a 16-bit run the shares are 16-bit, as the engine
+    would make them: it takes its fp32 master copy from the 16-bit weights at every stage, so this rounds nothing else.
+    To be entered after `start`, on every rank, around the loading alone.
+    """
+    zero = read_config(name_or_path)[0].get("zero_optimization", {})
+    if zero.get("stage", 0) < 3:
+        yield
+        return
+    from transformers.integrations import deepspeed as integration
+
+    # What is "auto" depends on the model's size and plays no part in the building.
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": fp16},
+    }
+    holder = _ShardedLoading(config)  # transformers keeps a weak reference only
+    integration.set_hf_deepspeed_config(holder)
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    finally:
+        integration.unset_hf_deepspeed_config()
+    # Weights of a wrong shape are seen by the rank that reads them, when all have loaded: the others would wait for it.
+    message = collectives.broadcast_object(failure and str(failure))
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise ValueError(f"the first rank could not load the model: {message}")
+
+
 def auto_values(
     *, micro_batch: int, accumulation: int, world: int, clip: float, precision: str, elements: int,
     learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float,
-    total_steps: int, warmup_steps: int,
+    total_steps: int, warmup_steps: int, trainable: int | None = None,
 ) -> dict[str, tuple[object, str]]:  # fmt: skip
-    """What "auto" stands for: dotted config path -> (value, the flag that sets it; "" where the model does)."""
-    bucket = -(-max(_SMALLEST_BUCKET, elements // 8) // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE
+    """What "auto" stands for: dotted config path -> (value, the flag that sets it; "" where the model does).
+
+    elements, trainable: of the model; unset, all train. Gradients and updates are of the trained alone, and with them buckets.
+    """
+    bucket, prefetch = (
+        -(-max(_SMALLEST_BUCKET, n // 8) // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE
+        for n in (elements if trainable is None else trainable, elements)
+    )
     return {
         "train_micro_batch_size_per_gpu": (micro_batch, "per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
@@ -96,7 +159,7 @@ def auto_values(
         "fp16.enabled": (precision == "fp16", "fp16"),
         "zero_optimization.reduce_bucket_size": (bucket, ""),
         "zero_optimization.allgather_bucket_size": (bucket, ""),
-        "zero_optimization.stage3_prefetch_bucket_size": (bucket, ""),
+        "zero_optimization.stage3_prefetch_bucket_size": (prefetch, ""),
         "zero_optimization.stage3_param_persistence_threshold": (min(100_000, elements // 100), ""),
         "optimizer.params.lr": (learning_rate, "learning_rate"),
         "optimizer.params.betas": (list(betas), "adam_beta1"),
@@ -153,19 +216,28 @@ def _leaves(config: dict, prefix: str = ""):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: those that decay, and biases and norms, which do not."""
+    """Trainable parameters in two groups: those that decay, and those that do not: biases, norms, `no_weight_decay` modules."""
     norms = tuple(t for t in vars(nn).values() if isinstance(t, type) and "Norm" in t.__name__)
     spared = {
         id(p)
         for module in model.modules()
         for name, p in module.named_parameters(recurse=False)
-        if name == "bias" or isinstance(module, norms) or "norm" in type(module).__name__.lower()
+        if name == "bias" or isinstance(module, norms) or "norm" in type(module).__name__.lower() or _spared(module)
     }
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if id(p) not in spared], "weight_decay": weight_decay},
         {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
     ]
+
+
+def _spared(module: nn.Module) -> bool:
+    return getattr(module, "no_weight_decay", False)
+
+
+def count_elements(model: nn.Module, trainable: bool = False) -> int:
+    """Elements of all parameters, or of those that train; a sharded one counts whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def build(
@@ -185,6 +257,12 @@ def build(
             device = accelerator.device_name()
             raise ValueError(f"--{name}: this {device} device does not train in {name}; use {other} or neither")
     zero = config.get("zero_optimization", {})
+    sharded = next((p.dtype for p in model.parameters() if hasattr(p, "ds_id") and p.is_floating_point()), None)
+    if sharded is not None:
+        # DeepSpeed takes a model built sharded as being in its type already; what was added since (adapters) is not.
+        for parameter in model.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(sharded)
     groups = [group for group in groups if group["params"]]
     optimizer = None
     if "optimizer" not in config:
@@ -203,9 +281,67 @@ def build(
     return engine
 
 
+@contextmanager
+def one_reduction(engine, passes: int):
+    """Gives the backward function of `passes` backward passes that together are one step's gradient.
+
+    They add up on each rank, in fp32 whatever the weights' type, and are reduced over the ranks once, at the end of the block.
+    """
+    if passes == 1:
+        yield engine.backward
+        return
+    sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def run_backward(loss: torch.Tensor) -> None:
+        engine.backward(loss, scale_wrt_gas=False)
+        for parameter in engine.module.parameters():
+            gradient = parameter.grad
+            if gradient is None or gradient.dtype in (torch.float32, torch.float64):
+                continue
+            # 16-bit sums of many passes would lose the small ones. In place: under ZeRO 3 a gradient cannot be assigned.
+            if parameter in sums:
+                sums[parameter] += gradient
+            else:
+                sums[parameter] = gradient.float()
+            gradient.zero_()
+
+    def finish() -> None:
+        for parameter, total in sums.items():
+            parameter.grad.copy_(total)
+
+    if hasattr(engine.optimizer, "_coalesce_grad_reduction"):
+        with engine.coalesce_grad_reduction():
+            yield run_backward
+            finish()
+    elif engine.zero_optimization_stage() <= 1:
+        # DeepSpeed's wrappers without partitioned gradients: they reduce when told to.
+        with engine.no_sync():
+            yield run_backward
+        finish()
+        engine.allreduce_gradients()
+    else:
+        raise ValueError(
+            f"--sub_batch_size and --sub_batch_tokens do not work with DeepSpeed's {type(engine.optimizer).__name__}; "
+            "take another ZeRO stage, or a batch that fits without them"
+        )
+
+
 def precision(engine) -> torch.dtype:
     """What the engine computes in."""
     return next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+
+
+def _masters(optimizer) -> dict[int, torch.Tensor]:
+    """id of a 16-bit parameter -> its fp32 master copy, at ZeRO 0, where DeepSpeed's own accessor knows of none."""
+    found = {}
+    if isinstance(wholes := getattr(optimizer, "fp32_groups", None), list):
+        for halves, group in zip(optimizer.fp16_groups, wholes, strict=True):
+            found |= {id(half): whole for half, whole in zip(halves, group, strict=True)}
+    elif isinstance(flats := getattr(optimizer, "fp32_groups_flat", None), list) and hasattr(optimizer, "fp16_groups"):
+        for halves, flat in zip(optimizer.fp16_groups, flats, strict=True):
+            parts = flat.detach().split([half.numel() for half in halves])
+            found |= {id(half): part.view(half.shape) for half, part in zip(halves, parts, strict=True)}
+    return found
 
 
 def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
@@ -217,11 +353,13 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
     deepspeed = _deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param
 
-    out = {}
+    out, masters = {}, _masters(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not wanted(name):
             continue
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        full = masters.get(id(parameter))
+        if full is None and parameter.requires_grad:
+            full = safe_get_full_fp32_param(parameter)
         if full is None:
             if hasattr(parameter, "ds_id"):
                 with deepspeed.zero.GatheredParameters([parameter]):
@@ -231,6 +369,17 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
         if collectives.rank() == 0:
             out[name] = full.to("cpu", torch.float32, copy=True)
     return out
+
+
+def mark_of_frozen(engine) -> str:
+    """A hash of the names, shapes and first values of the weights that do not train; the same on every rank."""
+    digest = hashlib.sha256()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            own = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.detach()
+            digest.update(f"{name} {list(getattr(parameter, 'ds_shape', parameter.shape))} ".encode())
+            digest.update(own.flatten()[:4096].cpu().view(torch.uint8).numpy().tobytes())
+    return collectives.broadcast_object(digest.hexdigest())  # sharded, each rank has other values
 
 
 def memory_estimate(elements: int, trainable: int, config: dict, world: int) -> dict[str, float]:

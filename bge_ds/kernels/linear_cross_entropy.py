@@ -1,19 +1,36 @@
 """Cross entropy of X W^T without ever holding the whole matrix of logits.
 
-Shapes: M rows (positions, queries), V columns (vocabulary, passages), D features.
+Shapes: M rows (positions, queries), V columns (vocabulary, passages), D features, J excluded pairs.
 
-Rows are taken in blocks. With gradients wanted, each block's softmax is turned into the gradients of X and W on the
-spot, in the forward pass: nothing of size M x V is kept for the backward, which only scales what is there.
-Memory is that of X, W, their gradients, and one block of logits.
+Rows are taken in blocks of logits; memory is that of X, W, their gradients, and one block. The operation comes in two
+forms, because two objectives want different things of it:
+
+`linear_cross_entropy`: one known target a row, the sum over rows. Each block's softmax becomes the gradients of X and W
+on the spot, in the forward pass; the backward only scales what is there. Three matrix products in all.
+
+`linear_logsumexp`: the normaliser of each row by itself, over all columns but the excluded ones, for losses that put it
+together with scores of their own (several targets, a teacher's weights). What flows back into a row is known only
+afterwards, so the backward computes the blocks again: four matrix products, and M numbers kept.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 # Logits held at a time: 16 M floats are 64 MiB, large enough for the matrix products to run at full rate.
 _BLOCK_ELEMENTS = 1 << 24
+
+
+def _row_blocks(rows: int, columns: int) -> list[slice]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -25,9 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x_MD) if wants[0] else None
         dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if wants[1] else None
         db = torch.zeros(bias_V.shape, dtype=torch.float32, device=w_VD.device) if wants[2] else None
-        rows = max(1, _BLOCK_ELEMENTS // w_VD.shape[0])
-        for start in range(0, x_MD.shape[0], rows):
-            x, target = x_MD[start : start + rows], target_M[start : start + rows]
+        for block in _row_blocks(x_MD.shape[0], w_VD.shape[0]):
+            x, target = x_MD[block], target_M[block]
             logits = F.linear(x, w_VD, bias_V).float()
             correct += (logits.argmax(-1) == target).sum()
             log_norm = logits.logsumexp(-1, keepdim=True)
@@ -40,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 db += error.sum(0)
             error = error.to(x.dtype)
             if dx is not None:
-                dx[start : start + rows] = error @ w_VD
+                dx[block] = error @ w_VD
             if dw is not None:
                 dw += error.T @ x
         ctx.save_for_backward(dx, dw, db)
@@ -71,3 +87,70 @@ def linear_cross_entropy(
     Gradients flow to x, w and bias, once (no double backward).
     """
     return _LinearCrossEntropy.apply(x_MD, w_VD, bias_V, target_M)
+
+
+class _LinearLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD, w_VD, row_J, col_J, limit_M):
+        blocks = _row_blocks(x_MD.shape[0], w_VD.shape[0])
+        # Where each block's pairs lie: read back once, since a slice needs numbers on the host.
+        edges = torch.tensor([*(block.start for block in blocks), x_MD.shape[0]], device=row_J.device)
+        bounds = torch.searchsorted(row_J, edges).tolist()
+        ctx.blocks = [(block, slice(*pairs)) for block, pairs in zip(blocks, pairwise(bounds), strict=True)]
+        lse_M = torch.empty(x_MD.shape[0], dtype=_at_least_fp32(x_MD[:0]).dtype, device=x_MD.device)
+        over_M = torch.zeros(x_MD.shape[0], dtype=torch.int64, device=x_MD.device)
+        inputs = x_MD, w_VD, row_J, col_J, limit_M
+        for block, pairs in ctx.blocks:
+            logits, over = _LinearLogSumExp._logits(inputs, block, pairs)
+            lse_M[block] = logits.logsumexp(-1)
+            if over is not None:
+                over_M[block] = over.sum(-1)
+        ctx.save_for_backward(*inputs, lse_M)
+        ctx.mark_non_differentiable(over_M)
+        return lse_M, over_M
+
+    @staticmethod
+    def _logits(inputs, block: slice, pairs: slice):
+        x_MD, w_VD, row_J, col_J, limit_M = inputs
+        logits = _at_least_fp32(x_MD[block] @ w_VD.T)
+        logits[row_J[pairs] - block.start, col_J[pairs]] = float("-inf")
+        if limit_M is None:
+            return logits, None
+        over = logits > limit_M[block, None]
+        return logits.masked_fill_(over, float("-inf")), over
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_M, _):
+        *inputs, lse_M = ctx.saved_tensors
+        x_MD, w_VD = inputs[:2]
+        dx = torch.empty_like(x_MD) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros(w_VD.shape, dtype=lse_M.dtype, device=w_VD.device) if ctx.needs_input_grad[1] else None
+        # A row with no column left has the value -inf and no gradient: exp(-inf - 0) is the 0 it needs.
+        norm_M = lse_M.masked_fill(lse_M == float("-inf"), 0.0)
+        for block, pairs in ctx.blocks:
+            logits, _ = _LinearLogSumExp._logits(inputs, block, pairs)
+            weights = logits.sub_(norm_M[block, None]).exp_().mul_(grad_M[block, None]).to(x_MD.dtype)
+            if dx is not None:
+                dx[block] = weights @ w_VD
+            if dw is not None:
+                dw += weights.T @ x_MD[block]
+        return dx, None if dw is None else dw.to(w_VD.dtype), None, None, None
+
+
+def linear_logsumexp(
+    x_MD: torch.Tensor,
+    w_VD: torch.Tensor,
+    excluded: tuple[torch.Tensor, torch.Tensor] | None = None,
+    limit_M: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-sum-exp of each row of `x W^T`, how many columns of each row were above its limit).
+
+    excluded: (row_J, col_J) int64, rows in rising order: these pairs do not count. limit_M: nor do logits above a row's
+    limit (no gradient flows to it). A row with nothing left is -inf. fp32 whatever the inputs (fp64 stays fp64);
+    gradients flow to x and w, once.
+    """
+    if excluded is None:
+        nothing = torch.empty(0, dtype=torch.int64, device=x_MD.device)
+        excluded = nothing, nothing
+    return _LinearLogSumExp.apply(x_MD, w_VD, *excluded, limit_M)

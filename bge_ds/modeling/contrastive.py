@@ -1,42 +1,238 @@
-"""The contrastive loss over embeddings (InfoNCE).
+"""The contrastive losses over embeddings.
 
-Shapes: B queries of this rank, P passages (of this rank, or of all ranks once gathered), D features, K listed positives.
+Shapes: B queries of this rank, G places of a group, P passages and C queries to compare with (of this rank, or of all
+ranks once gathered), D features, K listed positives, J pairs.
+
+Every objective is put together from two things: the scores of a query with its own group, B x G and small, and for each
+query the log-sum-exp of its scores with all other passages, B numbers from `linear_logsumexp`. The B x P matrix of scores
+never exists, and memory grows with queries plus passages. With s the scores of the own group, positive first, and o
+the others' log-sum-exp:
+
+    InfoNCE      log(e^o + sum_g e^s_g) - s_0
+    kl_div       InfoNCE + cross entropy of softmax(s) against the teacher's softmax over the group
+    m3_kd_loss   sum_g teacher_g (log(e^o + sum_{k >= g} e^s_k) - s_g): each passage in turn is the target, earlier ones out
+    margin_mse   InfoNCE + mean squared difference of the similarity margins s_0 - s_g from the teacher's
+
+The first and the two middle ones are those of BGE's trainers (kl_div, m3_kd_loss: BGE M3, arXiv 2402.03216), the last that
+of arXiv 2010.02666 beside InfoNCE. Matryoshka (arXiv 2205.13147) takes the mean over prefixes of the vectors.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from bge_ds.kernels.linear_cross_entropy import linear_logsumexp
 
-def false_negatives(hashes_P, known_K, known_query_K, target_B) -> torch.Tensor:
-    """bool B x P: passages that are a listed positive of the query, by content hash, and not the one it is scored with.
+DISTILLATIONS = ("kl_div", "m3_kd_loss", "margin_mse")
 
-    hashes_P: int64 content hashes; known_K with known_query_K: every positive listed for each query.
+
+@dataclass(frozen=True)
+class Objective:
+    """What a query is compared with and how; margin and relative as `--false_negative_margin`, dims as `--mrl_dims`."""
+
+    in_batch: bool = True
+    bidirectional: bool = False
+    mask_false_negatives: bool = True
+    margin: float | None = None
+    relative: bool = False
+    distillation: str | None = None
+    dims: tuple[int, ...] = ()
+    normalize: bool = True
+
+
+@dataclass
+class Candidates:
+    """What the B queries are compared with, and what is known about it.
+
+    p_PD, hashes_P: passages and their content hashes. own_BG: columns of each query's group, its positive first, -1 where a
+    group is shorter. known_K, owner_K: hashes of every positive listed for a query, and that query (0..B-1).
+    own_only_B: queries that no other group's passage is compared with. teacher_BG: the teacher's scores, or None.
+    For the passage-to-query direction: q_CD all queries, mine_B the columns of this rank's own, and all_known_K, all_owner_K.
     """
-    hidden = torch.zeros(target_B.numel(), hashes_P.numel(), dtype=torch.bool, device=hashes_P.device)
-    # Few passages match any listed positive: compare only those, not K x P.
-    candidates = torch.isin(hashes_P, known_K).nonzero().squeeze(-1)
-    k, c = (known_K[:, None] == hashes_P[candidates][None]).nonzero(as_tuple=True)
-    hidden[known_query_K[k], candidates[c]] = True
-    return hidden.scatter_(1, target_B[:, None], False)
+
+    p_PD: torch.Tensor
+    hashes_P: torch.Tensor
+    own_BG: torch.Tensor
+    known_K: torch.Tensor
+    owner_K: torch.Tensor
+    own_only_B: torch.Tensor
+    teacher_BG: torch.Tensor | None = None
+    q_CD: torch.Tensor | None = None
+    mine_B: torch.Tensor | None = None
+    all_known_K: torch.Tensor | None = None
+    all_owner_K: torch.Tensor | None = None
 
 
-def info_nce(q_BD, p_PD, target_B, temperature: float, hidden_BP=None) -> torch.Tensor:
-    """Mean over the queries of the cross entropy of `Q P^T / temperature`, query b's positive at column target_B[b].
+@dataclass
+class Parts:
+    """loss: mean over the B queries. negatives: pairs of a query and a negative. by_content, by_margin: pairs hidden.
 
-    Both embeddings fp32; `hidden_BP` (bool) marks columns that must not serve as negatives.
+    scale: what the similarities were multiplied with.
     """
-    scores_BP = q_BD @ p_PD.T / temperature
-    if hidden_BP is not None:
-        scores_BP = scores_BP.masked_fill(hidden_BP, float("-inf"))
-    return F.cross_entropy(scores_BP, target_B)
+
+    loss: torch.Tensor
+    negatives: torch.Tensor
+    by_content: torch.Tensor
+    by_margin: torch.Tensor
+    scale: torch.Tensor | float
+
+    def detached(self) -> Parts:
+        values = (self.loss, self.negatives, self.by_content, self.by_margin, self.scale)
+        return Parts(*(value.detach() if isinstance(value, torch.Tensor) else value for value in values))
 
 
-def info_nce_own_group(q_BD, p_PD, temperature: float, hidden_BG=None) -> torch.Tensor:
-    """The same against each query's own group only: P = B x G passages group by group, the positive first."""
-    p_BGD = p_PD.unflatten(0, (q_BD.shape[0], -1))
-    scores_BG = torch.einsum("bd,bgd->bg", q_BD, p_BGD) / temperature
-    if hidden_BG is not None:
-        scores_BG = scores_BG.masked_fill(hidden_BG, float("-inf"))
-    return F.cross_entropy(scores_BG, torch.zeros(q_BD.shape[0], dtype=torch.int64, device=q_BD.device))
+def equal_pairs(left_M: torch.Tensor, right_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every (m, n) with left[m] == right[n], as two index tensors; memory grows with the pairs, not with M x N."""
+    sorted_N, place_N = right_N.sort()
+    first_M = torch.searchsorted(sorted_N, left_M)
+    counts_M = torch.searchsorted(sorted_N, left_M, right=True) - first_M
+    total = int(counts_M.sum())
+    m = torch.repeat_interleave(counts_M, output_size=total)
+    within = torch.arange(total, device=left_M.device) - (counts_M.cumsum(0) - counts_M)[m]
+    return m, place_N[first_M[m] + within]
+
+
+def _keys(row_J: torch.Tensor, col_J: torch.Tensor, columns: int) -> torch.Tensor:
+    """Pairs as single numbers, in row order, each once."""
+    return torch.unique(row_J * columns + col_J)
+
+
+def loss(q_BD: torch.Tensor, scale: torch.Tensor | float, found: Candidates, objective: Objective) -> Parts:
+    """The objective's mean over the B queries, with what was hidden (counted at the full width).
+
+    q_BD: fp32. scale: what inner products are multiplied with (1 / temperature).
+    """
+    width = q_BD.shape[1]
+    dims = objective.dims or (width,)
+    pairs = _Pairs.find(found, objective)
+    parts = [_one_width(q_BD, scale, found, objective, pairs, None if d == width else d) for d in dims]
+    counted = parts[dims.index(max(dims))]
+    counted.loss = torch.stack([part.loss for part in parts]).mean()
+    return counted
+
+
+@dataclass
+class _Pairs:
+    """What of the score matrices is left out; the same at every width.
+
+    excluded: (row, column) pairs that the others' log-sum-exp passes over: own groups and false negatives.
+    own_hidden_BG: false negatives within the own group. reverse: the same pairs for passages against queries.
+    """
+
+    excluded: tuple[torch.Tensor, torch.Tensor]
+    own_hidden_BG: torch.Tensor
+    by_content: torch.Tensor
+    others_B: torch.Tensor
+    reverse: tuple[torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def find(cls, found: Candidates, objective: Objective) -> _Pairs:
+        own_BG, columns = found.own_BG, len(found.p_PD)
+        rows_B = torch.arange(len(own_BG), device=own_BG.device)
+        present_BG = own_BG >= 0
+        own_BG = own_BG * present_BG  # -1 stands for a place that does not exist; its column is never looked at
+        own_keys_BG = rows_B[:, None] * columns + own_BG
+        known = own_keys_BG[:0, 0]
+        if objective.mask_false_negatives:
+            k, col = equal_pairs(found.known_K, found.hashes_P)
+            known = _keys(found.owner_K[k], col, columns)
+            known = known[~torch.isin(known, own_keys_BG[:, 0])]
+        own_hidden_BG = torch.isin(own_keys_BG, known) & present_BG
+        own_hidden_BG[:, 0] = False
+        own_keys = own_keys_BG[present_BG]
+        excluded = torch.unique(torch.cat([known, own_keys]))
+        if not objective.in_batch:
+            known = known[torch.isin(known, own_keys)]
+        else:
+            known = known[~found.own_only_B[known // columns] | torch.isin(known, own_keys)]
+        others_B = torch.full_like(rows_B, columns) - present_BG.sum(1)
+        return cls(
+            excluded=(excluded // columns, excluded % columns),
+            own_hidden_BG=own_hidden_BG,
+            by_content=torch.tensor(known.numel(), device=own_BG.device),
+            others_B=others_B * (~found.own_only_B) if objective.in_batch else torch.zeros_like(rows_B),
+            reverse=cls._reversed(found, objective) if objective.bidirectional else None,
+        )
+
+    @staticmethod
+    def _reversed(found: Candidates, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs of (own positive, query) that are no negatives: the own query, and queries that list the passage."""
+        mine_B, columns = found.mine_B, len(found.q_CD)
+        keys = torch.arange(len(mine_B), device=mine_B.device) * columns + mine_B
+        if objective.mask_false_negatives:
+            b, k = equal_pairs(found.hashes_P[found.own_BG[:, 0]], found.all_known_K)
+            keys = torch.cat([keys, b * columns + found.all_owner_K[k]])
+        keys = torch.unique(keys)
+        return keys // columns, keys % columns
+
+
+def _prefix(x: torch.Tensor, width: int | None, normalize: bool) -> torch.Tensor:
+    if width is None:
+        return x
+    return F.normalize(x[:, :width], dim=-1) if normalize else x[:, :width]
+
+
+def _one_width(q_BD, scale, found: Candidates, objective: Objective, pairs: _Pairs, width: int | None) -> Parts:
+    q_BD = _prefix(q_BD, width, objective.normalize)
+    p_PD = _prefix(found.p_PD, width, objective.normalize)
+    x_BD = q_BD * scale
+    present_BG = found.own_BG >= 0
+    s_BG = torch.einsum("bd,bgd->bg", x_BD, p_PD[found.own_BG.clamp_min(0)])
+    limit_B = None
+    if objective.margin is not None:
+        reach = s_BG[:, 0].abs() if objective.relative else scale
+        limit_B = (s_BG[:, 0] + objective.margin * reach).detach()
+    hidden_BG = pairs.own_hidden_BG | ~present_BG
+    by_margin = torch.zeros((), dtype=torch.int64, device=q_BD.device)
+    if limit_B is not None:
+        over_BG = (s_BG > limit_B[:, None]) & ~hidden_BG
+        over_BG[:, 0] = False
+        hidden_BG, by_margin = hidden_BG | over_BG, by_margin + over_BG.sum()
+    o_B = torch.full_like(s_BG[:, 0], float("-inf"))
+    if objective.in_batch:
+        o_B, over_B = linear_logsumexp(x_BD, p_PD, pairs.excluded, limit_B)
+        o_B = o_B.masked_fill(found.own_only_B, float("-inf"))
+        by_margin = by_margin + over_B.masked_fill(found.own_only_B, 0).sum()
+    if objective.distillation == "m3_kd_loss":
+        loss_B = _each_in_turn(s_BG, o_B, found.teacher_BG)
+    else:
+        loss_B = torch.logaddexp(o_B, s_BG.masked_fill(hidden_BG, float("-inf")).logsumexp(1)) - s_BG[:, 0]
+    if objective.bidirectional:
+        y_BD = p_PD[found.own_BG[:, 0]] * scale
+        back_B, _ = linear_logsumexp(y_BD, _prefix(found.q_CD, width, objective.normalize), pairs.reverse, limit_B)
+        reverse_B = torch.logaddexp(back_B, s_BG[:, 0]) - s_BG[:, 0]
+        loss_B = torch.where(found.own_only_B, loss_B, (loss_B + reverse_B) / 2)
+    if objective.distillation == "kl_div":
+        loss_B = loss_B - (found.teacher_BG.softmax(1) * s_BG.log_softmax(1)).sum(1)
+    if objective.distillation == "margin_mse":
+        margins = (s_BG[:, :1] - s_BG[:, 1:]) / scale - (found.teacher_BG[:, :1] - found.teacher_BG[:, 1:])
+        loss_B = loss_B + margins.square().mean(1)
+    negatives = pairs.others_B.sum() + present_BG[:, 1:].sum() - pairs.by_content - by_margin
+    return Parts(loss_B.mean(), negatives, pairs.by_content, by_margin, scale)
+
+
+def _each_in_turn(s_BG, o_B, teacher_BG) -> torch.Tensor:
+    """m3_kd_loss: every passage of the group is the target with the teacher's weight, those before it left out."""
+    from_here_BG = s_BG.flip(1).logcumsumexp(1).flip(1)
+    return (teacher_BG.softmax(1) * (torch.logaddexp(o_B[:, None], from_here_BG) - s_BG)).sum(1)
+
+
+class Temperature(torch.nn.Module):
+    """The learnable temperature: `forward()` is 1 / temperature, 0-dim fp32, kept to temperatures from 0.001 to 1.
+
+    Its logarithm is trained, as in CLIP (arXiv 2103.00020), so that a step changes it by a share of itself. A module of its
+    own, so that ZeRO-3 gathers its parameter when it is called.
+    """
+
+    no_weight_decay = True
+
+    def __init__(self, temperature: float):
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.tensor([-math.log(temperature)]))
+
+    def forward(self) -> torch.Tensor:
+        return self.log_scale.float().clamp(0.0, math.log(1000)).exp()[0]

@@ -11,37 +11,88 @@ A backbone whose family is not listed runs padded, and says so.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlamaModel,
+    PretrainedConfig,
+)
 
 from bge_ds.data.batches import PackedTexts, pack
 from bge_ds.kernels.attention import varlen_attention
+from bge_ds.kernels.dropout import use_fast_dropout
 
 logger = logging.getLogger(__name__)
 
 ATTENTION = "bge_ds_varlen"
 POOLINGS = ("cls", "mean", "last_token")
-# Families that run without padding: whether positions start after the padding id (RoBERTa's habit) or at 0.
-_POSITIONS_AFTER_PADDING = {"bert": False, "electra": False, "roberta": True, "xlm-roberta": True, "camembert": True}
 
 
-def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packed=None, **kwargs):
+class Family(NamedTuple):
+    """What the forward has to know of a model type; the defaults are those of a type it has not heard of.
+
+    unpadded: its attention can be replaced through transformers' interface.
+    positions_after_padding: positions count from the padding id + 1 (RoBERTa's habit), not from 0.
+    decoder: a token sees only what precedes it, unless the config says `is_causal: false`.
+    """
+
+    unpadded: bool = False
+    positions_after_padding: bool = False
+    decoder: bool = False
+
+
+# A type that test_encoder.py holds for as it is can be added; one that needs more than these three answers cannot.
+FAMILIES = {
+    **dict.fromkeys(
+        ("bert", "distilbert", "electra", "ernie", "eurobert", "modernbert", "nomic_bert"),
+        Family(unpadded=True),
+    ),
+    **dict.fromkeys(
+        ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl"),
+        Family(unpadded=True, positions_after_padding=True),
+    ),
+    **dict.fromkeys(
+        ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"),
+        Family(unpadded=True, decoder=True),
+    ),
+    "mpnet": Family(positions_after_padding=True),
+}
+
+
+def _attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, is_causal=None, packed=None,
+    **kwargs,
+):  # fmt: skip
     """What transformers calls: q, k, v are 1 x heads x T x head_dim, the answer 1 x T x heads x head_dim."""
     if packed is None:
         raise ValueError(
             f"{type(module).__name__} was built for padding-free input ({ATTENTION!r}) and called without it; "
             'load the saved model with transformers, or call model.set_attn_implementation("sdpa") first'
         )
+    made_causal = getattr(module, "is_causal", False)
+    causal = (made_causal if is_causal is None else is_causal) and getattr(module.config, "is_causal", True)
+    if sliding_window is not None and made_causal and not causal:
+        # Run in both directions, transformers' own mask lets a decoder see as far as the window itself, not one less.
+        sliding_window += 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen_attention(q, k, v, packed.cu_seqlens, packed.runs, scale=scaling, dropout=dropout)
+    out = varlen_attention(
+        q, k, v, packed.cu_seqlens, packed.runs, scale=scaling, dropout=dropout, causal=causal, window=sliding_window
+    )
     return out[None], None
 
 
@@ -50,13 +101,29 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def can_run_unpadded(config: PretrainedConfig) -> bool:
-    return config.model_type in _POSITIONS_AFTER_PADDING
+    return _family(config).unpadded
+
+
+def _family(config: PretrainedConfig) -> Family:
+    return FAMILIES.get(config.model_type, Family())
+
+
+def _attention_to_use(config: PretrainedConfig, wanted: str | None) -> str | None:
+    """What transformers is asked for; None leaves the choice to it, as not every padded model has SDPA."""
+    if can_run_unpadded(config):
+        return wanted or ATTENTION
+    return None if wanted == "sdpa" else wanted
+
+
+def sees_only_before(config: PretrainedConfig) -> bool:
+    """Whether a token sees only itself and what precedes it."""
+    return _family(config).decoder and getattr(config, "is_causal", True)
 
 
 def longest_text(config: PretrainedConfig) -> int:
-    """Tokens the position embeddings reach."""
+    """Tokens the positions reach: those with an embedding, or, where positions are rotations, those the model was made for."""
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
-    if _POSITIONS_AFTER_PADDING.get(config.model_type, False):
+    if _family(config).positions_after_padding:
         return limit - config.pad_token_id - 1
     return limit
 
@@ -71,14 +138,19 @@ def check_lengths(config: PretrainedConfig, **lengths: int) -> None:
 
 
 def load_backbone(
-    model_class, name_or_path: str, *, config: PretrainedConfig | None = None, attention: str | None = None, **options
-):
+    model_class, name_or_path: str, *, config: PretrainedConfig | None = None, attention: str | None = None,
+    bidirectional: bool = False, **options,
+):  # fmt: skip
     """`model_class.from_pretrained` in fp32 with the padding-free attention where the family has it.
 
     The config is copied: two models built from one config object would share its attention setting.
+    bidirectional: let every token of a decoder see the whole text. It is written into the config, so that the saved model
+    does so too, here and in transformers; False leaves the model as its config says.
     """
     config = copy.deepcopy(config) if config is not None else AutoConfig.from_pretrained(name_or_path, **options)
-    attention = attention or (ATTENTION if can_run_unpadded(config) else "sdpa")
+    if bidirectional:
+        _make_bidirectional(config)
+    attention = _attention_to_use(config, attention)
     with _quiet_transformers():
         model, info = model_class.from_pretrained(
             name_or_path, config=config, attn_implementation=attention, dtype=torch.float32, output_loading_info=True,
@@ -93,7 +165,35 @@ def load_backbone(
     new = sorted({k.rsplit(".", 1)[0] for k in info["missing_keys"]})
     if new:
         logger.info("%s has no weights for %s: they start random", name_or_path, ", ".join(new))
+    if attention == ATTENTION:
+        use_fast_dropout(model)
     return model
+
+
+def _make_bidirectional(config: PretrainedConfig) -> None:
+    if not _family(config).decoder:
+        decoders = ", ".join(sorted(name for name, family in FAMILIES.items() if family.decoder))
+        raise ValueError(
+            f"bidirectional is for decoders ({decoders}); {config.name_or_path or 'the model'} is of type "
+            f"{config.model_type}; leave it out"
+        )
+    if not _stock_runs_bidirectionally():
+        raise ValueError(
+            f"bidirectional needs a transformers that heeds is_causal in a decoder's config; {transformers.__version__} does "
+            "not, and would run the saved model otherwise than it was trained; upgrade transformers"
+        )
+    config.is_causal = False
+
+
+@cache
+def _stock_runs_bidirectionally() -> bool:
+    """Asked of a model of a few numbers, because transformers says nowhere since when it does."""
+    config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.is_causal = False
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = LlamaModel(config).eval()
+        one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]]), use_cache=False).last_hidden_state[:, 0]
+    return not torch.equal(one, other)
 
 
 @contextmanager
@@ -109,8 +209,11 @@ def _quiet_transformers():
 
 def build_backbone(model_class, config: PretrainedConfig) -> nn.Module:
     """The same with random weights, from scratch."""
-    attention = ATTENTION if can_run_unpadded(config) else "sdpa"
-    return model_class.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    attention = _attention_to_use(config, None)
+    model = model_class.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    if attention == ATTENTION:
+        use_fast_dropout(model)
+    return model
 
 
 def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -119,12 +222,23 @@ def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | 
     config = backbone.config
     if config._attn_implementation != ATTENTION:
         return _run_padded(backbone, texts, ids_T)
-    return backbone(input_ids=ids_T[None], position_ids=position_ids(config, texts)[None], packed=texts).last_hidden_state[0]
+    positions = position_ids(config, texts)[None]
+    return backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **_no_cache(backbone)).last_hidden_state[0]
+
+
+def _no_cache(backbone: nn.Module) -> dict[str, bool]:
+    """Decoders would keep the keys and values of every layer for generating; not every encoder knows the argument."""
+    return {"use_cache": False} if _knows_use_cache(type(backbone)) else {}
+
+
+@cache
+def _knows_use_cache(model_class: type) -> bool:
+    return "use_cache" in inspect.signature(model_class.forward).parameters
 
 
 def position_ids(config: PretrainedConfig, texts: PackedTexts) -> torch.Tensor:
     """What the model's position embedding is indexed with, int64 of T."""
-    if _POSITIONS_AFTER_PADDING.get(config.model_type, False):
+    if _family(config).positions_after_padding:
         return texts.positions_T + config.pad_token_id + 1
     return texts.positions_T
 
@@ -138,7 +252,8 @@ def _run_padded(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor) ->
     mask_NL = torch.zeros(shape, dtype=torch.int64, device=ids_T.device)
     ids_NL[text_T, texts.positions_T] = ids_T
     mask_NL[text_T, texts.positions_T] = 1
-    return backbone(input_ids=ids_NL, attention_mask=mask_NL).last_hidden_state[text_T, texts.positions_T]
+    out = backbone(input_ids=ids_NL, attention_mask=mask_NL, **_no_cache(backbone))
+    return out.last_hidden_state[text_T, texts.positions_T]
 
 
 def pool(hidden_TD: torch.Tensor, texts: PackedTexts, pooling: str) -> torch.Tensor:
@@ -160,13 +275,18 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 class Encoder(nn.Module):
     """forward(texts) -> N x D fp32 vectors in the caller's order.
 
-    backbone: a Hugging Face encoder. pooling: cls, mean or last_token. normalize: to unit length.
+    backbone: a Hugging Face encoder or decoder. pooling: cls, mean or last_token. normalize: to unit length.
     """
 
     def __init__(self, backbone: nn.Module, pooling: str = "cls", normalize: bool = True):
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+        if pooling == "cls" and sees_only_before(backbone.config):
+            raise ValueError(
+                f"pooling 'cls' of a causal {backbone.config.model_type}: the first token sees none of the text; use "
+                "last_token or mean, or load it with bidirectional=True"
+            )
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
         # The pooler's output is never used: without this it would sit in the optimizer, decaying.
         if getattr(backbone, "pooler", None) is not None:
@@ -208,7 +328,7 @@ def say_how(config: PretrainedConfig) -> str:
     """How the backbone runs, in words, for the summary."""
     if can_run_unpadded(config):
         return "without padding"
-    families = ", ".join(sorted(_POSITIONS_AFTER_PADDING))
+    families = ", ".join(sorted(name for name, family in FAMILIES.items() if family.unpadded))
     return f"padded ({config.model_type} is not one of the families that run without padding: {families})"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds import evaluate
+from bge_ds import evaluate, retrieval
 
 PASSAGES = {"p1": "cats purr", "p2": "dogs bark", "p3": "fish swim"}
 QUERIES = {"q1": "what purrs", "q2": "what barks"}
@@ -58,7 +58,7 @@ def test_measures_stop_at_their_cutoffs(tmp_path):
 
 def test_search_in_blocks_and_tiles_is_exact(monkeypatch):
     """Blocks and tiles of odd sizes give what one full matrix product gives; a wrong row offset would shift ids."""
-    monkeypatch.setattr(evaluate, "TILE", 7)
+    monkeypatch.setattr(retrieval, "TILE", 7)
     generator = torch.Generator().manual_seed(0)
     queries_QD, passages_PD = (torch.randn(n, 16, generator=generator) for n in (23, 501))
     scores, rows = evaluate.search(queries_QD, passages_PD.split(37), kept=50)
@@ -67,9 +67,53 @@ def test_search_in_blocks_and_tiles_is_exact(monkeypatch):
     assert torch.equal(rows, expected.indices)
 
 
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_equal_scores_come_in_the_order_of_the_corpus(block):
+    """Ties, also those that the cut goes through, are broken by row whatever the blocks; 0.0 and -0.0 are equal; a vector
+    that is no number comes last instead of first."""
+    passages_PD = torch.tensor([[0.5], [1.0], [-0.0], [1.0], [-1.0], [0.0], [float("nan")], [0.5], [1.0], [-1.0]]).repeat(4, 1)
+    queries_QD = torch.tensor([[1.0], [-2.0]])
+    exact_QP = torch.nan_to_num(queries_QD @ passages_PD.T, nan=-torch.inf)
+    expected = exact_QP.sort(dim=1, descending=True, stable=True)
+    for kept in (5, 13, 40, 100):
+        scores, rows = evaluate.search(queries_QD, passages_PD.split(block), kept)
+        assert torch.equal(rows, expected.indices[:, :kept]) and torch.equal(scores, expected.values[:, :kept])
+
+
+def test_the_measures_keep_the_order_of_equal_scores(tmp_path):
+    """Three passages of one score: the first of the corpus is the first found, also where its id sorts last or first."""
+    for relevant, reciprocal in (("p1", 1.0), ("p2", 0.5), ("p3", 1 / 3)):
+        data = evaluate.read_folder(write_set(tmp_path / relevant, qrels=f"q1\t{relevant}\t1\n"))
+        vectors = {text: [1.0] for text in [*PASSAGES.values(), *QUERIES.values()]}
+        assert evaluate.evaluate(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(reciprocal, abs=1e-6)
+
+
+def test_equal_texts_are_encoded_once_and_all_found(tmp_path):
+    """A text that stands three times in a corpus takes three places of the ranking, in the order of the corpus, though two
+    encodings of it might differ in the last bit."""
+    passages = {"a": "cats purr", "b": "dogs bark", "c": "cats purr", "d": "fish swim", "e": "cats purr"}
+    folder = write_set(tmp_path / "set", passages, {"q": "what purrs"}, "q\te\t1\n")
+    data = evaluate.read_folder(folder)
+    assert list(data.distinct()) == ["cats purr", "dogs bark", "fish swim"] and len(list(data.passages())) == 5
+    run = retrieval.ranking(data, torch.tensor([[2, 0, 1]]))
+    assert sorted(run["q"], key=run["q"].get, reverse=True) == ["d", "a", "c", "e", "b"]
+    vectors = {"cats purr": [1.0], "dogs bark": [0.0], "fish swim": [0.5], "what purrs": [1.0]}
+    assert evaluate.evaluate(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_names_tell_folders_apart(tmp_path):
+    """The names that the log and `--metric_for_best_model` use: never the same for two folders, never only `dev`."""
+    names = retrieval.names_of([tmp_path / "debian" / "dev", tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "nq"])
+    assert names == ["debian_dev", "a_x", "b_x", "nq"]
+    twins = [tmp_path / top / "a" / "dev" for top in "cd"]
+    assert retrieval.names_of(twins) == list(map(str, twins))
+    with pytest.raises(ValueError, match="the same folder twice"):
+        retrieval.names_of([tmp_path / "nq", tmp_path / "a" / ".." / "nq"])
+
+
 def test_blocks_of_a_corpus_keep_their_order(tmp_path, monkeypatch):
     """Passages beyond the first block are found under their own ids."""
-    monkeypatch.setattr(evaluate, "BLOCK", 2)
+    monkeypatch.setattr(retrieval, "BLOCK", 2)
     data = evaluate.read_folder(write_set(tmp_path / "set", qrels="q1\tp3\t1\n"))
     vectors = {"cats purr": [0.0], "dogs bark": [0.1], "fish swim": [1.0], "what purrs": [1.0]}
     assert evaluate.evaluate(data, fixed_vectors(vectors))["MRR@10"] == 1.0

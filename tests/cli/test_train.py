@@ -123,6 +123,44 @@ def test_a_run_without_negatives_of_its_own(setting):
     assert all(np.isfinite(r["loss"]) and r["loss"] > 0.1 for r in metrics(setting / "bare"))
 
 
+def test_every_objective_at_once(setting):
+    """Two ranks at ZeRO-3, in pieces, every part of the objective, two sets of which one takes no in-batch negatives."""
+    lines = [json.loads(line) for line in (setting / "groups.jsonl").read_text().splitlines()]
+    for i, group in enumerate(lines):
+        group |= {"pos_scores": [5.0 + i / 10], "neg_scores": [1.0, -i / 10]}
+    folder = setting / "sets"
+    folder.mkdir()
+    for name, part in (("all.jsonl", lines[:12]), ("classes_no_in_batch_neg.jsonl", lines[12:])):
+        (folder / name).write_text("".join(json.dumps(group) + "\n" for group in part))
+    port = ["--master_port", str(helpers.free_port())]
+    flags = finetune_flags(setting, "everything", train_data=folder, deepspeed="zero3", sub_batch_tokens=60, max_steps=5)
+    launch(
+        ["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"], *flags, "--bidirectional", "--use_mrl",
+        "--mrl_dims", 8, 32, "--knowledge_distillation", "--false_negative_margin", 0.1, "--learnable_temperature",
+    )  # fmt: skip
+    records = metrics(setting / "everything")
+    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
+    assert records[-1]["temperature"] != records[0]["temperature"]
+    # 23 other passages in all: queries of the marked set see the two of their own group.
+    assert all(2 <= r["negatives"] < 23 for r in records)
+    assert AutoModel.from_pretrained(setting / "everything").config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--knowledge_distillation"], "needs negatives, pos_scores and neg_scores in every group, and group 0"),
+        (["--use_mrl", "--mrl_dims", "8", "64"], "--mrl_dims 64 is more than the 32 features"),
+        (["--bidirectional_attention"], "bidirectional is for decoders"),
+    ],
+)
+def test_what_the_data_or_model_cannot_do_is_refused(setting, flags, message):
+    """Known only once data and model are there: still before anything is trained or written."""
+    with pytest.raises(AssertionError, match=message):
+        launch(["python", "-m", "bge_ds.finetune"], *finetune_flags(setting, "refused"), *flags)
+    assert not (setting / "refused").exists()
+
+
 def test_a_conflict_of_config_and_flags_ends_all_ranks(setting, tmp_path):
     """The error stands there once, names both sides, and the launcher returns with an error and no output folder."""
     (tmp_path / "mine.json").write_text('{"gradient_clipping": 0.3, "zero_optimization": {"stage": 2}}')

@@ -102,3 +102,33 @@ def test_memory_estimate_follows_the_stages():
     assert sizes == [16000, 10000, 7000, 4000]
     half = memory_estimate(1000, 1000, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, world=1)
     assert sum(half.values()) == 16000
+
+
+def test_auto_is_no_sharding_on_one_rank():
+    """With one rank there is nothing to share, and the partitions would only be further copies."""
+    assert read_config("auto")[0]["zero_optimization"]["stage"] == 0
+
+
+MASTERS = """
+import sys, torch
+from torch import nn
+from bge_ds.distributed import engine as engines
+engines.start(use_cpu=True)
+model = nn.Linear(16, 16)
+config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
+          "bf16": {"enabled": True}, "zero_optimization": {"stage": int(sys.argv[1])}}
+engine = engines.build(model, config, [{"params": list(model.parameters())}], adam={"lr": 1e-4}, fused=True, schedule=None)
+for _ in range(3):
+    engine.backward(engine(torch.randn(2, 16).bfloat16()).float().square().sum())
+    engine.step()
+weight = engines.full_parameters(engine)["weight"]
+print("exact in bf16:", (weight == weight.bfloat16().float()).float().mean().item())
+assert torch.equal(weight.bfloat16(), engine.module.weight.detach()) or int(sys.argv[1]) == 3
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_saved_weights_are_the_fp32_masters(stage):
+    """After steps far below bf16's resolution the saved weights are not bf16 numbers: the rounded copy would lose them."""
+    out = helpers.run_ranks(MASTERS, 1, stage)
+    assert float(out.rsplit(":", 1)[1]) < 0.1

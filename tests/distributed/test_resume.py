@@ -80,10 +80,12 @@ def losses(folder) -> dict[int, float]:
     return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
 
 
-@pytest.mark.parametrize("case", ["0", "1", "2", "3", "2-bf16"])
+@pytest.mark.parametrize("case", ["0", "1", "2", "3", "2-bf16", "1-pieces", "3-pieces-bf16"])
 def test_resumed_equals_undisturbed(tmp_path, setting, case):
     """Stopped in the middle of an epoch after step 3 of 6: same losses, rates, norms and final weights, to the last bit."""
     flags = flags_of(setting, case[0], bf16="bf16" in case)
+    if "pieces" in case:
+        flags["finetune"] |= {"sub_batch_size": 3, "learnable_temperature": True, "use_mrl": True, "mrl_dims": [8, 32]}
     helpers.run_ranks(RANK_SCRIPT, 2, tmp_path, json.dumps(flags))
     for name, weights in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
         whole, resumed = tmp_path / f"{name}_whole", tmp_path / f"{name}_resumed"

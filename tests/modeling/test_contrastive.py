@@ -1,49 +1,147 @@
-"""The loss against its formula, query by query."""
+"""Every objective against its formula, written out query by query in fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from contrastive_reference import reference_loss
 
-from bge_ds.modeling.contrastive import false_negatives, info_nce, info_nce_own_group
+from bge_ds.kernels import linear_cross_entropy
+from bge_ds.modeling import contrastive
+from bge_ds.modeling.contrastive import Candidates, Objective, Temperature, equal_pairs
 
-
-def test_info_nce_is_the_formula():
-    """Mean over queries of -log softmax at the positive, hidden columns left out of the sum."""
-    torch.manual_seed(0)
-    q, p = torch.randn(3, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    target = torch.tensor([0, 3, 5])
-    hidden = torch.zeros(3, 7, dtype=torch.bool)
-    hidden[1, 6] = hidden[2, 0] = True
-    expected = 0.0
-    for b in range(3):
-        terms = [torch.exp(q[b] @ p[j] / 0.5) for j in range(7) if not hidden[b, j]]
-        expected -= torch.log(torch.exp(q[b] @ p[target[b]] / 0.5) / sum(terms)) / 3
-    assert info_nce(q, p, target, 0.5, hidden).item() == pytest.approx(expected.item(), rel=1e-12)
-    assert info_nce(q, p, target, 0.5).item() > expected.item()
-
-
-def test_own_group_sees_its_group_only():
-    """With in-batch negatives off, query b's loss depends on passages b G .. b G + G - 1 and no others."""
-    torch.manual_seed(0)
-    q, p = torch.randn(2, 4), torch.randn(6, 4, requires_grad=True)
-    whole = info_nce_own_group(q, p, 0.5)
-    expected = torch.stack([info_nce(q[b : b + 1], p[3 * b : 3 * b + 3], torch.tensor([0]), 0.5) for b in range(2)]).mean()
-    assert torch.allclose(whole, expected)
-    info_nce_own_group(q[:1], p[:3], 0.5).backward()
-    assert not p.grad[3:].any() and p.grad[:3].any()
+OBJECTIVES = {
+    "plain": Objective(),
+    "unmasked": Objective(mask_false_negatives=False),
+    "own group": Objective(in_batch=False),
+    "bidirectional": Objective(bidirectional=True),
+    "margin": Objective(margin=-0.05),
+    "relative margin": Objective(margin=-0.2, relative=True),
+    "margin, own group": Objective(margin=-0.05, in_batch=False),
+    "kl_div": Objective(distillation="kl_div"),
+    "m3": Objective(distillation="m3_kd_loss"),
+    "m3, own group": Objective(distillation="m3_kd_loss", in_batch=False),
+    "margin_mse": Objective(distillation="margin_mse"),
+    "mrl": Objective(dims=(3, 6, 8)),
+    "mrl, not normalised": Objective(dims=(3, 8), normalize=False),
+    "all together": Objective(bidirectional=True, margin=0.02, distillation="kl_div", dims=(4, 8)),
+    "m3, all together": Objective(bidirectional=True, margin=0.02, distillation="m3_kd_loss", dims=(4, 8)),
+}
 
 
-def test_false_negatives_by_content():
-    """A passage that is any listed positive of a query is hidden from it, its own target is not, nobody else's rows are."""
-    hashes = torch.tensor([11, 12, 13, 12, 14, 11])
-    target = torch.tensor([0, 3])
-    known, owner = torch.tensor([11, 13, 12]), torch.tensor([0, 0, 1])
-    hidden = false_negatives(hashes, known, owner, target)
-    assert hidden.tolist() == [[False, False, True, False, False, True], [False, True, False, False, False, False]]
+def problem(queries=5, group=3, width=8, short=False, seed=0):
+    """Vectors and Candidates; passage 4 repeats query 0's positive, passage 2 is listed by query 2, group 3 may be short."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [group] * queries
+    if short:
+        sizes[-1] = 1
+    total = sum(sizes)
+    q, p = (F.normalize(torch.randn(n, width, generator=generator, dtype=torch.float64), dim=-1) for n in (queries, total))
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
+    own_BG = torch.tensor([[s + g if g < n else -1 for g in range(group)] for s, n in zip(starts, sizes, strict=True)])
+    hashes = torch.arange(100, 100 + total)
+    known = [(int(hashes[s]), b) for b, s in enumerate(starts)]
+    if queries > 2:
+        hashes[4] = hashes[0]  # query 1's own negative is query 0's positive
+        known.append((int(hashes[2]), 2))  # and query 0's second negative is a positive of query 2
+        known.append((int(hashes[starts[2] + 1]), 2))  # query 2's own first negative is one of its positives
+        known.append((int(hashes[starts[2]]), 4))  # queries 2 and 4 share a positive
+    found = Candidates(
+        p_PD=p.requires_grad_(),
+        hashes_P=hashes,
+        own_BG=own_BG,
+        known_K=torch.tensor([h for h, _ in known]),
+        owner_K=torch.tensor([b for _, b in known]),
+        own_only_B=torch.zeros(queries, dtype=torch.bool),
+        teacher_BG=torch.randn(queries, group, generator=generator, dtype=torch.float64),
+    )
+    q.requires_grad_()
+    found.q_CD, found.mine_B = q, torch.arange(queries)
+    found.all_known_K, found.all_owner_K = found.known_K, found.owner_K
+    return q, found
 
 
-def test_hashes_with_the_highest_bit_set():
-    """64-bit hashes are stored as signed numbers; those above 2^63 must match too."""
-    hashes = torch.tensor([-5, 3])
-    assert false_negatives(hashes, torch.tensor([-5]), torch.tensor([0]), torch.tensor([1])).tolist() == [[True, False]]
+def both(q, found, scale, objective):
+    own = [[c for c in row if c >= 0] for row in found.own_BG.tolist()]
+    known = [{int(h) for h, o in zip(found.known_K, found.owner_K, strict=True) if o == b} for b in range(len(q))]
+    expected = reference_loss(
+        q, found.p_PD, own, found.hashes_P.tolist(), known, scale, objective,
+        teacher=found.teacher_BG, own_only=set(found.own_only_B.nonzero().squeeze(-1).tolist()),
+    )  # fmt: skip
+    return contrastive.loss(q, scale, found, objective), expected
+
+
+@pytest.mark.parametrize("block", [1, 20, 1 << 24])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_is_its_formula(monkeypatch, name, block):
+    """Loss, gradients of queries, passages and temperature, and the counts; with queries that see their own group only."""
+    monkeypatch.setattr(linear_cross_entropy, "_BLOCK_ELEMENTS", block)
+    q, found = problem()
+    found.own_only_B[1] = True
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    ours, (expected, *counts) = both(q, found, scale, OBJECTIVES[name])
+    assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert [int(ours.negatives), int(ours.by_content), int(ours.by_margin)] == counts
+    leaves = (q, found.p_PD, scale)
+    mine = torch.autograd.grad(ours.loss, leaves)
+    for a, b in zip(mine, torch.autograd.grad(expected, leaves), strict=True):
+        assert (a - b).abs().max() < 1e-12
+    if "margin" in name and "mse" not in name:
+        assert counts[2] > 0, "no pair is beyond the margin: the case proves nothing"
+    if OBJECTIVES[name].mask_false_negatives:
+        assert counts[1] > 0, "no false negative: the case proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("queries", "group", "short"), [(1, 4, False), (2, 1, False), (7, 2, False), (2, 3, True), (7, 2, True)]
+)
+def test_odd_shapes(queries, group, short):
+    """One query, groups of one, and a group without negatives beside whole ones."""
+    q, found = problem(queries, group, short=short)
+    for objective in (Objective(), Objective(bidirectional=True), Objective(margin=0.0)):
+        ours, (expected, *counts) = both(q, found, 4.0, objective)
+        assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        assert [int(ours.negatives), int(ours.by_content), int(ours.by_margin)] == counts
+        for a, b in zip(*(torch.autograd.grad(x, (q, found.p_PD)) for x in (ours.loss, expected)), strict=True):
+            assert (a - b).abs().max() < 1e-12
+
+
+def test_duplicate_passages():
+    """All passages alike in content: every query is left with its positive alone, the loss is 0 and nothing is NaN."""
+    q, found = problem(4, 2)
+    found.hashes_P = torch.full((8,), 7)
+    found.known_K, found.owner_K = torch.full((4,), 7), torch.arange(4)
+    found.all_known_K, found.all_owner_K = found.known_K, found.owner_K
+    for objective in (Objective(), Objective(bidirectional=True)):
+        parts = contrastive.loss(q, 5.0, found, objective)
+        gradients = torch.autograd.grad(parts.loss, (q, found.p_PD))
+        assert parts.loss.item() == pytest.approx(0.0, abs=1e-12)
+        assert int(parts.negatives) == 0 and int(parts.by_content) == 4 * 7
+        assert all(g.isfinite().all() and not g.any() for g in gradients)
+
+
+def test_extra_columns_are_negatives():
+    """Passages beyond the groups (a memory of negatives, say) take part like any other."""
+    q, found = problem()
+    extra = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64), dim=-1)
+    found.p_PD = torch.cat([found.p_PD, extra])
+    found.hashes_P = torch.cat([found.hashes_P, torch.arange(500, 506)])
+    ours, (expected, *_) = both(q, found, 5.0, Objective())
+    assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_equal_pairs_finds_every_pair():
+    """Also repeated values on both sides, and signed 64-bit hashes (stored from unsigned ones)."""
+    left, right = torch.tensor([3, -5, 3, 8]), torch.tensor([-5, 3, 3, 9, -5])
+    m, n = equal_pairs(left, right)
+    found = sorted(zip(m.tolist(), n.tolist(), strict=True))
+    assert found == [(i, j) for i in range(4) for j in range(5) if left[i] == right[j]]
+
+
+def test_temperature_is_trained_on_its_logarithm():
+    """forward() is 1 / temperature; a step changes the temperature by a share of itself."""
+    temperature = Temperature(0.02)
+    assert temperature().item() == pytest.approx(50.0)
+    temperature().backward()
+    assert temperature.log_scale.grad.item() == pytest.approx(50.0)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# One virtual environment for each peer, with the same torch on every side: it is what all of them spend their time in.
+#   benchmarks/make_environments.sh [FOLDER]      (default: .bench in the repository; PYTHON and TORCH may be set)
+set -euo pipefail
+folder=${1:-"$(dirname "$0")/../.bench"}
+python=${PYTHON:-python3}
+torch=${TORCH:-2.13.0}
+transformers=5.23.0
+mkdir -p "$folder"
+
+environment() {  # name, then the packages
+    local place="$folder/$1"
+    shift
+    if [ -e "$place/complete" ]; then
+        echo "$place: there already"
+        return
+    fi
+    "$python" -m venv --clear "$place"
+    # torch first, by itself: installed together with the peer, the resolver is free to choose another one.
+    "$place/bin/pip" install --quiet "torch==$torch"
+    "$place/bin/pip" install --quiet "torch==$torch" "transformers==$transformers" "$@"
+    "$place/bin/pip" freeze > "$place/complete"
+    echo "$place: made"
+}
+
+environment flagembedding FlagEmbedding==1.4.2
+environment sentence_transformers sentence-transformers==6.2.0 datasets accelerate
