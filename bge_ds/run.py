@@ -38,8 +38,7 @@ def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> in
                 traceback.print_exc()
         return 2
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        collectives.leave()
     return 0
 
 

@@ -133,11 +133,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
 
 
-# A gloo thread still at work when the interpreter ends aborts the rank; so the commands leave their group too (`run.command`).
 _LEAVE = """
-import torch
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+from bge_ds.distributed import collectives
+collectives.leave()
 """
 
 

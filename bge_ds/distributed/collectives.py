@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import torch
 import torch.distributed as dist
 
@@ -16,6 +19,21 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def leave() -> None:
+    """Leave the process group, so that the interpreter may end.
+
+    A gloo thread frees the tensors of its last collective after whoever waited for it has gone on, and takes the interpreter's
+    lock to do so. Where the interpreter ends first, it is killed at that lock and takes the process with it ("terminate called
+    without an active exception", status 134). Freeing a group waits for its threads, but DeepSpeed keeps some groups for good:
+    for theirs, this sleeps, which hands over the lock that they stand at.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    gc.collect()  # an engine is a web of cycles, and holds groups
+    time.sleep(0.1)
 
 
 class _AllGatherRows(torch.autograd.Function):
