@@ -21,7 +21,7 @@ from torch import nn
 
 from bge_ds import retrieval, run
 from bge_ds.arguments import TrainArguments
-from bge_ds.data.batches import pack
+from bge_ds.data.batches import PackedTexts, chunk_bounds, pack, runs_of, split
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.metrics import Meter, RunLog
 from bge_ds.modeling.encoder import Encoder
@@ -47,17 +47,9 @@ class TokenRows:
     def __getitem__(self, row: int) -> np.ndarray:
         return self.ids[self.ends[row] : self.ends[row + 1]]
 
-    def batches(self, batch_tokens: int) -> list[list[int]]:
-        """Rows by length, in groups of at most batch_tokens tokens (a longer row is alone)."""
-        groups: list[list[int]] = []
-        tokens, lengths = batch_tokens, np.diff(self.ends)
-        for row in np.argsort(lengths, kind="stable").tolist():
-            if tokens + lengths[row] > batch_tokens:
-                groups.append([])
-                tokens = 0
-            groups[-1].append(row)
-            tokens += lengths[row]
-        return groups
+    def bounds(self, max_tokens: int) -> list[int]:
+        """Where to cut the rows, packed by length, into pieces of at most max_tokens tokens (a longer row is alone)."""
+        return chunk_bounds(runs_of(np.diff(self.ends)), None, max_tokens)
 
 
 class Share:
@@ -76,7 +68,7 @@ class Share:
             unit = list(islice(texts, size))
             if number % collectives.world_size() == collectives.rank():
                 self.units.append((first, TokenRows(to_ids(unit), largest_id)))
-        own = sum(len(rows.batches(batch_tokens)) for _, rows in self.units)
+        own = sum(len(rows.bounds(batch_tokens)) - 1 for _, rows in self.units)
         self.passes = collectives.largest(own, device)
 
     def _rows_of(self, rank: int, size: int) -> tuple[torch.Tensor, ...]:
@@ -90,17 +82,14 @@ class Share:
         """
         done = 0
         for first, rows in self.units:
-            groups = rows.batches(self.batch_tokens)
-            vectors_ND = torch.cat([self._forward(model, [rows[row] for row in group]) for group in groups])
-            out_ND = torch.empty_like(vectors_ND)
-            out_ND[torch.tensor([row for group in groups for row in group], device=self.device)] = vectors_ND
-            done += len(groups)
-            yield first, out_ND
+            texts, _ = pack(list(rows))
+            pieces = split(texts, rows.bounds(self.batch_tokens))
+            done += len(pieces)
+            yield first, torch.cat([self._forward(model, piece) for piece in pieces])[texts.place_N.to(self.device)]
         for _ in range(done, self.passes):
-            yield self.count, self._forward(model, [np.zeros(1, np.int64)])[:0]
+            yield self.count, self._forward(model, pack([np.zeros(1, np.int64)])[0])[:0]
 
-    def _forward(self, model: nn.Module, rows: list[np.ndarray]) -> torch.Tensor:
-        texts, _ = pack(rows)
+    def _forward(self, model: nn.Module, texts: PackedTexts) -> torch.Tensor:
         return model(texts.to(self.device)).float()
 
     def encode_all(self, model: nn.Module) -> torch.Tensor:

@@ -232,7 +232,7 @@ def backward(
     """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k."""
     texts, bounds = batch.texts, [0, batch.texts.place_N.numel()]
     if args.sub_batch_size or args.sub_batch_tokens:
-        bounds = batches.chunk_bounds(texts, args.sub_batch_size, args.sub_batch_tokens)
+        bounds = batches.chunk_bounds(texts.runs, args.sub_batch_size, args.sub_batch_tokens)
         # Every rank makes as many passes as the one that needs most: under ZeRO-3 a pass is a conversation.
         bounds = batches.split_further(bounds, collectives.largest(len(bounds) - 1, texts.ids_T.device))
     pieces = batches.split(texts, bounds)

@@ -118,30 +118,34 @@ def pack(texts: list[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
     ends = np.cumsum(lengths)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    sizes, counts = np.unique(lengths, return_counts=True)
     return PackedTexts(
         ids_T=torch.from_numpy(np.concatenate([texts[i] for i in order]).astype(np.int64)),
         positions_T=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         place_N=torch.from_numpy(place),
-        runs=[Run(int(n), int(length)) for length, n in zip(sizes, counts, strict=True)],
+        runs=runs_of(lengths),
     ), order
 
 
-def chunk_bounds(texts: PackedTexts, max_texts: int | None, max_tokens: int | None) -> list[int]:
-    """Where to cut the row so that no piece has more texts or tokens than allowed: [0, ..., N], as few as follow each other.
+def runs_of(lengths: np.ndarray | list[int]) -> list[Run]:
+    """The runs of texts of these lengths, in whatever order they are given."""
+    return [Run(int(n), int(length)) for length, n in zip(*np.unique(lengths, return_counts=True), strict=True)]
+
+
+def chunk_bounds(runs: list[Run], max_texts: int | None, max_tokens: int | None) -> list[int]:
+    """Where to cut a row so that no piece has more texts or tokens than allowed: [0, ..., N], as few as follow each other.
 
     A single text that is longer than max_tokens is a piece of its own.
     """
     bounds, held, tokens = [0], 0, 0
-    for n, length in texts.runs:
+    for n, length in runs:
         for _ in range(n):
             full = (max_texts is not None and held >= max_texts) or (max_tokens is not None and tokens + length > max_tokens)
             if full and held:
                 bounds.append(bounds[-1] + held)
                 held, tokens = 0, 0
             held, tokens = held + 1, tokens + length
-    return [*bounds, texts.place_N.numel()]
+    return [*bounds, bounds[-1] + held]
 
 
 def split_further(bounds: list[int], pieces: int) -> list[int]:
@@ -167,14 +171,13 @@ def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
         if first == last:
             first, last = 0, 1
         row = slice(starts[first], starts[last])
-        sizes, counts = np.unique(lengths[first:last], return_counts=True)
         pieces.append(
             PackedTexts(
                 ids_T=texts.ids_T[row],
                 positions_T=texts.positions_T[row],
                 cu_seqlens=texts.cu_seqlens[first : last + 1] - starts[first],
                 place_N=torch.arange(last - first, device=texts.ids_T.device),
-                runs=[Run(int(n), int(length)) for length, n in zip(sizes, counts, strict=True)],
+                runs=runs_of(lengths[first:last]),
             )
         )
     return pieces

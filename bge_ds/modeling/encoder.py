@@ -33,7 +33,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from bge_ds.data.batches import PackedTexts, pack
+from bge_ds.data.batches import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.attention import varlen_attention
 from bge_ds.kernels.dropout import use_fast_dropout
 
@@ -305,21 +305,13 @@ class Encoder(nn.Module):
 
     @torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights in here that a later backward uses
     def encode_ids(self, ids: list, batch_tokens: int = 16384) -> torch.Tensor:
-        """Vectors (len(ids) x D, fp32, on the CPU) of token id rows, in batches of at most about batch_tokens tokens."""
+        """Vectors (len(ids) x D, fp32, on the CPU) of token id rows, at most batch_tokens tokens at a time."""
         training = self.training
         self.eval()
         device = next(self.parameters()).device
-        out = torch.empty(len(ids), self.backbone.config.hidden_size)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        batch: list[int] = []
-        tokens = 0
-        for position, i in enumerate(order):
-            batch.append(i)
-            tokens += len(ids[i])
-            if tokens >= batch_tokens or position == len(order) - 1:
-                texts, _ = pack([ids[j] for j in batch])
-                out[batch] = self(texts.to(device)).cpu()
-                batch, tokens = [], 0
+        texts, _ = pack(ids)
+        pieces = split(texts, chunk_bounds(texts.runs, None, batch_tokens))
+        out = torch.cat([self(piece.to(device)).cpu() for piece in pieces])[texts.place_N]
         self.train(training)
         return out
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bge_ds import evaluate, evaluation, retrieval
+from bge_ds.data.batches import pack, split
 from bge_ds.distributed import checkpoint
 from bge_ds.metrics import Meter, RunLog
 from bge_ds.modeling.encoder import Encoder
@@ -311,12 +312,12 @@ def test_tokenizing_leaves_the_tokenizer_as_it_was(setting):
     assert packed.ids.dtype.itemsize == 1 and [row.tolist() for row in packed] == rows
 
 
-def test_batches_hold_every_row_once():
+def test_pieces_hold_every_row_once():
     """Rows by length, at most the tokens asked for, a longer row by itself."""
-    lengths = [5, 1, 30, 7, 7, 2, 9]
-    rows = evaluation.TokenRows([[1] * n for n in lengths], 9)
-    batches = rows.batches(12)
-    assert [[lengths[row] for row in batch] for batch in batches] == [[1, 2, 5], [7], [7], [9], [30]]
+    rows = evaluation.TokenRows([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], 9)
+    texts, _ = pack(list(rows))
+    pieces = split(texts, rows.bounds(12))
+    assert [piece.cu_seqlens.diff().tolist() for piece in pieces] == [[1, 2, 5], [7], [7], [9], [30]]
 
 
 def test_vectors_of_a_share_are_the_encoders(setting):

@@ -45,9 +45,9 @@ def test_pieces_give_the_gradient_of_the_whole(sizes):
 def test_cuts_hold_every_text_once():
     """Pieces respect the limit, keep order and content, and can be cut further than there are texts."""
     texts, _ = pack(helpers.random_texts([3, 50, 7, 7, 20, 1, 9]))
-    by_tokens = chunk_bounds(texts, None, 30)
+    by_tokens = chunk_bounds(texts.runs, None, 30)
     assert [p.tokens for p in split(texts, by_tokens)] == [27, 20, 50]
-    assert chunk_bounds(texts, 3, None) == [0, 3, 6, 7]
+    assert chunk_bounds(texts.runs, 3, None) == [0, 3, 6, 7]
     for pieces in (3, 5, 7):
         parts = split(texts, split_further(by_tokens, pieces))
         assert len(parts) == pieces
