@@ -40,6 +40,7 @@ _RANGES: dict[str, _Rule] = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "torch_empty_cache_steps"), _WHOLE),
     **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout"), _WHOLE),
     **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
+    "per_device_train_tokens": _WHOLE,
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
     **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha"), _POSITIVE),
     "lora_rank": _WHOLE,
@@ -215,6 +216,16 @@ def check_objective(args: Any) -> None:
             has_effect or not args.asks(name),
             f"--{name} {getattr(args, name)} has no effect without {needs}; add that or drop --{name}",
         )
+
+
+def check_token_budget(args: Any) -> None:
+    """Check that a micro batch of so many tokens holds a text of any length."""
+    budget, longest = args.per_device_train_tokens, args.max_seq_length
+    require(
+        budget is None or longest <= budget,
+        f"--per_device_train_tokens {budget} does not hold one text of --max_seq_length {longest}; raise the former to at "
+        f"least {longest}, or give --max_seq_length {budget} or less, which cuts longer texts",
+    )
 
 
 def check_lora(args: Any) -> None:

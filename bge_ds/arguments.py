@@ -20,6 +20,7 @@ from bge_ds.argument_checks import (
     check_objective,
     check_optimizer,
     check_ranges,
+    check_token_budget,
     choose,
     count_or_share,
     require,
@@ -43,6 +44,7 @@ class TrainArguments:
 
     command: ClassVar[str] = "bge_ds"
     epochs_and_steps: ClassVar[bool] = False  # whether save_steps adds to save_strategy epoch
+    per_device_train_tokens: ClassVar[int | None] = None  # a flag of pretrain alone
 
     # Model and data
     output_dir: str = field(metadata={"help": "folder for the model, checkpoint-N/ and metrics.jsonl"})
@@ -228,6 +230,9 @@ class PretrainArguments(TrainArguments):
         "bert-base-uncased", "model to start from: name or folder; empty: from scratch, see config_name"
     )
     max_seq_length: int = _flag(512, "tokens a text keeps, special tokens included")
+    per_device_train_tokens: int | None = _flag(
+        None, "most tokens of a rank's micro batch, which then takes whole texts while they fit; unset: a number of texts"
+    )
     encoder_mlm_probability: float = _flag(0.3, "share of the encoder's tokens that are masked, by whole words")
     decoder_mlm_probability: float = _flag(0.5, "share of the words hidden from each row of the decoder")
     decoder_query: Literal["embeddings", "raw"] = _flag(
@@ -240,6 +245,13 @@ class PretrainArguments(TrainArguments):
     def check(self) -> None:
         """As for both commands, and: a model from scratch needs a configuration and a tokenizer."""
         super().check()
+        require(
+            self.per_device_train_tokens is None or "per_device_train_batch_size" not in self.explicit,
+            "--per_device_train_tokens and --per_device_train_batch_size exclude each other: a micro batch is so many tokens "
+            "or so many texts; keep one",
+        )
+        if "max_seq_length" in self.explicit:  # else it is the shards', which are not opened yet
+            check_token_budget(self)
         if self.model_name_or_path:
             require(
                 not self.config_name,

@@ -49,7 +49,7 @@ def train(args: FinetuneArguments) -> None:
     if args.learnable_temperature:
         model.temperature = contrastive.Temperature(args.temperature)
     freeze_and_checkpoint(model.backbone, args)
-    order = run.make_order(args, data.manifest, args.max_example_num_per_dataset)
+    order = run.make_order(args, data, args.max_example_num_per_dataset)
     plan = run.StepPlan.make(args, order)
     uniform = not has_bare_groups(data)
     check_comparable(args, data, order, uniform)

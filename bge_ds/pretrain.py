@@ -21,7 +21,7 @@ from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, say_how
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings, check_family, load_decoder, save_decoder
 
-_AGREE = ("max_seq_length", "encoder_mlm_probability", "decoder_mlm_probability", "decoder_query",
+_AGREE = ("per_device_train_tokens", "max_seq_length", "encoder_mlm_probability", "decoder_mlm_probability", "decoder_query",
           "average_tokens_across_devices")  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def train(args: PretrainArguments) -> None:
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
-    order = run.make_order(args, data.manifest)
+    order = run.make_order(args, data)
     plan = run.StepPlan.make(args, order)
     engine, config = run.build_engine(args, model, plan)
     agreement = run.agreement(args, data, config, plan, _AGREE)

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from bge_ds.argument_checks import check_token_budget
 from bge_ds.arguments import TrainArguments, changed, describe, steps_from
 from bge_ds.data import loader
 from bge_ds.data.order import Order, mix64
+from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import engine as engines
 from bge_ds.metrics import RunLog, peak_memory
@@ -91,8 +93,8 @@ def seed_step(seed: int, step: int, micro: int, piece: int = 0) -> None:
 class StepPlan:
     """Which steps a run takes, and after which of them it logs, saves and evaluates; a step counts when it is done (from 1).
 
-    total: steps of the run. epoch_steps: steps an epoch's texts fill (a fraction in general). eval_after: the first step
-    that may be evaluated. save_last: the run's last step is saved too.
+    total: steps of the run. epoch_steps: steps an epoch's texts fill (a fraction in general; with a token budget, the mean
+    over the run). eval_after: the first step that may be evaluated. save_last: the run's last step is saved too.
     """
 
     total: int
@@ -108,15 +110,16 @@ class StepPlan:
     eval_after: float = 0.0
 
     @classmethod
-    def make(cls, args: TrainArguments, order: Order) -> StepPlan:
-        total = args.max_steps if args.max_steps > 0 else order.steps(args.num_train_epochs, args.dataloader_drop_last)
+    def make(cls, args: TrainArguments, order: Order | TokenOrder) -> StepPlan:
+        if args.max_steps > 0:
+            total, epochs = args.max_steps, order.epochs(args.max_steps)
+        else:
+            total, epochs = order.steps(args.num_train_epochs, args.dataloader_drop_last), args.num_train_epochs
         if total < 1:
-            raise ValueError(
-                f"{len(order)} rows do not fill one batch of {order.global_batch} with --dataloader_drop_last; "
-                "lower --per_device_train_batch_size"
-            )
+            flag = "per_device_train_tokens" if args.per_device_train_tokens else "per_device_train_batch_size"
+            raise ValueError(f"{len(order)} rows do not fill one step with --dataloader_drop_last; lower --{flag}")
         by_epoch = args.eval_strategy == "epoch"
-        epoch_steps = len(order) / order.global_batch
+        epoch_steps = order.filled_steps(epochs) / epochs
         plan = cls(
             total=total,
             epoch_steps=epoch_steps,
@@ -169,14 +172,20 @@ class StepPlan:
         return step == self.total or (due and step >= self.eval_after - 1e-9)
 
 
-def make_order(args: TrainArguments, manifest: dict, max_per_source: int | None = None) -> Order:
-    return Order(
+def make_order(args: TrainArguments, data, max_per_source: int | None = None) -> Order | TokenOrder:
+    """What each step takes of the shards `data`: a number of texts, or of tokens where --per_device_train_tokens is given."""
+    micro_batches = args.gradient_accumulation_steps * collectives.world_size()
+    order = Order(
         seed=args.seed if args.data_seed is None else args.data_seed,
-        spans=tuple(tuple(source["rows"]) for source in manifest["sources"]),
-        global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * collectives.world_size(),
+        spans=tuple(tuple(source["rows"]) for source in data.manifest["sources"]),
+        global_batch=args.per_device_train_batch_size * micro_batches,
         max_per_span=max_per_source,
         shuffle=args.train_sampling_strategy == "random",
     )
+    if args.per_device_train_tokens is None:
+        return order
+    check_token_budget(args)
+    return TokenOrder(order, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
 
 
 def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
@@ -226,16 +235,17 @@ def _monitors(args: TrainArguments) -> dict[str, dict]:
     return {"csv_monitor" if kind == "csv" else kind: sections[kind] for kind in args.report_to}
 
 
-def summary(args: TrainArguments, plan: StepPlan, order: Order, engine, config: dict, facts: list[tuple[str, object]]) -> str:
+def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, facts: list[tuple[str, object]]) -> str:
     """What the run is about to do, for a person: facts, memory, the settings that differ from the default, all settings."""
     model = engine.module
     elements, trainable = engines.count_elements(model), engines.count_elements(model, trainable=True)
     memory = engines.memory_estimate(elements, trainable, config, collectives.world_size())
     zero = config.get("zero_optimization", {}).get("stage", 0)
-    batch = (
-        f"{order.global_batch} = {args.per_device_train_batch_size} a rank x {collectives.world_size()} ranks"
-        f" x {args.gradient_accumulation_steps} accumulation"
-    )
+    batch = f"a rank x {collectives.world_size()} ranks x {args.gradient_accumulation_steps} accumulation"
+    if args.per_device_train_tokens is None:
+        batch = f"{order.global_batch} = {args.per_device_train_batch_size} {batch}"
+    else:
+        batch = f"{args.per_device_train_tokens} tokens {batch}, {len(order) / plan.epoch_steps:.1f} texts a step on average"
     rows = [
         ("parameters", f"{elements / 1e6:.1f} M, {trainable / 1e6:.1f} M trained"),
         ("engine", f"ZeRO {zero}, {str(engines.precision(engine)).removeprefix('torch.')}, {args.optim}"),
@@ -292,7 +302,7 @@ def open_log(args: TrainArguments, engine, first_step: int, plan: StepPlan) -> R
     )
 
 
-def load_steps(args: TrainArguments, data, order: Order, collate: Callable, device: torch.device, first: int, end: int, **more):
+def load_steps(args: TrainArguments, data, order, collate: Callable, device: torch.device, first: int, end: int, **more):
     """This rank's batches of steps first..end-1, each a list over the accumulation steps; `more` goes to `collate`."""
     return loader.steps(
         data.folder,

@@ -234,6 +234,18 @@ def test_pretraining_from_scratch_needs_configuration_and_tokenizer(capsys):
     assert ok(PretrainArguments, "--average_tokens_across_devices", "False").average_tokens_across_devices is False
 
 
+def test_a_micro_batch_is_of_tokens_or_of_texts(capsys):
+    """Both sizes at once contradict each other, a budget must hold a text, and fine-tuning has no budget."""
+    assert ok(PretrainArguments, "--per_device_train_tokens", 512).per_device_train_tokens == 512
+    assert ok(PretrainArguments, "--per_device_train_tokens", 40).per_device_train_tokens == 40  # the shards' length decides
+    text = error(capsys, PretrainArguments, "--per_device_train_tokens", 512, "--per_device_train_batch_size", 8)
+    assert "--per_device_train_tokens and --per_device_train_batch_size exclude each other" in text
+    text = error(capsys, PretrainArguments, "--per_device_train_tokens", 40, "--max_seq_length", 41)
+    assert "--per_device_train_tokens 40" in text and "--max_seq_length 41" in text and "at least 41" in text
+    assert "at least 1" in error(capsys, PretrainArguments, "--per_device_train_tokens", 0)
+    assert "unknown flag" in error(capsys, FinetuneArguments, "--per_device_train_tokens", 512)
+
+
 # --- values derived from others ---------------------------------------------------------------------------------------
 
 

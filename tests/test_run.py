@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from bge_ds import finetune, pretrain, run
+from bge_ds import finetune, preprocess, pretrain, run
 from bge_ds.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data.order import Order
+from bge_ds.data.token_order import TokenOrder
 
 
 def plan(rows=100, batch=10, kind=FinetuneArguments, **flags):
@@ -35,6 +37,25 @@ def test_epoch_ends():
     assert [s for s in range(1, by_epoch.total + 1) if by_epoch.logs(s)] == [10, 19]
     both = plan(kind=PretrainArguments, num_train_epochs=2, save_steps=4)
     assert [s for s in range(1, 21) if both.saves(s)] == [4, 8, 10, 12, 16, 20]
+
+
+def test_the_plan_of_a_token_budget():
+    """Epochs end at the step in which their last text is seen, the run's last one with the run; the budget is named."""
+    lengths = np.random.default_rng(0).integers(3, 40, 500)
+    order = TokenOrder(Order(0, ((0, 500),), 1), lengths.__getitem__, 40, 100, 4)
+    flags = {"output_dir": "o", "train_data": "d", "per_device_train_tokens": 100, "max_seq_length": 40}
+    planned = run.StepPlan.make(PretrainArguments.build(**flags, num_train_epochs=3), order)
+    assert planned.total == order.steps(3) and planned.epoch(planned.total) >= 3 > planned.epoch(planned.total - 1)
+    saved = [step for step in range(1, planned.total + 1) if planned.saves(step)]
+    assert len(saved) == 3 and saved[-1] == planned.total
+    assert all(abs(order.epochs(step) - epoch) < 0.1 for epoch, step in enumerate(saved, start=1))
+    short = run.StepPlan.make(PretrainArguments.build(**flags, max_steps=5), order)
+    assert short.total == 5 and short.epoch(5) == pytest.approx(order.epochs(5))
+    with pytest.raises(ValueError, match=r"500 rows do not fill one step .* lower --per_device_train_tokens"):
+        run.StepPlan.make(
+            PretrainArguments.build(**flags, num_train_epochs=1, dataloader_drop_last=True),
+            TokenOrder(order.line, order.lengths, 40, 100, 10**4),
+        )
 
 
 def evaluated(planned):
@@ -140,3 +161,20 @@ def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_bert_pat
         "--cache_dir", tmp_path / "cache",
     )  # fmt: skip
     assert "the model embeds 50" in line
+
+
+def test_a_budget_that_holds_no_whole_text_is_refused(capsys, tmp_path, tiny_bert_path):
+    """The shards' length counts where none is given: the error names both flags, before anything is written."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "the quick brown fox"}\n' * 3)
+    common = ["--model_name_or_path", tiny_bert_path, "--cache_dir", tmp_path / "cache", "--use_cpu"]
+    shards = tmp_path / "shards"
+    preprocess.main(
+        ["pretrain", "--input", str(tmp_path / "texts.jsonl"), "--output", str(shards), "--tokenizer", str(tiny_bert_path),
+         "--max_seq_length", "40"]
+    )  # fmt: skip
+    line = error_of(
+        capsys, pretrain.main, "--output_dir", tmp_path / "out", "--train_data", shards, *common,
+        "--per_device_train_tokens", "39",
+    )  # fmt: skip
+    assert "--per_device_train_tokens 39 does not hold one text of --max_seq_length 40" in line
+    assert not (tmp_path / "out").exists()

@@ -9,17 +9,19 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from bge_ds.data import shards
-from bge_ds.data.order import Order, rank_slice
+from bge_ds.data.order import Order
+from bge_ds.data.token_order import TokenOrder
 
 
 class StepDataset(Dataset):
     """Item s is the list of one rank's accumulation batches of optimizer step s.
 
-    collate: (shards, epochs, rows) -> batch. The shards are opened in the process that reads them.
+    place: (accumulation steps, rank, ranks). collate: (shards, epochs, rows) -> batch. The shards are opened in the process
+    that reads them.
     """
 
-    def __init__(self, folder: Path, order: Order, slices: list[slice], collate: Callable):
-        self.folder, self.order, self.slices, self.collate = folder, order, slices, collate
+    def __init__(self, folder: Path, order: Order | TokenOrder, place: tuple[int, int, int], collate: Callable):
+        self.folder, self.order, self.place, self.collate = folder, order, place, collate
         self._shards = None
 
     def __getstate__(self):
@@ -28,13 +30,12 @@ class StepDataset(Dataset):
     def __getitem__(self, step: int) -> list:
         if self._shards is None:
             self._shards = shards.open_folder(self.folder)
-        epochs, rows = self.order.step_rows(step)
-        return [self.collate(self._shards, epochs[part], rows[part]) for part in self.slices]
+        return [self.collate(self._shards, epochs, rows) for epochs, rows in self.order.micro_batches(step, *self.place)]
 
 
 def steps(
     folder: Path,
-    order: Order,
+    order: Order | TokenOrder,
     collate: Callable,
     *,
     first_step: int,
@@ -49,9 +50,7 @@ def steps(
     **collate_options,
 ) -> DataLoader:
     """An iterator over the rank's batches of steps first_step..end_step-1, in order; each item a list of batches."""
-    dataset = StepDataset(
-        folder, order, rank_slice(order.global_batch, accumulation, rank, world), partial(collate, **collate_options)
-    )
+    dataset = StepDataset(folder, order, (accumulation, rank, world), partial(collate, **collate_options))
     return DataLoader(
         dataset,
         sampler=range(first_step, end_step),

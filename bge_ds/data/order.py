@@ -81,10 +81,22 @@ class Order:
         """Rows an epoch sees."""
         return int(self._kept.sum())
 
+    def filled_steps(self, epochs: float) -> float:
+        """Optimizer steps that the texts of `epochs` (may be a fraction) fill: a fraction in general."""
+        return len(self) * epochs / self.global_batch
+
     def steps(self, epochs: float, drop_last: bool = False) -> int:
         """Optimizer steps that `epochs` (may be a fraction) take."""
-        batches = len(self) * epochs / self.global_batch
-        return math.floor(batches + 1e-9) if drop_last else math.ceil(batches - 1e-9)
+        return whole_steps(self.filled_steps(epochs), drop_last)
+
+    def epochs(self, steps: int) -> float:
+        """How many epochs the first `steps` steps walk through."""
+        return steps * self.global_batch / len(self)
+
+    def micro_batches(self, step: int, accumulation: int, rank: int, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(epochs_N, rows_N) of each accumulation step of one rank in one optimizer step."""
+        epochs, rows = self.step_rows(step)
+        return [(epochs[part], rows[part]) for part in rank_slice(self.global_batch, accumulation, rank, world)]
 
     def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
@@ -108,6 +120,11 @@ class Order:
                 inside = permute(inside, end - start, self.seed, 2, int(span))
             rows_K[here] = start + inside
         return epochs_K, rows_K
+
+
+def whole_steps(filled: float, drop_last: bool) -> int:
+    """Steps of a run whose texts fill `filled` of them: the last one that begins is taken, or only what is full."""
+    return math.floor(filled + 1e-9) if drop_last else math.ceil(filled - 1e-9)
 
 
 def rank_slice(global_batch: int, accumulation: int, rank: int, world: int) -> list[slice]:

@@ -245,6 +245,23 @@ class _Table:
         b = bisect_right(starts, row - self.starts[k]) - 1
         return batches[b], row - self.starts[k] - starts[b]
 
+    def lengths(self, column: str, rows_K: np.ndarray) -> np.ndarray:
+        """Values in a list column's rows, int64, shape K: differences of offsets, no value is read."""
+        order_K = np.argsort(rows_K)
+        sorted_K, found_K = rows_K[order_K], np.empty(len(rows_K), np.int64)
+        if len(rows_K) and not 0 <= sorted_K[0] <= sorted_K[-1] < self.rows:
+            raise IndexError(f"rows {sorted_K[0]} to {sorted_K[-1]} of table {self.table}, which has {self.rows} rows")
+        shard_bounds = np.searchsorted(sorted_K, [*self.starts, self.rows])
+        for k in np.flatnonzero(np.diff(shard_bounds)):
+            starts, batches = self._shards[k] or self._load(k)
+            starts = self.starts[k] + np.array(starts)
+            bounds = np.searchsorted(sorted_K, [*starts, self.starts[k] + self.entries[k]["rows"]])
+            for b in np.flatnonzero(np.diff(bounds)):
+                part, offsets = slice(bounds[b], bounds[b + 1]), batches[b][column].offsets
+                inside = sorted_K[part] - starts[b]
+                found_K[order_K[part]] = offsets[inside + 1] - offsets[inside]
+        return found_K
+
     def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
         starts, batches, rows = [], [], 0
         try:
@@ -311,6 +328,10 @@ class PretrainShards(_Shards):
         """The word each token belongs to, never falling, shape (T,); each special token is a word of its own."""
         batch, i = self._tables["texts"].locate(row)
         return batch["words"].row(i)
+
+    def lengths(self, rows_K: np.ndarray) -> np.ndarray:
+        """Tokens of each text, special ones included, int64, shape (K,)."""
+        return self._tables["texts"].lengths("ids", rows_K)
 
 
 class FinetuneShards(_Shards):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data.order import Order, mix64, permute, rank_slice
+from bge_ds.data.order import Order, mix64, permute
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**63))
@@ -51,8 +51,8 @@ def test_any_number_of_ranks_cuts_the_same_batches():
     order = Order(1, ((0, 100),), 8)
     _, rows = order.step_rows(7)
     for world, accumulation in ((1, 1), (2, 1), (4, 2), (8, 1)):
-        parts = [rank_slice(8, accumulation, rank, world) for rank in range(world)]
-        micro = [np.concatenate([rows[parts[r][a]] for r in range(world)]) for a in range(accumulation)]
+        ranks = [order.micro_batches(7, accumulation, rank, world) for rank in range(world)]
+        micro = [np.concatenate([ranks[r][a][1] for r in range(world)]) for a in range(accumulation)]
         assert np.array_equal(np.concatenate(micro), rows)
 
 

@@ -66,6 +66,21 @@ def test_a_row_is_a_view_of_the_mapped_file(tmp_path):
     assert not maps.exists() or str(tmp_path / "s" / "texts-00000.arrow") in maps.read_text()
 
 
+@pytest.mark.parametrize("shard_bytes", [1, 3000, shards.SHARD_BYTES])
+def test_lengths_of_many_rows_at_once(tmp_path, shard_bytes):
+    """Lengths come from offsets, over all borders, in the order asked: a wrong one would overfill a batch cut by tokens."""
+    rows = texts(203)
+    write_pretrain(tmp_path / "s", rows, shard_bytes)
+    data = shards.open_folder(tmp_path / "s")
+    asked = np.random.default_rng(0).integers(0, 203, 500)
+    found = data.lengths(asked)
+    assert found.dtype == np.int64 and found.tolist() == [len(rows[row]) for row in asked]
+    assert data.lengths(np.empty(0, np.int64)).tolist() == []
+    for outside in (-1, 203):
+        with pytest.raises(IndexError, match=r"table texts, which has 203 rows"):
+            data.lengths(np.array([5, outside]))
+
+
 def test_opening_reads_no_rows(tmp_path, monkeypatch):
     """Opening costs one footer a shard whatever the size: no record batch is touched before a row is asked for."""
     write_pretrain(tmp_path / "s", texts(203), 1)

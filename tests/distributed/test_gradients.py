@@ -19,10 +19,12 @@ from bge_ds import finetune, preprocess
 from bge_ds.arguments import FinetuneArguments
 from bge_ds.data import batches, records, shards
 from bge_ds.data.order import Order
+from bge_ds.data.token_order import TokenOrder
 from bge_ds.modeling.encoder import Encoder, load_backbone, pool, run_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 
 GROUPS, GROUP_SIZE, TEMPERATURE = 12, 3, 0.2
+BINS = 6  # of a step, where micro batches are cut by tokens
 CROSS = {"negatives_cross_device": True}
 CASES = {
     "cross_device": CROSS,
@@ -54,7 +56,6 @@ from transformers import AutoModelForMaskedLM
 from bge_ds import finetune, pretrain, run
 from bge_ds.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import batches, shards
-from bge_ds.data.order import Order, rank_slice
 from bge_ds.distributed import collectives, engine as engines
 from bge_ds.modeling import contrastive
 from bge_ds.modeling.encoder import Encoder, load_backbone
@@ -81,9 +82,11 @@ for case, flags in cases.items():
     data_path = bare_path if case == "bare_groups" else whole_path
     accumulation = flags.pop("gradient_accumulation_steps", 1)
     common = dict(output_dir="unused", deepspeed="zero" + stage, max_grad_norm=0.0, max_steps=2, use_cpu=True,
-                  per_device_train_batch_size=12 // world // accumulation, gradient_accumulation_steps=accumulation)
+                  gradient_accumulation_steps=accumulation)
+    if "per_device_train_tokens" not in flags:
+        common["per_device_train_batch_size"] = 12 // world // accumulation
     if "pretrain" in case:
-        args = PretrainArguments.build(**common, train_data=texts_path, **flags)
+        args = PretrainArguments.build(**common, train_data=texts_path, max_seq_length=40, **flags)
         model = RetroMAE(load_backbone(AutoModelForMaskedLM, model_path), RetroMAESettings(mask_id=4))
         generator = torch.Generator().manual_seed(3)
         for p in model.decoder.parameters():
@@ -99,10 +102,9 @@ for case, flags in cases.items():
         data, collate, options = shards.open_folder(data_path), batches.collate_groups, dict(
             group_size=3, query_max_len=16, passage_max_len=40, distill=args.knowledge_distillation,
             own_only_spans=((0, 5),) if case == "own_only_set" else ())
-    order = run.make_order(args, data.manifest)
+    order = run.make_order(args, data)
     engine = engine_of(args, model, order)
-    epochs, rows = order.step_rows(0)
-    parts = [collate(data, epochs[p], rows[p], seed=order.seed, **options) for p in rank_slice(12, accumulation, rank, world)]
+    parts = [collate(data, *rows, seed=order.seed, **options) for rows in order.micro_batches(0, accumulation, rank, world)]
     targets = pretrain.count_targets(model, parts, True) if "pretrain" in case else None
     for micro, batch in enumerate(parts):
         if "pretrain" in case:
@@ -191,18 +193,23 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     return gradients | ({"temperature.log_scale": log_scale.grad.numpy()} if args.learnable_temperature else {})
 
 
-def pretrain_reference(model_path, folder) -> dict[str, np.ndarray]:
-    """Gradients of both means over all tokens, one process, padded encoder."""
+def pretrain_reference(model_path, folder, tokens: int | None = None) -> dict[str, np.ndarray]:
+    """Gradients of both means over all tokens, one process, padded encoder; the texts are all, or BINS bins of `tokens`."""
     model = RetroMAE(load_backbone(AutoModelForMaskedLM, str(model_path), attention="sdpa"), RetroMAESettings(mask_id=4))
     generator = torch.Generator().manual_seed(3)
     for p in model.decoder.parameters():
         p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
     opened = shards.open_folder(folder)
-    epochs, rows = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), 12).step_rows(0)
+    order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), 12)
+    epochs, rows = order.step_rows(0)
+    if tokens:
+        bins = TokenOrder(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
+        assert len({len(rows) for _, rows in bins}) > 1  # micro batches of equal counts would hide a mean of means
+        epochs, rows = (np.concatenate(parts) for parts in zip(*bins, strict=True))
     batch = batches.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40)
     sums = model(batch)
     masked = model.masked(batch).sum()
-    predicted = batch.texts.tokens - 2 * 12
+    predicted = batch.texts.tokens - 2 * len(rows)
     assert masked > 5
     (sums[0] / masked + sums[1] / predicted).backward()
     return {k: p.grad.numpy() for k, p in model.named_parameters() if p.requires_grad}
@@ -212,11 +219,12 @@ def pretrain_reference(model_path, folder) -> dict[str, np.ndarray]:
 def test_ranks_and_pieces_give_one_process_gradients(tmp_path, tiny_bert_path, data, stage, ranks):
     """Every parameter's gradient differs by less than 1e-5, relative, from that of an fp64 or single fp32 process."""
     cases = {**CASES, "pretrain": {}, "pretrain_accumulated": {"gradient_accumulation_steps": 2}}
+    cases["pretrain_tokens"] = {"per_device_train_tokens": 60, "gradient_accumulation_steps": BINS // ranks}
     helpers.run_ranks(RANK_SCRIPT, ranks, tiny_bert_path, *data, tmp_path, stage, json.dumps(cases))
     worst = 0.0
     for case, flags in cases.items():
         if "pretrain" in case:
-            expected = pretrain_reference(tiny_bert_path, data[2])
+            expected = pretrain_reference(tiny_bert_path, data[2], flags.get("per_device_train_tokens"))
         else:
             expected = contrastive_reference(tiny_bert_path, data[case == "bare_groups"], case, flags, ranks)
         found = np.load(tmp_path / f"{case}.npz")

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from bge_ds.distributed import checkpoint
+
 # Both commands, each once to the end and once from the checkpoint in the middle, in one group of ranks. `finish` of the
 # whole runs also notes the live model's vectors, which the test holds against sentence-transformers'.
 RANK_SCRIPT = """
@@ -32,6 +34,8 @@ def write_and_note(engine, tokenizer, args, data, out):
 
 finetune.write_model = write_and_note
 for name, train, kind in (("finetune", finetune.train, FinetuneArguments), ("pretrain", pretrain.train, PretrainArguments)):
+    if name not in flags:
+        continue
     common = {**flags["common"], **flags[name], "use_cpu": True}
     train(kind.build(**common, output_dir=f"{folder}/{name}_whole"))
     if not flags.get("only_whole"):
@@ -60,18 +64,24 @@ def setting(tmp_path_factory):
     return base
 
 
-def flags_of(setting, stage, **common) -> dict:
+def flags_of(setting, stage, texts=2, tokens=None, **common) -> dict:
+    """tokens: a micro batch of pre-training is so many tokens, in place of so many texts."""
+    by_texts = {"per_device_train_batch_size": texts}
     return {
         "common": {
-            "model_name_or_path": str(setting / "model"), "deepspeed": f"zero{stage}", "per_device_train_batch_size": 2,
+            "model_name_or_path": str(setting / "model"), "deepspeed": f"zero{stage}",
             "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-3,
             "warmup_steps": 2, "weight_decay": 0.1, "dataloader_num_workers": 0, "cache_dir": str(setting / "cache"), **common,
         },
         "finetune": {
             "train_data": str(setting / "groups.jsonl"), "train_group_size": 3, "negatives_cross_device": True,
             "temperature": 0.05, "query_instruction_for_retrieval": "query: ", "sentence_pooling_method": "mean",
+            **by_texts,
         },
-        "pretrain": {"train_data": str(setting / "texts.jsonl"), "max_seq_length": 40, "gradient_accumulation_steps": 2},
+        "pretrain": {
+            "train_data": str(setting / "texts.jsonl"), "max_seq_length": 40, "gradient_accumulation_steps": 2,
+            **({"per_device_train_tokens": tokens} if tokens else by_texts),
+        },
     }  # fmt: skip
 
 
@@ -80,10 +90,10 @@ def losses(folder) -> dict[int, float]:
     return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
 
 
-@pytest.mark.parametrize("case", ["0", "1", "2", "3", "2-bf16", "1-pieces", "3-pieces-bf16"])
+@pytest.mark.parametrize("case", ["0", "1", "2", "3", "2-bf16", "1-pieces-tokens", "3-pieces-bf16-tokens"])
 def test_resumed_equals_undisturbed(tmp_path, setting, case):
     """Stopped in the middle of an epoch after step 3 of 6: same losses, rates, norms and final weights, to the last bit."""
-    flags = flags_of(setting, case[0], bf16="bf16" in case)
+    flags = flags_of(setting, case[0], bf16="bf16" in case, tokens=60 if "tokens" in case else None)
     if "pieces" in case:
         flags["finetune"] |= {"sub_batch_size": 3, "learnable_temperature": True, "use_mrl": True, "mrl_dims": [8, 32]}
     helpers.run_ranks(RANK_SCRIPT, 2, tmp_path, json.dumps(flags))
@@ -101,6 +111,10 @@ def test_resumed_equals_undisturbed(tmp_path, setting, case):
         after = load_file(whole / weights)
         assert all(not torch.equal(after[k], before[k]) for k in after if "query.weight" in k)  # it did go on learning
         assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.old"))
+    middle = tmp_path / "pretrain_whole" / "checkpoint-3"
+    agreement = json.loads((middle / "state.json").read_text())["agreement"]
+    with pytest.raises(ValueError, match="per_device_train_tokens"):
+        checkpoint.read_state(middle, agreement | {"per_device_train_tokens": 61})
     check_saved_model(tmp_path, tolerance=1e-2 if "bf16" in case else 1e-5)
 
 
@@ -127,18 +141,26 @@ def order_of_passages() -> list[str]:
 
 
 def test_one_rank_and_two_ranks_train_alike(tmp_path, setting):
-    """1 rank with batch 4 and 2 ranks with batch 2: the same texts in the same steps, so the same losses (no dropout)."""
+    """1 rank with batch 4 and 2 ranks with batch 2: the same texts in the same steps, so the same losses (no dropout).
+
+    With a budget of tokens, which fixes the micro batches, accumulation makes up for the rank that is missing.
+    """
     helpers.make_model("bert", tmp_path / "model")
     helpers.make_tokenizer("wordpiece", tmp_path / "model")
     for ranks in (1, 2):
-        flags = flags_of(setting, 1, per_device_train_batch_size=4 // ranks, model_name_or_path=str(tmp_path / "model"))
+        flags = flags_of(setting, 1, texts=4 // ranks, model_name_or_path=str(tmp_path / "model"))
         (tmp_path / str(ranks)).mkdir()
         helpers.run_ranks(RANK_SCRIPT, ranks, tmp_path / str(ranks), json.dumps({**flags, "only_whole": True}))
-    for name in ("finetune", "pretrain"):
-        one, two = (losses(tmp_path / str(ranks) / f"{name}_whole") for ranks in (1, 2))
+        flags = flags_of(setting, 1, tokens=60, model_name_or_path=str(tmp_path / "model"))
+        flags["pretrain"]["gradient_accumulation_steps"] = 4 // ranks
+        (tmp_path / f"tokens{ranks}").mkdir()
+        only = {name: flags[name] for name in ("common", "pretrain")} | {"only_whole": True}
+        helpers.run_ranks(RANK_SCRIPT, ranks, tmp_path / f"tokens{ranks}", json.dumps(only))
+    for kind, name in (("", "finetune"), ("", "pretrain"), ("tokens", "pretrain")):
+        one, two = (losses(tmp_path / f"{kind}{ranks}" / f"{name}_whole") for ranks in (1, 2))
         assert one.keys() == two.keys()
         for step in one:
-            assert np.allclose(one[step], two[step], rtol=1e-4), (name, step)
+            assert np.allclose(one[step], two[step], rtol=1e-4), (kind, name, step)
 
 
 def test_the_seed_decides_the_run(tmp_path, setting):
