@@ -109,6 +109,22 @@ def test_pretrain_from_scratch_then_finetune(setting):
     assert 0 < max(moved) < 0.01  # one Adam step of 1e-3 from where pre-training ended, not from elsewhere
 
 
+def test_pretrain_by_tokens(setting):
+    """Two ranks, batches cut by tokens in loader workers: the summary says so, an epoch's steps follow from the bins."""
+    out, port = setting / "by_tokens", ["--master_port", str(helpers.free_port())]
+    said = launch(
+        ["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.pretrain"], "--output_dir", out,
+        "--model_name_or_path", setting / "model", "--train_data", setting / "texts.jsonl", "--cache_dir", setting / "cache",
+        "--max_seq_length", 40, "--per_device_train_tokens", 150, "--num_train_epochs", 2, "--logging_steps", 1, "--use_cpu",
+        "--dataloader_num_workers", 2, "--include_num_input_tokens_seen",
+    )  # fmt: skip
+    assert "150 tokens a rank x 2 ranks x 1 accumulation" in said and "texts a step on average" in said
+    records = metrics(out)
+    tokens = np.diff([0] + [r["num_input_tokens_seen"] for r in records])
+    assert tokens.max() <= 300 and np.mean(tokens) > 220  # no bin of these texts leaves a whole text's length free
+    assert 2 <= records[-1]["epoch"] < 2 + 1 / 4 and len(list(out.glob("checkpoint-*"))) == 2
+
+
 def test_a_run_without_negatives_of_its_own(setting):
     """Groups without `neg`: ranks bring different numbers of passages, in-batch negatives serve, nothing hangs."""
     lines = (setting / "groups.jsonl").read_text().splitlines()
