@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from .data import records, shards
+from .data import folders, records, shards
 from .data.build import INSTRUCTIONS, LENGTHS, Job, Settings, build
 
 # ----------------------------------------------------------------------------------------------- what a trainer calls
@@ -230,7 +230,7 @@ def _make(args: argparse.Namespace) -> None:
     for name, least in (("num_proc", 0), ("shard_bytes", 1), *((name, 1) for name in LENGTHS[args.command])):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more")
-    shards.check_output(Path(args.output), args.overwrite)
+    folders.check_output(Path(args.output), args.overwrite)
     sources = records.find_sources(args.input, args.skip_unknown)
     core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir))
     names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command])

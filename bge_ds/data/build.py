@@ -26,7 +26,7 @@ import xxhash
 from tqdm import tqdm
 
 from .. import __version__
-from . import records, shards
+from . import folders, records, shards
 
 LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32, "passage_max_len": 128}}
 INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
@@ -347,7 +347,7 @@ def build(
         num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = sum(source.num_bytes() for source in sources)
     blocks = itertools.chain.from_iterable(records.read_blocks(source, i) for i, source in enumerate(sources))
-    with shards.new_folder(output, overwrite) as folder:
+    with folders.new_folder(output, overwrite) as folder:
         builder = Builder(folder, sources, job, shard_bytes)
         try:
             with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="preprocess", disable=None) as bar:

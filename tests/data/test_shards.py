@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from bge_ds.data import shards
+from bge_ds.data import folders, shards
 
 MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
 
@@ -24,7 +23,7 @@ def texts(count: int) -> list[np.ndarray]:
 def write_pretrain(folder, rows, shard_bytes=shards.SHARD_BYTES):
     """Rows of ids, with each id's position as its word, a few at a time as preprocessing does."""
     schema = shards.schemas("pretrain", 300, 512)["texts"]
-    with shards.new_folder(folder) as partial:
+    with folders.new_folder(folder) as partial:
         writer = shards.TableWriter(partial, "texts", schema, shard_bytes)
         for start in range(0, len(rows), 5):
             part = rows[start : start + 5]
@@ -104,6 +103,8 @@ def test_a_pickled_reader_opens_the_folder_again(tmp_path):
     sent = pickle.dumps(shards.open_folder(tmp_path / "s"))
     assert len(sent) < 500
     np.testing.assert_array_equal(pickle.loads(sent).ids(49), rows[49])
+    lengths = pickle.loads(pickle.dumps(shards.open_folder(tmp_path / "s").lengths))  # what a `TokenOrder` carries
+    assert lengths(np.array([49])).tolist() == [len(rows[49])]
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(1 << 16, pa.uint16()), ((1 << 16) + 1, pa.int32())])
@@ -192,44 +193,10 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
         shards.open_folder(tmp_path / "s")
 
 
-def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
-    """A run that fails may leave no folder that looks complete, and overwriting replaces only at the very end."""
-    with pytest.raises(RuntimeError), shards.new_folder(tmp_path / "s") as partial:
-        (partial / "texts-00000.arrow").write_bytes(b"half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    manifest = write_pretrain(tmp_path / "s", texts(20))
-    with pytest.raises(RuntimeError), shards.new_folder(tmp_path / "s", overwrite=True):
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-    assert shards.open_folder(tmp_path / "s").fingerprint == manifest["fingerprint"]
-
-
-def test_a_killed_runs_folder_is_cleared_by_the_next_run(tmp_path):
-    """A killed run leaves its partial folder, which has no final name; the next run removes it, but no living run's."""
-    host = shards.socket.gethostname()
-    dead, alive = tmp_path / f".s.partial-{host}-999999999", tmp_path / f".s.partial-{host}-{os.getppid()}"
-    dead.mkdir()
-    alive.mkdir()
-    write_pretrain(tmp_path / "s", texts(5))
-    assert not dead.exists() and alive.exists()
-
-
-def test_output_folders_that_would_lose_files_are_refused(tmp_path):
-    """Overwriting deletes what it replaces, so a folder with anything but shards in it is never replaced."""
-    (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"is not empty \(it holds thesis\.txt\)"):
-        shards.check_output(tmp_path, overwrite=False)
-    with pytest.raises(ValueError, match=r"holds thesis\.txt, which is no part of shards"):
-        shards.check_output(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="is a file"):
-        shards.check_output(tmp_path / "thesis.txt", overwrite=True)
-
-
 def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
     """Absent scores are None, not an empty list: a group without negatives can still have scores of its own."""
     fields = shards.schemas("finetune", 70000)
-    with shards.new_folder(tmp_path / "s") as partial:
+    with folders.new_folder(tmp_path / "s") as partial:
         writers = {name: shards.TableWriter(partial, name, schema) for name, schema in fields.items()}
         lengths = np.array([2, 1, 3])
         ids = shards.list_array(np.array([1, 69999, 3, 4, 5, 6]), lengths, pa.int32())
