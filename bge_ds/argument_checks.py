@@ -24,7 +24,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
 }
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_deepspeed")
 WRITERS = ("tensorboard", "wandb", "csv")
 
 # What a number may be: (words, predicate). NaN fails every comparison, so it passes none of them.
@@ -42,6 +42,7 @@ _RANGES: dict[str, _Rule] = {
     **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
     "per_device_train_tokens": _WHOLE,
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
+    "bow_loss_weight": _NOT_NEGATIVE,
     **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha"), _POSITIVE),
     "lora_rank": _WHOLE,
     "per_device_eval_batch_size": _WHOLE,

@@ -75,7 +75,9 @@ class TrainArguments:
         default=None, metadata={"help": "JSON object of further arguments of the schedule; parsed, it is a dict"}
     )
     warmup_steps: float = _flag(0, "steps in which the learning rate rises from 0; below 1, a share of all steps")
-    optim: str = _flag("adamw_torch_fused", "adamw_torch or adamw_torch_fused")
+    optim: str = _flag(
+        "adamw_torch_fused", "adamw_torch, adamw_torch_fused, or adamw_deepspeed: its FusedAdam on a GPU, CPUAdam on a CPU"
+    )
     weight_decay: float = _flag(0.0, "AdamW's decay; biases and norms are spared")
     adam_beta1: float = _flag(0.9, "AdamW's decay of the mean of gradients")
     adam_beta2: float = _flag(0.999, "AdamW's decay of the mean of squared gradients")
@@ -233,6 +235,11 @@ class PretrainArguments(TrainArguments):
     per_device_train_tokens: int | None = _flag(
         None, "most tokens of a rank's micro batch, which then takes whole texts while they fit; unset: a number of texts"
     )
+    objective: Literal["retromae", "dupmae", "mlm"] = _flag(
+        "retromae", "retromae: masked words, and a decoder that rebuilds the text from [CLS]; dupmae: and its bag of words "
+        "from the other tokens; mlm: masked words alone"
+    )  # fmt: skip
+    bow_loss_weight: float = _flag(0.1, "with objective dupmae: weight of the bag of words beside the two other losses")
     encoder_mlm_probability: float = _flag(0.3, "share of the encoder's tokens that are masked, by whole words")
     decoder_mlm_probability: float = _flag(0.5, "share of the words hidden from each row of the decoder")
     decoder_query: Literal["embeddings", "raw"] = _flag(
@@ -245,6 +252,15 @@ class PretrainArguments(TrainArguments):
     def check(self) -> None:
         """As for both commands, and: a model from scratch needs a configuration and a tokenizer."""
         super().check()
+        for name, needs, has_effect in (
+            ("bow_loss_weight", "--objective dupmae", self.objective == "dupmae"),
+            ("decoder_mlm_probability", "a decoder: --objective retromae or dupmae", self.objective != "mlm"),
+            ("decoder_query", "a decoder: --objective retromae or dupmae", self.objective != "mlm"),
+        ):
+            require(
+                has_effect or not self.asks(name),
+                f"--{name} {getattr(self, name)} has no effect without {needs}; change that or drop --{name}",
+            )
         require(
             self.per_device_train_tokens is None or "per_device_train_batch_size" not in self.explicit,
             "--per_device_train_tokens and --per_device_train_batch_size exclude each other: a micro batch is so many tokens "

@@ -20,6 +20,7 @@ from bge_ds.distributed import engine as engines
 from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export, lora
 from bge_ds.modeling.encoder import Encoder, check_lengths, say_how
+from bge_ds.modeling.flops import backbone_flops
 
 _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cross_device", "use_inbatch_neg",
           "temperature", "normalize_embeddings", "sentence_pooling_method", "mask_false_negatives", "sub_batch_size",
@@ -109,6 +110,7 @@ def train(args: FinetuneArguments) -> None:
             scale=parts[0].scale,
             tokens=sum(b.texts.tokens for b in micro_batches),
             padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
+            flops=sum(backbone_flops(model.backbone, b.texts.runs) for b in micro_batches),
         )
         tokens_seen += sum(b.texts.tokens for b in micro_batches)
         log.advance()

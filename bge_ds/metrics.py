@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -61,6 +63,30 @@ def peak_memory(device: torch.device) -> float:
     return collectives.max_over_ranks(torch.tensor(float(peak), dtype=torch.float64, device=device)).item()
 
 
+# Dense bf16/fp16 peaks of GPUs, FLOP/s, from their makers' data sheets; the first name that fits counts.
+_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "GB200": 2250e12, "A100": 312e12, "A10G": 70e12,
+          "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+_SQUARE = {"cpu": 1024, "cuda": 8192}
+
+
+@cache
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a device can reach at most: its maker's figure for 16-bit products, or, where there is none here, a large
+    square product's, measured once."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((rate for part, rate in _PEAKS.items() if part in name), None)
+    if known and dtype in (torch.bfloat16, torch.float16):
+        return known
+    side = _SQUARE.get(device.type, 1024)
+    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(4):  # the first also fetches memory
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
 class RunLog:
     """Rank 0's bar, `metrics.jsonl` and monitors; on other ranks every method does nothing.
 
@@ -97,6 +123,7 @@ class RunLog:
             "loss": f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
             "tokens/s": f"{record['tokens_per_second']:,.0f}",
+            "mfu": f"{record['mfu']:.0%}",
         }
         if "negatives" in record:
             shown["negatives"] = f"{record['negatives']:.0f}"

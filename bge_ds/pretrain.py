@@ -1,4 +1,4 @@
-"""RetroMAE pre-training: `deepspeed --num_gpus N -m bge_ds.pretrain ...` (`--help` lists the flags)."""
+"""Pre-training by RetroMAE, DupMAE or MLM: `deepspeed --num_gpus N -m bge_ds.pretrain ...` (`--help` lists the flags)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import engine as engines
+from bge_ds.kernels.decoder_attention import choose
 from bge_ds.metrics import Meter
 from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, say_how
-from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings, check_family, load_decoder, save_decoder
+from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
+from bge_ds.modeling.vocabulary import check_kind
 
 _AGREE = ("per_device_train_tokens", "max_seq_length", "encoder_mlm_probability", "decoder_mlm_probability", "decoder_query",
-          "average_tokens_across_devices")  # fmt: skip
+          "objective", "bow_loss_weight", "average_tokens_across_devices")  # fmt: skip
+
+_SUMS = (*(f"{name}_loss" for name in LOSSES), "encoder_correct", "decoder_correct")
+_COUNTS = tuple(f"{name}_targets" for name in LOSSES)
 
 
 def train(args: PretrainArguments) -> None:
@@ -32,7 +37,7 @@ def train(args: PretrainArguments) -> None:
     data = open_data(args, tokenizer)
     eval_sets = evaluation.open_sets(args)
     model_config = AutoConfig.from_pretrained(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
-    check_family(model_config)
+    check_kind(model_config)
     check_lengths(model_config, max_seq_length=args.max_seq_length)
     check_vocabulary(model_config, tokenizer, args)
 
@@ -48,11 +53,10 @@ def train(args: PretrainArguments) -> None:
     source = args.model_name_or_path or f"from scratch, {args.config_name}"
     facts = [
         ("model", f"{source}, runs {say_how(model_config)}"),
+        ("objective", say_objective(args, model)),
         ("data", f"{len(data)} texts to {args.max_seq_length} tokens"),
-        ("masks", f"{args.encoder_mlm_probability:.0%} of the words for the encoder, "
-                  f"{args.decoder_mlm_probability:.0%} hidden from each decoder row"),
-    ]  # fmt: skip
-    log.say(f"RetroMAE pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
+    ]
+    log.say(f"pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
     if resume:
         log.say(f"resumed from {resume} at step {first_step}")
     batches_of_steps = run.load_steps(
@@ -68,47 +72,46 @@ def train(args: PretrainArguments) -> None:
     )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
+    weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
         micro_batches = [batch.to(device) for batch in micro_batches]
         targets = count_targets(model, micro_batches, args.average_tokens_across_devices)
-        sums_4 = torch.zeros(4, device=device)
-        for micro, (batch, targets_2) in enumerate(zip(micro_batches, targets, strict=True)):
+        sums_5 = torch.zeros(5, device=device)
+        for micro, (batch, targets_3) in enumerate(zip(micro_batches, targets, strict=True)):
             run.seed_step(args.seed, step, micro)
-            losses_4 = engine(batch)
+            losses_5 = engine(batch)
             # Sums over a rank's tokens, each over the tokens of the whole step: with DeepSpeed's mean over ranks and
             # without its division by the accumulation steps, this is the gradient of one process with the whole batch.
-            engine.backward((losses_4[:2] / targets_2).sum(), scale_wrt_gas=False)
+            engine.backward((weights_3 * losses_5[:3] / targets_3).sum(), scale_wrt_gas=False)
             engine.step()
-            sums_4 += losses_4.detach()
-        own_2 = count_own_targets(model, micro_batches)
+            sums_5 += losses_5.detach()
         meter.add(
-            encoder_loss=sums_4[0], decoder_loss=sums_4[1], encoder_correct=sums_4[2], decoder_correct=sums_4[3],
-            encoder_targets=own_2[0], decoder_targets=own_2[1],
+            **dict(zip(_SUMS, sums_5, strict=True)),
+            **dict(zip(_COUNTS, count_own_targets(model, micro_batches), strict=True)),
             tokens=sum(b.texts.tokens for b in micro_batches),
             padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
+            flops=sum(model.flops(b.texts.runs) for b in micro_batches),
         )  # fmt: skip
         tokens_seen += sum(b.texts.tokens for b in micro_batches)
         log.advance()
         run.empty_cache(args, step, device)
         if plan.logs(step):
             sums = meter.read()
-            encoder_loss = sums["encoder_loss"] / max(1, sums["encoder_targets"])
-            decoder_loss = sums["decoder_loss"] / max(1, sums["decoder_targets"])
-            log.write({
-                "step": step,
-                "epoch": plan.epoch(step),
-                "loss": encoder_loss + decoder_loss,
-                "encoder_loss": encoder_loss,
-                "decoder_loss": decoder_loss,
-                "encoder_accuracy": sums["encoder_correct"] / max(1, sums["encoder_targets"]),
-                "decoder_accuracy": sums["decoder_correct"] / max(1, sums["decoder_targets"]),
-                "masked_share": sums["encoder_targets"] / sums["tokens"],
-                "learning_rate": learning_rate,
-                "grad_norm": engines.gradient_norm(engine),
-                **run.rates(args, engine, device, sums, tokens_seen),
-            })  # fmt: skip
+            sums["flops"] += model.flops_a_prediction * (sums["encoder_targets"] + sums["decoder_targets"])
+            log.write(
+                {
+                    "step": step,
+                    "epoch": plan.epoch(step),
+                    **losses_of(sums, args.bow_loss_weight),
+                    "masked_share": sums["encoder_targets"] / sums["tokens"],
+                    **({"hidden_share": model.hidden_share(micro_batches[-1])} if model.decoder else {}),
+                    "learning_rate": learning_rate,
+                    "grad_norm": engines.gradient_norm(engine),
+                    **run.rates(args, engine, device, sums, tokens_seen),
+                }
+            )
         to_save = evaluations.at(step, meter)
         if plan.saves(step) or to_save:
             folder = checkpoint.save(
@@ -167,11 +170,11 @@ def make_model(args: PretrainArguments, config, tokenizer, data: shards.Pretrain
         options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     settings = RetroMAESettings(
-        tokenizer.mask_token_id, args.encoder_mlm_probability, args.decoder_mlm_probability, args.decoder_query
+        tokenizer.mask_token_id, args.encoder_mlm_probability, args.decoder_mlm_probability, args.decoder_query, args.objective
     )
-    model = RetroMAE(encoder, settings)
+    model = RetroMAE(encoder, settings, args.kernels)
     beside = Path(args.model_name_or_path).parent if args.model_name_or_path else None
-    if beside is not None and (beside / "decoder.safetensors").is_file():
+    if model.decoder is not None and beside is not None and (beside / "decoder.safetensors").is_file():
         load_decoder(model.decoder, beside)
     return model
 
@@ -192,19 +195,36 @@ def start_at_frequencies(bias: torch.Tensor, data: shards.PretrainShards, tokens
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
+def losses_of(sums: dict[str, float], bow_weight: float) -> dict[str, float]:
+    """The record's losses and accuracies; of what the objective has not (no loss was added up), nothing."""
+    record, loss = {}, 0.0
+    for name, weight in zip(LOSSES, (1.0, 1.0, bow_weight), strict=True):
+        targets = max(1, sums[f"{name}_targets"])
+        if name != "encoder" and not sums[f"{name}_loss"]:
+            continue
+        record[f"{name}_loss"] = sums[f"{name}_loss"] / targets
+        loss += weight * record[f"{name}_loss"]
+        if name != "bow":
+            record[f"{name}_accuracy"] = sums[f"{name}_correct"] / targets
+    return {"loss": loss, **record}
+
+
+def say_objective(args: PretrainArguments, model: RetroMAE) -> str:
+    """In words, for the summary."""
+    words = f"{args.objective}: {args.encoder_mlm_probability:.0%} of the words masked"
+    if model.decoder is not None:
+        kernels = choose(args.kernels, next(model.parameters()).device.type)
+        words += f", {args.decoder_mlm_probability:.0%} hidden from each decoder row ({kernels} attention)"
+    return words + (f", bag of words x {args.bow_loss_weight:g}" if args.objective == "dupmae" else "")
+
+
 def count_own_targets(model: RetroMAE, micro_batches: list) -> torch.Tensor:
-    """How many tokens this rank's encoder and decoder predict in the step, float of 2."""
-    return torch.stack([targets_of(model, batch) for batch in micro_batches]).sum(0)
-
-
-def targets_of(model: RetroMAE, batch: batches.PretrainBatch) -> torch.Tensor:
-    inner = sum(n * max(0, length - 2) for n, length in batch.texts.runs)
-    masked = model.masked(batch).sum().float()
-    return torch.stack([masked, torch.full_like(masked, inner)])
+    """How many terms this rank's losses have in the step, float of 3."""
+    return torch.stack([model.count(batch) for batch in micro_batches]).sum(0)
 
 
 def count_targets(model: RetroMAE, micro_batches: list, over_all: bool) -> list[torch.Tensor]:
-    """What each micro batch's two sums are divided by.
+    """What each micro batch's three sums are divided by.
 
     Over all: the tokens of the step, of all ranks and accumulation steps, over the number of ranks (DeepSpeed's mean
     over ranks multiplies it back). Otherwise the micro batch's own, times the accumulation steps.
@@ -212,7 +232,7 @@ def count_targets(model: RetroMAE, micro_batches: list, over_all: bool) -> list[
     if over_all:
         total = collectives.sum_over_ranks(count_own_targets(model, micro_batches)) / collectives.world_size()
         return [total.clamp_min(1e-9)] * len(micro_batches)
-    return [targets_of(model, batch).clamp_min(1) * len(micro_batches) for batch in micro_batches]
+    return [model.count(batch).clamp_min(1) * len(micro_batches) for batch in micro_batches]
 
 
 def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: int, folder: Path) -> float:

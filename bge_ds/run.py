@@ -22,8 +22,9 @@ from bge_ds.data import loader
 from bge_ds.data.order import Order, mix64
 from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
-from bge_ds.metrics import RunLog, peak_memory
+from bge_ds.metrics import RunLog, peak_memory, peak_rate
 
 _OURS = ("metrics.jsonl", "runs")
 
@@ -60,8 +61,8 @@ def set_up(args: TrainArguments) -> Path | None:
         torch.use_deterministic_algorithms(True)
     if args.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    if args.kernels == "fused":
-        raise ValueError("--kernels fused: this version has no kernels of its own yet; use auto or torch")
+    if args.kernels == "fused" and args.command.endswith("finetune"):
+        raise ValueError("--kernels fused: fine-tuning has no kernel of its own; its attention is torch's; use auto or torch")
     output = Path(args.output_dir)
     resume = checkpoint.find(args.resume_from_checkpoint, output)
     if output.exists() and not output.is_dir():
@@ -190,10 +191,10 @@ def make_order(args: TrainArguments, data, max_per_source: int | None = None) ->
 
 def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
     """(engine, its effective config): DeepSpeed around the model, with AdamW and transformers' schedule."""
-    config, source = engines.read_config(args.deepspeed)
+    config, source = configs.read_config(args.deepspeed)
     warmup = steps_from(args.warmup_steps, plan.total)
     adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    values = engines.auto_values(
+    values = configs.auto_values(
         micro_batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         world=collectives.world_size(),
@@ -208,7 +209,7 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
         total_steps=plan.total,
         warmup_steps=warmup,
     )
-    config = engines.merge_config(config, source, values, _monitors(args))
+    config = configs.merge_config(config, source, values, _monitors(args))
 
     def schedule(optimizer):
         return transformers.get_scheduler(
@@ -220,8 +221,7 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
         )
 
     groups = engines.parameter_groups(model, args.weight_decay)
-    fused = args.optim == "adamw_torch_fused"
-    return engines.build(model, config, groups, adam=adam, fused=fused, schedule=schedule), config
+    return engines.build(model, config, groups, adam=adam, optim=args.optim, schedule=schedule), config
 
 
 def _monitors(args: TrainArguments) -> dict[str, dict]:
@@ -239,7 +239,7 @@ def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, f
     """What the run is about to do, for a person: facts, memory, the settings that differ from the default, all settings."""
     model = engine.module
     elements, trainable = engines.count_elements(model), engines.count_elements(model, trainable=True)
-    memory = engines.memory_estimate(elements, trainable, config, collectives.world_size())
+    memory = configs.memory_estimate(elements, trainable, config, collectives.world_size())
     zero = config.get("zero_optimization", {}).get("stage", 0)
     batch = f"a rank x {collectives.world_size()} ranks x {args.gradient_accumulation_steps} accumulation"
     if args.per_device_train_tokens is None:
@@ -248,7 +248,7 @@ def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, f
         batch = f"{args.per_device_train_tokens} tokens {batch}, {len(order) / plan.epoch_steps:.1f} texts a step on average"
     rows = [
         ("parameters", f"{elements / 1e6:.1f} M, {trainable / 1e6:.1f} M trained"),
-        ("engine", f"ZeRO {zero}, {str(engines.precision(engine)).removeprefix('torch.')}, {args.optim}"),
+        ("engine", f"ZeRO {zero}, {str(engines.precision(engine)).removeprefix('torch.')}, {engines.optimizer_name(engine)}"),
         ("batch", batch),
         ("steps", f"{plan.total} ({plan.epoch(plan.total):.2f} epochs of {len(order)} rows)"),
         *facts,
@@ -323,8 +323,10 @@ def load_steps(args: TrainArguments, data, order, collate: Callable, device: tor
 
 def rates(args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int) -> dict[str, float]:
     """What both commands log of a stretch of steps besides their losses; on every rank, rates are those of all ranks."""
+    rate = sums["flops"] / sums["seconds"] / collectives.world_size()
     record = {
         "tokens_per_second": sums["tokens"] / sums["seconds"],
+        "mfu": rate / peak_rate(device, engines.precision(engine)),
         "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
         "seconds_per_step": sums["seconds"] / sums["steps"],
         "peak_memory_bytes": peak_memory(device),

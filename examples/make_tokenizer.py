@@ -26,10 +26,10 @@ def texts(paths: list[Path]) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-def make_tokenizer(paths: list[Path], folder: Path) -> BertTokenizerFast:
+def make_tokenizer(paths: list[Path], folder: Path, vocabulary_size: int = VOCAB_SIZE) -> BertTokenizerFast:
     """Trains on the `text` of JSON lines and writes the tokenizer's files to `folder`."""
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(texts(paths), vocab_size=VOCAB_SIZE, min_frequency=2, show_progress=False)
+    trained.train_from_iterator(texts(paths), vocab_size=vocabulary_size, min_frequency=2, show_progress=False)
     folder.mkdir(parents=True, exist_ok=True)
     trained.save_model(str(folder))
     vocabulary = {line: number for number, line in enumerate((folder / "vocab.txt").read_text("utf-8").splitlines())}
@@ -42,8 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a WordPiece vocabulary for a small BERT.")
     parser.add_argument("--input", type=Path, nargs="+", required=True, help='JSON lines with a "text"')
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer and the config")
+    parser.add_argument("--vocabulary", type=int, default=VOCAB_SIZE, help=f"word pieces ({VOCAB_SIZE})")
     args = parser.parse_args()
-    tokenizer = make_tokenizer(args.input, args.output)
+    tokenizer = make_tokenizer(args.input, args.output, args.vocabulary)
     config = BertConfig.from_json_file(Path(__file__).parent / "small_bert.json")
     config.vocab_size = len(tokenizer)
     config.save_pretrained(args.output)

@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     BertConfig,
-    BertForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
-    RobertaForMaskedLM,
 )
+
+from bge_ds.modeling.vocabulary import KINDS
 
 REPO = Path(__file__).resolve().parent.parent
 SENTENCES = [
@@ -105,8 +106,8 @@ def make_model(family: str, folder: Path, **changes) -> Path:
     import torch
 
     torch.manual_seed(0)
-    model_class = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}.get(family, AutoModel.from_config)
-    model = model_class(tiny_config(family, **changes))
+    auto = AutoModelForMaskedLM if family in KINDS else AutoModel
+    model = auto.from_config(tiny_config(family, **changes))
     # Random norms and biases: a parameter left at 0 or 1 would hide a gradient that never arrives.
     for parameter in model.parameters():
         if parameter.dim() == 1:

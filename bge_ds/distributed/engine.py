@@ -1,29 +1,24 @@
-"""The DeepSpeed engine: its configuration from a file and the flags, and its building. The only importer of deepspeed."""
+"""The DeepSpeed engine: a model sharded while it loads, the optimizer, the building, one reduction a step, whole weights.
+
+The only importer of deepspeed.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from bge_ds.distributed import collectives
+from bge_ds.distributed.config import read_config
 
 logger = logging.getLogger(__name__)
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-# Installed, the configs lie inside the package; in a checkout beside it.
-_CONFIG_FOLDERS = (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs")
-# Fewer than this many elements a bucket, and the cost of starting a reduction outweighs its overlap.
-_SMALLEST_BUCKET = 1 << 20
-_BUCKET_MULTIPLE = 1 << 12  # DeepSpeed asks for multiples of its alignment, which is a small power of two
 
 
 def _deepspeed():
@@ -63,29 +58,6 @@ def _free_port() -> str:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return str(sock.getsockname()[1])
-
-
-def read_config(name_or_path: str) -> tuple[dict, str]:
-    """(config, where it came from) of a shipped config's name or a file's path; "auto" as for --deepspeed."""
-    if name_or_path == "auto":
-        name_or_path = "zero1" if collectives.world_size() > 1 else "zero0"
-    shipped = {f.stem: f for folder in _CONFIG_FOLDERS if folder.is_dir() for f in sorted(folder.glob("*.json"))}
-    path = shipped.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise ValueError(
-            f"--deepspeed {name_or_path}: neither a file nor one of the shipped configs ({', '.join(sorted(shipped))})"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--deepspeed {path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed {path}: holds a {type(config).__name__}, not an object of settings")
-    if config.get("elasticity", {}).get("enabled"):
-        raise ValueError(
-            f'--deepspeed {path}: "elasticity" changes the batch size, and with it the number of negatives; remove it'
-        )
-    return config, str(path)
 
 
 class _ShardedLoading:
@@ -137,84 +109,6 @@ def sharded_loading(name_or_path: str, *, bf16: bool = False, fp16: bool = False
         raise ValueError(f"the first rank could not load the model: {message}")
 
 
-def auto_values(
-    *, micro_batch: int, accumulation: int, world: int, clip: float, precision: str, elements: int,
-    learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float,
-    total_steps: int, warmup_steps: int, trainable: int | None = None,
-) -> dict[str, tuple[object, str]]:  # fmt: skip
-    """What "auto" stands for: dotted config path -> (value, the flag that sets it; "" where the model does).
-
-    elements, trainable: of the model; unset, all train. Gradients and updates are of the trained alone, and with them buckets.
-    """
-    bucket, prefetch = (
-        -(-max(_SMALLEST_BUCKET, n // 8) // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE
-        for n in (elements if trainable is None else trainable, elements)
-    )
-    return {
-        "train_micro_batch_size_per_gpu": (micro_batch, "per_device_train_batch_size"),
-        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
-        "train_batch_size": (micro_batch * accumulation * world, "per_device_train_batch_size"),
-        "gradient_clipping": (clip, "max_grad_norm"),
-        "bf16.enabled": (precision == "bf16", "bf16"),
-        "fp16.enabled": (precision == "fp16", "fp16"),
-        "zero_optimization.reduce_bucket_size": (bucket, ""),
-        "zero_optimization.allgather_bucket_size": (bucket, ""),
-        "zero_optimization.stage3_prefetch_bucket_size": (prefetch, ""),
-        "zero_optimization.stage3_param_persistence_threshold": (min(100_000, elements // 100), ""),
-        "optimizer.params.lr": (learning_rate, "learning_rate"),
-        "optimizer.params.betas": (list(betas), "adam_beta1"),
-        "optimizer.params.eps": (epsilon, "adam_epsilon"),
-        "optimizer.params.weight_decay": (weight_decay, "weight_decay"),
-        "scheduler.params.warmup_min_lr": (0.0, ""),
-        "scheduler.params.warmup_max_lr": (learning_rate, "learning_rate"),
-        "scheduler.params.warmup_num_steps": (warmup_steps, "warmup_steps"),
-        "scheduler.params.total_num_steps": (total_steps, "max_steps"),
-    }
-
-
-def merge_config(config: dict, source: str, values: dict[str, tuple[object, str]], monitors: dict | None = None) -> dict:
-    """The config with every "auto" filled and what only the flags know added.
-
-    A setting that both the config and a flag decide must be the same in both: otherwise an error names the two.
-    """
-    config = json.loads(json.dumps(config))
-    needed = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
-    for path, (value, flag) in values.items():
-        *parents, key = path.split(".")
-        section = config
-        for parent in parents:
-            section = section.get(parent, {})
-        if section.get(key) == "auto" or (key not in section and path in needed):
-            section[key] = value
-        elif flag and key in section and section[key] != value:
-            raise ValueError(
-                f"{source} sets {path} to {json.dumps(section[key])} and --{flag} makes it {json.dumps(value)}; "
-                f'write "auto" in the file or give the same value as the flag'
-            )
-    for name in ("bf16", "fp16"):
-        if values[f"{name}.enabled"][0]:
-            config.setdefault(name, {})["enabled"] = True
-        else:
-            config.pop(name, None)
-    left = [path for path, value in _leaves(config) if value == "auto"]
-    if left:
-        raise ValueError(
-            f'{source}: nothing fills "auto" for {", ".join(left)}; give a value. "auto" works for {", ".join(values)}'
-        )
-    config.setdefault("steps_per_print", 1 << 60)
-    for name, settings in (monitors or {}).items():
-        config.setdefault(name, {}).update(settings)
-    return config
-
-
-def _leaves(config: dict, prefix: str = ""):
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: those that decay, and those that do not: biases, norms, `no_weight_decay` modules."""
     norms = tuple(t for t in vars(nn).values() if isinstance(t, type) and "Norm" in t.__name__)
@@ -241,12 +135,12 @@ def count_elements(model: nn.Module, trainable: bool = False) -> int:
 
 
 def build(
-    model: nn.Module, config: dict, groups: list[dict], *, adam: dict, fused: bool, schedule: Callable | None,
-    checkpoint_activations: dict | None = None,
+    model: nn.Module, config: dict, groups: list[dict], *, adam: dict, optim: str, schedule: Callable | None,
 ):  # fmt: skip
     """The DeepSpeedEngine around `model`, which it casts and moves.
 
-    groups: of `parameter_groups`. adam: lr, betas, eps of torch.optim.AdamW, used where the config names no optimizer.
+    groups: of `parameter_groups`. adam: lr, betas, eps of AdamW, and optim, which of them: used where the
+    config names no optimizer.
     schedule: optimizer -> torch scheduler, used where the config names none.
     """
     deepspeed = _deepspeed()
@@ -264,12 +158,11 @@ def build(
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(sharded)
     groups = [group for group in groups if group["params"]]
-    optimizer = None
-    if "optimizer" not in config:
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
-        else:
-            optimizer = torch.optim.AdamW(groups, **adam, fused=fused or None)
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = None if "optimizer" in config else _make_optimizer(groups, adam, optim, offload)
+    # DeepSpeed casts what is computed in 16 bits whole. Buffers are no weights: rotary frequencies in 16 bits would turn
+    # later positions by wrong angles, other ones than the saved model's.
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -278,7 +171,37 @@ def build(
         lr_scheduler=schedule if "scheduler" not in config else None,
         dist_init_required=False,
     )
+    for name, buffer in model.named_buffers():
+        if name in exact:
+            buffer.data = exact[name].to(buffer.device)
     return engine
+
+
+def _make_optimizer(groups: list[dict], adam: dict, optim: str, offload: bool) -> torch.optim.Optimizer:
+    """AdamW by the name that --optim takes; where states are offloaded, DeepSpeed asks for its own."""
+    deepspeed = _deepspeed()
+    on_cpu = offload or deepspeed.get_accelerator().device_name() == "cpu"
+    if optim != "adamw_deepspeed" and not offload:
+        return torch.optim.AdamW(groups, **adam, fused=optim == "adamw_torch_fused" or None)
+    try:
+        if on_cpu:
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
+        return deepspeed.ops.adam.FusedAdam(groups, **adam, adam_w_mode=True)
+    except Exception as error:  # whatever a compiler may say
+        kind = "CPUAdam" if on_cpu else "FusedAdam"
+        raise ValueError(
+            f"DeepSpeed's {kind} could not be built ({type(error).__name__}: {error}); it needs a C++ compiler"
+            f"{'' if on_cpu else ' and the CUDA toolkit'}; install them, or take --optim adamw_torch_fused without offload"
+        ) from error
+
+
+def optimizer_name(engine) -> str:
+    """The class that updates the weights, such as AdamW (fused) or DeepSpeedCPUAdam."""
+    inner = engine.optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    fused = " (fused)" if getattr(inner, "defaults", {}).get("fused") else ""
+    return type(inner).__name__ + fused
 
 
 @contextmanager
@@ -380,20 +303,6 @@ def mark_of_frozen(engine) -> str:
             digest.update(f"{name} {list(getattr(parameter, 'ds_shape', parameter.shape))} ".encode())
             digest.update(own.flatten()[:4096].cpu().view(torch.uint8).numpy().tobytes())
     return collectives.broadcast_object(digest.hexdigest())  # sharded, each rank has other values
-
-
-def memory_estimate(elements: int, trainable: int, config: dict, world: int) -> dict[str, float]:
-    """Bytes a rank needs for weights, gradients and optimizer state (activations not counted), from ZeRO's formulas."""
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    half = config.get("bf16", {}).get("enabled") or config.get("fp16", {}).get("enabled")
-    width = 2 if half else 4
-    state = (12 if half else 8) * trainable / (world if stage >= 1 else 1)
-    return {
-        "weights": width * elements / (world if stage >= 3 else 1),
-        "gradients": width * trainable / (world if stage >= 2 else 1),
-        "optimizer": state,
-    }
 
 
 def gradient_norm(engine) -> float | None:

@@ -43,21 +43,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if wants[1] else None
         db = torch.zeros(bias_V.shape, dtype=torch.float32, device=w_VD.device) if wants[2] else None
         for block in _row_blocks(x_MD.shape[0], w_VD.shape[0]):
-            x, target = x_MD[block], target_M[block]
+            x, target = x_MD[block], target_M[block, None]
             logits = F.linear(x, w_VD, bias_V).float()
-            correct += (logits.argmax(-1) == target).sum()
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            loss += (log_norm.squeeze(-1) - logits.gather(-1, target[:, None]).squeeze(-1)).sum()
+            best, found = logits.max(-1, keepdim=True)
+            correct += (found == target).sum()
+            loss -= logits.gather(-1, target).sum()
+            # In place from here on: fresh memory for every block would cost a CPU as much as the products.
+            total = logits.sub_(best).exp_().sum(-1, keepdim=True)
+            loss += (best + total.log()).sum()
             if not any(wants[:3]):
                 continue
-            error = logits.sub_(log_norm).exp_()
-            error.scatter_add_(-1, target[:, None], error.new_full((len(target), 1), -1.0))
+            error = logits.div_(total)
+            error.scatter_add_(-1, target, error.new_full((len(target), 1), -1.0))
             if db is not None:
                 db += error.sum(0)
             error = error.to(x.dtype)
             if dx is not None:
-                dx[block] = error @ w_VD
-            if dw is not None:
+                torch.mm(error, w_VD, out=dx[block])
+            if dw is not None and dw.dtype == x.dtype:
+                dw.addmm_(error.T, x)
+            elif dw is not None:
                 dw += error.T @ x
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = w_VD.dtype, None if bias_V is None else bias_V.dtype

@@ -75,7 +75,9 @@ def check_saved(
 
     Returns the largest difference relative to a vector's length; raises RuntimeError where it is more than rounding.
     """
-    saved = Encoder.load(str(folder), pooling=pooling, normalize=normalize, attention="sdpa").to(dtype)
+    saved = Encoder.load(str(folder), pooling=pooling, normalize=normalize, attention="sdpa")
+    for parameter in saved.parameters():  # not the buffers, which no engine casts either
+        parameter.data = parameter.data.to(dtype)
     vectors = saved.encode_ids(ids)
     scale = live_ND.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     difference = ((vectors - live_ND).abs() / scale).max().item()

@@ -1,156 +1,174 @@
-"""RetroMAE (arXiv 2205.12035): an encoder that must put a text into one vector, because a weak decoder rebuilds from it.
+"""RetroMAE and DupMAE: an encoder that must put a text into its vectors, because weak decoders rebuild it from them.
 
-Shapes: T tokens of N texts in one row, L tokens of a text, D features, M predicted tokens, V vocabulary.
+Shapes: T tokens of N texts in one row, D features, H heads, E features a head, M predicted tokens, V vocabulary.
 
-Encoder: masked language modelling on 30 % of the words; h is the last hidden state of a text's first token.
-Decoder: one transformer layer. Its query at every position is h (plus the position); its keys are h at position 0 and
-the embeddings of the unmasked text after it; each query sees its own random half of the words and never itself.
-Both predict through the encoder's own vocabulary head, on the positions that are predicted and no others, through
-`linear_cross_entropy`: full-size logits never exist. The decoder's rows for the first and last token are not
-predicted by the objective, so they are not computed.
+Encoder (all objectives): masked language modelling on 30 % of the words; h is the last hidden state of a text's first token.
+RetroMAE (arXiv 2205.12035): a decoder of one transformer layer. Its query at every position is h (plus the position); its
+keys are h at position 0 and the embeddings of the unmasked text after it; each query sees its own random half of the
+words and never itself. DupMAE (arXiv 2211.08769) adds that the other tokens' vectors must hold the text's words: the
+largest vocabulary logit of each word over the text's tokens, as a distribution, against the set of its words.
+
+All predict through the encoder's own vocabulary head, on the positions that are predicted and no others: full-size logits
+never exist. The decoder's rows for the first and last token are not predicted by the objective, so they are not computed.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from bge_ds.data.batches import PretrainBatch
+from bge_ds.data.batches import PretrainBatch, Run
 from bge_ds.kernels import masks
-from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
+from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.modeling.encoder import position_ids, run_backbone
+from bge_ds.modeling.flops import attention_flops, backbone_flops, linear_flops
+from bge_ds.modeling.vocabulary import (
+    Rotation,
+    VocabularyHead,
+    add_position,
+    check_kind,
+    embed,
+    rotate,
+    rotation,
+)
 
-# How the states before the vocabulary's matrix are made, by family: the only part of a head that differs.
-_HEAD_TRANSFORMS = {
-    "bert": lambda model: model.cls.predictions.transform,
-    "roberta": lambda model: _RobertaTransform(model.lm_head),
-    "xlm-roberta": lambda model: _RobertaTransform(model.lm_head),
-    "camembert": lambda model: _RobertaTransform(model.lm_head),
-}
+OBJECTIVES = ("retromae", "dupmae", "mlm")
+LOSSES = ("encoder", "decoder", "bow")
 DECODER_FILES = ("decoder.safetensors", "decoder.json")
-# Scores of one call of the decoder's attention are kept below this many (texts x L x L), which bounds its memory.
-_ATTENTION_BLOCK = 1 << 22
+_SAMPLED_ROWS = 64
 
 
-class _RobertaTransform(nn.Module):
-    def __init__(self, head: nn.Module):
-        super().__init__()
-        self.dense, self.layer_norm = head.dense, head.layer_norm
-
-    def forward(self, x):
-        return self.layer_norm(F.gelu(self.dense(x)))
-
-
-class VocabularyHead(nn.Module):
-    """The encoder's own MLM head, as a loss. Holds the model's parameters, not copies.
-
-    The (tied) output matrix is a parameter of this module too, so that ZeRO-3, which gathers each module's own
-    parameters around its forward and backward, has it whole here.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.transform = _HEAD_TRANSFORMS[model.config.model_type](model)
-        output = model.get_output_embeddings()
-        self.weight, self.bias = output.weight, output.bias
-
-    def forward(self, hidden_MD: torch.Tensor, target_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of cross entropies, correct predictions) over M positions."""
-        return linear_cross_entropy(self.transform(hidden_MD), self.weight, target_M, self.bias)
+def _setting(config: PretrainedConfig, *names: str, default=None):
+    """The first of the names that the config has: model types call the same thing differently."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), default)
 
 
 class EnhancedDecoder(nn.Module):
-    """One post-norm transformer layer whose residual goes to the query stream, of the encoder's own dimensions."""
+    """One post-norm transformer layer whose residual goes to the query stream, of the encoder's own dimensions.
 
-    def __init__(self, config: PretrainedConfig):
+    kernels: of its attention, "auto", "torch" or "fused" (`kernels.decoder_attention`).
+    """
+
+    def __init__(self, config: PretrainedConfig, kernels: str = "auto"):
         super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
+        width, inner = config.hidden_size, _setting(config, "intermediate_size", "hidden_dim")
+        eps = _setting(config, "layer_norm_eps", "norm_eps", default=1e-12)
+        self.heads, self.kernels = config.num_attention_heads, kernels
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.attention_out = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.up, self.down = nn.Linear(width, config.intermediate_size), nn.Linear(config.intermediate_size, width)
-        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.attention_dropout = config.attention_probs_dropout_prob
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.output_norm = nn.LayerNorm(width, eps=eps)
+        self.activation = ACT2FN[_setting(config, "hidden_act", "hidden_activation", "activation")]
+        self.dropout = nn.Dropout(_setting(config, "hidden_dropout_prob", "mlp_dropout", "dropout", default=0.0))
+        self.attention_dropout = _setting(config, "attention_probs_dropout_prob", "attention_dropout", default=0.0)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+                nn.init.normal_(module.weight, std=_setting(config, "initializer_range", default=0.02))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query_MD, keys_TD, words_T, key_N, runs, share: float) -> torch.Tensor:
+    def forward(
+        self, query_MD, keys_TD, words_T, key_N, cu_seqlens, runs: list[Run], share: float, turn_M: Rotation | None = None,
+        turn_T: Rotation | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """States M x D of the M inner tokens (first and last of each text left out), in row order.
 
-        query_MD: their query stream. keys_TD: h at each text's first token, embeddings after it.
+        query_MD: their query stream. keys_TD: h at each text's first token, embeddings after it. turn_M, turn_T: (cos,
+        sin) of their positions, where those are rotations.
         """
-        q, k, v = self.query(query_MD), self.key(keys_TD), self.value(keys_TD)
-        rows = []
-        pieces = zip(
-            q.split([n * max(0, length - 2) for n, length in runs]),
-            *(x.split([n * length for n, length in runs]) for x in (k, v, words_T)),
-            key_N.split([n for n, _ in runs]),
-            runs,
-            strict=True,
-        )
-        for q_r, k_r, v_r, words_r, key_r, (texts, length) in pieces:
-            if length > 2:
-                rows.append(self._attend_run(q_r, k_r, v_r, words_r.unflatten(0, (texts, length)), key_r, share))
-        x = self.attention_norm(query_MD + self.dropout(self.attention_out(torch.cat(rows))))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.query(query_MD), self.key(keys_TD), self.value(keys_TD)))
+        seen_MHE = decoder_attention(
+            rotate(q, turn_M), rotate(k, turn_T), v, words_T, key_N, cu_seqlens, runs, share=share,
+            dropout=self.attention_dropout if self.training else 0.0, kernels=self.kernels,
+        )  # fmt: skip
+        x = self.attention_norm(query_MD + self.dropout(self.attention_out(seen_MHE.flatten(-2))))
         return self.output_norm(x + self.dropout(self.down(self.activation(self.up(x)))))
-
-    def _attend_run(self, q, k, v, words_NL, key_N, share: float) -> torch.Tensor:
-        texts, length = words_NL.shape
-        q, k, v = (x.unflatten(0, (texts, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        step = max(1, _ATTENTION_BLOCK // (length * length))
-        out = []
-        for parts in zip(*(x.split(step) for x in (q, k, v, words_NL, key_N)), strict=True):
-            visible = masks.decoder_visible(parts[4], parts[3], share)[:, None, 1:-1]
-            dropout = self.attention_dropout if self.training else 0.0
-            out.append(F.scaled_dot_product_attention(*parts[:3], attn_mask=visible, dropout_p=dropout))
-        return torch.cat(out).transpose(1, 2).flatten(0, 1).flatten(-2)
 
 
 @dataclass
 class RetroMAESettings:
     """encoder_share, decoder_share: probability of a word to be masked, to be hidden from a decoder row.
 
-    decoder_query: "embeddings" sends h through the embedding module (type, position, norm, dropout), "raw" adds the
-    position to it (paper). mask_id, special_ids: of the tokenizer.
+    objective: "retromae", "dupmae" (and the bag of words) or "mlm" (the encoder alone). decoder_query: "embeddings" sends h
+    through the embedding module (type, position, norm, dropout), "raw" adds the position to it (paper). mask_id: of the
+    tokenizer.
     """
 
     mask_id: int
     encoder_share: float = 0.3
     decoder_share: float = 0.5
     decoder_query: str = "embeddings"
+    objective: str = "retromae"
+
+
+@dataclass
+class _Prepared:
+    """What several parts of a forward pass need of a batch; positions as the model counts them."""
+
+    inner_T: torch.Tensor
+    positions_T: torch.Tensor
+    hidden_TD: torch.Tensor
 
 
 class RetroMAE(nn.Module):
-    """forward(batch) -> fp32 tensor of 4: sums of the encoder's and decoder's cross entropies, correct predictions.
+    """forward(batch) -> fp32 tensor of 5: sums of the losses of LOSSES, correct predictions of encoder and decoder.
 
-    Sums, not means: the loop divides by the tokens of the whole step, over ranks and accumulation.
+    Sums, not means: the loop divides by the counts of the whole step, over ranks and accumulation. What the objective has
+    not is 0.
     """
 
-    def __init__(self, model: nn.Module, settings: RetroMAESettings):
+    def __init__(self, model: nn.Module, settings: RetroMAESettings, kernels: str = "auto"):
         super().__init__()
-        check_family(model.config)
+        check_kind(model.config)
         self.model, self.settings = model, settings
         if getattr(model.base_model, "pooler", None) is not None:
             model.base_model.pooler.requires_grad_(False)
-        self.decoder = EnhancedDecoder(model.config)
+        self.decoder = None if settings.objective == "mlm" else EnhancedDecoder(model.config, kernels)
         self.head = VocabularyHead(model)
 
     def masked(self, batch: PretrainBatch) -> torch.Tensor:
         """bool T: the tokens the encoder must predict. Cheap: the loop counts them before any forward pass."""
         return masks.encoder_masked(self._key_T(batch), batch.words_T, self._inner(batch), self.settings.encoder_share)
+
+    def count(self, batch: PretrainBatch) -> torch.Tensor:
+        """How many terms each sum of LOSSES has: masked tokens, inner tokens, texts with an inner token; float of 3."""
+        inner = sum(n * max(0, length - 2) for n, length in batch.texts.runs)
+        texts = sum(n for n, length in batch.texts.runs if length > 2)
+        masked = self.masked(batch).sum().float()
+        return torch.stack([masked, torch.full_like(masked, inner), torch.full_like(masked, texts)])
+
+    def flops(self, runs: list[Run]) -> float:
+        """Of forward and backward over texts, without what `flops_a_prediction` counts."""
+        tokens, inner = sum(n * length for n, length in runs), sum(n * max(0, length - 2) for n, length in runs)
+        total = backbone_flops(self.model.base_model, runs)
+        if self.decoder is not None:
+            of_keys = linear_flops(self.decoder.key, tokens) + linear_flops(self.decoder.value, tokens)
+            both = linear_flops(self.decoder.key, inner) + linear_flops(self.decoder.value, inner)
+            pairs = sum(n * max(0, length - 2) * length for n, length in runs)
+            total += linear_flops(self.decoder, inner) - both + of_keys + attention_flops(self.model.config.hidden_size, pairs)
+        return total + (self.flops_a_prediction * tokens if self.settings.objective == "dupmae" else 0.0)
+
+    @cached_property
+    def flops_a_prediction(self) -> float:
+        """Of the vocabulary head, for each token that encoder or decoder predict."""
+        return linear_flops(self.head.transform, 1) + linear_flops(self.model.get_output_embeddings(), 1)
+
+    def hidden_share(self, batch: PretrainBatch) -> float:
+        """The share of tokens hidden from a decoder row, by some rows of the batch's longest text: its own is one of them."""
+        length = batch.texts.max_length
+        words_NL = batch.words_T[-length:][None]
+        last = max(2, min(length - 1, 1 + _SAMPLED_ROWS))
+        visible = masks.decoder_visible(batch.keys_N[-1:], words_NL, self.settings.decoder_share, 1, last)
+        return 1 - visible.float().mean().item()
 
     def _key_T(self, batch: PretrainBatch) -> torch.Tensor:
         return batch.keys_N.repeat_interleave(batch.texts.cu_seqlens.diff(), output_size=batch.texts.tokens)
@@ -164,44 +182,73 @@ class RetroMAE(nn.Module):
 
     def forward(self, batch: PretrainBatch) -> torch.Tensor:
         texts, settings = batch.texts, self.settings
-        embeddings = self.model.base_model.embeddings
         masked_T = self.masked(batch)
-        inner_T = self._inner(batch)
         inputs_T = masks.corrupt(
             texts.ids_T, self._key_T(batch), texts.positions_T, masked_T,
             mask_id=settings.mask_id, vocab_size=self.model.config.vocab_size,
         )  # fmt: skip
         hidden_TD = run_backbone(self.model.base_model, texts, inputs_T)
         encoder_loss, encoder_correct = self.head(hidden_TD[masked_T], texts.ids_T[masked_T])
+        prepared = _Prepared(self._inner(batch), position_ids(self.model.config, texts), hidden_TD)
+        nothing = torch.zeros((), device=hidden_TD.device)
+        decoder_loss, decoder_correct = (nothing, nothing) if self.decoder is None else self._decode(batch, prepared)
+        bow_loss = self._bag_of_words(batch, prepared) if settings.objective == "dupmae" else nothing
+        losses = (encoder_loss, decoder_loss, bow_loss.float(), encoder_correct.float(), decoder_correct.float())
+        return torch.stack(losses)
 
+    def _decode(self, batch: PretrainBatch, prepared: _Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+        texts, model = batch.texts, self.model
+        inner_T, positions_T = prepared.inner_T, prepared.positions_T
         first = texts.cu_seqlens[:-1].long()
-        h_ND = hidden_TD[first]
-        positions_T = position_ids(self.model.config, texts)
-        embedded_TD = embeddings(input_ids=texts.ids_T[None], position_ids=positions_T[None])[0]
+        h_ND = prepared.hidden_TD[first]
+        embedded_TD = embed(model, positions_T, ids_T=texts.ids_T)
         keys_TD = embedded_TD.index_copy(0, first, h_ND.to(embedded_TD.dtype))
-        h_TD = h_ND.repeat_interleave(texts.cu_seqlens.diff(), dim=0, output_size=texts.tokens)[inner_T]
-        if settings.decoder_query == "raw":
-            query_MD = h_TD + embeddings.position_embeddings(positions_T[inner_T])
+        h_MD = h_ND.repeat_interleave(texts.cu_seqlens.diff(), dim=0, output_size=texts.tokens)[inner_T]
+        if self.settings.decoder_query == "raw":
+            query_MD = add_position(model, h_MD, positions_T[inner_T])
         else:
-            query_MD = embeddings(inputs_embeds=h_TD[None], position_ids=positions_T[inner_T][None])[0]
-        states_MD = self.decoder(query_MD, keys_TD, batch.words_T, batch.keys_N, texts.runs, settings.decoder_share)
-        decoder_loss, decoder_correct = self.head(states_MD, texts.ids_T[inner_T])
-        return torch.stack([encoder_loss, decoder_loss, encoder_correct.float(), decoder_correct.float()])
+            query_MD = embed(model, positions_T[inner_T], vectors_TD=h_MD)
+        turn_T = rotation(model, keys_TD, positions_T)
+        turn_M = None if turn_T is None else tuple(part[inner_T] for part in turn_T)
+        states_MD = self.decoder(
+            query_MD, keys_TD, batch.words_T, batch.keys_N, texts.cu_seqlens, texts.runs, self.settings.decoder_share, turn_M,
+            turn_T,
+        )  # fmt: skip
+        return self.head(states_MD, texts.ids_T[inner_T])
 
+    def _bag_of_words(self, batch: PretrainBatch, prepared: _Prepared) -> torch.Tensor:
+        """Sum over texts: the mean, over a text's inner tokens, of -log softmax(maxima)[word], each word once.
 
-def check_family(config: PretrainedConfig) -> None:
-    if config.model_type not in _HEAD_TRANSFORMS:
-        raise ValueError(
-            f"RetroMAE pre-training does not know {config.model_type!r} models; it knows {', '.join(_HEAD_TRANSFORMS)}"
-        )
+        (As DupMAE's authors have it: the words of the set weigh 1 / tokens each, so their weights need not add up to 1.)
+        """
+        texts, inner_T = batch.texts, prepared.inner_T
+        lengths_N = texts.cu_seqlens.diff()
+        best_NV = self.head(prepared.hidden_TD[texts.positions_T > 0], runs=[Run(n, length - 1) for n, length in texts.runs])
+        text_T = torch.repeat_interleave(lengths_N, output_size=texts.tokens)
+        held_NV = torch.zeros_like(best_NV, dtype=torch.bool)
+        held_NV[text_T[inner_T], texts.ids_T[inner_T]] = True
+        log_share_N = held_NV.sum(-1) * best_NV.logsumexp(-1) - best_NV.masked_fill(~held_NV, 0.0).sum(-1)
+        return (log_share_N / (lengths_N - 2).clamp_min(1)).sum()
 
 
 def save_decoder(decoder_state: dict[str, torch.Tensor], settings: RetroMAESettings, folder: Path) -> None:
-    """The decoder's weights and settings, beside the encoder."""
+    """The decoder's weights and settings, beside the encoder; with the objective mlm there is none."""
+    if not decoder_state:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in decoder_state.items()}, folder / DECODER_FILES[0])
-    (folder / DECODER_FILES[1]).write_text(json.dumps(vars(settings), indent=2) + "\n", encoding="utf-8")
+    (folder / DECODER_FILES[1]).write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
 def load_decoder(decoder: EnhancedDecoder, folder: Path) -> None:
-    decoder.load_state_dict(load_file(folder / DECODER_FILES[0]))
+    """The weights saved beside an encoder; ValueError where they are another shape's."""
+    path, wanted = folder / DECODER_FILES[0], {k: list(v.shape) for k, v in decoder.state_dict().items()}
+    with safe_open(path, "pt") as file:
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"{path} is no decoder of this encoder: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
+            f"{wanted.get(wrong[0], 'nothing')} is needed; move the file away to start with a new decoder"
+        )
+    decoder.load_state_dict(load_file(path))

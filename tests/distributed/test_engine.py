@@ -8,7 +8,8 @@ import helpers
 import pytest
 from transformers import BertModel
 
-from bge_ds.distributed.engine import auto_values, memory_estimate, merge_config, parameter_groups, read_config
+from bge_ds.distributed.config import auto_values, memory_estimate, merge_config, read_config
+from bge_ds.distributed.engine import parameter_groups
 
 SHIPPED = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
@@ -117,7 +118,8 @@ engines.start(use_cpu=True)
 model = nn.Linear(16, 16)
 config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
           "bf16": {"enabled": True}, "zero_optimization": {"stage": int(sys.argv[1])}}
-engine = engines.build(model, config, [{"params": list(model.parameters())}], adam={"lr": 1e-4}, fused=True, schedule=None)
+groups = [{"params": list(model.parameters())}]
+engine = engines.build(model, config, groups, adam={"lr": 1e-4}, optim="adamw_torch_fused", schedule=None)
 for _ in range(3):
     engine.backward(engine(torch.randn(2, 16).bfloat16()).float().square().sum())
     engine.step()

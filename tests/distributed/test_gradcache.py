@@ -67,7 +67,8 @@ engines.start(use_cpu=True)
 model = nn.Linear(8, 8, bias=False)
 config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
           "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-engine = engines.build(model, config, [{"params": list(model.parameters())}], adam={"lr": 0.0}, fused=False, schedule=None)
+groups = [{"params": list(model.parameters())}]
+engine = engines.build(model, config, groups, adam={"lr": 0.0}, optim="adamw_torch", schedule=None)
 x = torch.eye(8, dtype=torch.bfloat16)
 with engines.one_reduction(engine, 257) as run_backward:
     for k in range(257):

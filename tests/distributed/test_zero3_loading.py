@@ -157,7 +157,7 @@ def peak_of(folder, context):
     model.backbone.embeddings.LayerNorm.requires_grad_(True)  # hardly any optimizer state: what is left is the weights
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     groups = engines.parameter_groups(model, 0.0)
-    engine = engines.build(model, config, groups, adam={"lr": 1e-3}, fused=False, schedule=None)
+    engine = engines.build(model, config, groups, adam={"lr": 1e-3}, optim="adamw_torch", schedule=None)
     done.set()
     thread.join()
     full = 4 * engines.count_elements(model)

@@ -1,4 +1,4 @@
-"""RetroMAE's loss against a reference with loops, written from the formula, one text and one row at a time."""
+"""The losses of pre-training against a reference written from the formulas, one text at a time, with full logits and masks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+from transformers import AutoModelForMaskedLM, ElectraForMaskedLM
 
 from bge_ds.data.batches import PretrainBatch, pack
 from bge_ds.data.order import mix64
 from bge_ds.kernels import masks
 from bge_ds.modeling.encoder import load_backbone
-from bge_ds.modeling.retromae import EnhancedDecoder, RetroMAE, RetroMAESettings
+from bge_ds.modeling.retromae import EnhancedDecoder, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 
 
 def make_batch(lengths, seed=0, epoch=0) -> PretrainBatch:
@@ -30,85 +30,134 @@ def make_batch(lengths, seed=0, epoch=0) -> PretrainBatch:
     return PretrainBatch(texts, torch.from_numpy(np.concatenate(words)), torch.from_numpy(keys), torch.from_numpy(order))
 
 
-def make(family, path, **settings) -> RetroMAE:
-    helpers.make_model(family, path)
+def make(family, path, changes=None, **settings) -> RetroMAE:
+    helpers.make_model(family, path, **(changes or {}))
     torch.manual_seed(5)
     model = RetroMAE(load_backbone(AutoModelForMaskedLM, str(path)), RetroMAESettings(mask_id=4, **settings))
-    for parameter in model.decoder.parameters():
+    for parameter in model.decoder.parameters() if model.decoder else ():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.double().eval()
 
 
+def turned(x_LE, theta):
+    """Rotary positions by complex numbers: features e and e + E/2 of position i turned by i * theta^(-2e/E)."""
+    length, width = x_LE.shape
+    angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    z = torch.complex(*x_LE.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([z.real, z.imag], -1)
+
+
+def theta_of(config):
+    rope = getattr(config, "rope_parameters", None)
+    return None if rope is None else rope.get("full_attention", rope)["rope_theta"]
+
+
 def reference(model: RetroMAE, stock, batch: PretrainBatch):
-    """Sums of both cross entropies: the stock padded model for the encoder, loops over rows and heads for the decoder."""
-    texts, settings, decoder = batch.texts, model.settings, model.decoder
-    config = stock.config
-    roberta = config.model_type == "roberta"
+    """Sums of all losses: the stock padded model with full logits, and the decoder from its formula, text by text."""
+    texts, settings, decoder, config = batch.texts, model.settings, model.decoder, stock.config
     embeddings = stock.base_model.embeddings
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert") else 0
     masked_T = model.masked(batch)
     corrupted_T = masks.corrupt(
         texts.ids_T, batch.keys_N.repeat_interleave(texts.cu_seqlens.diff()), texts.positions_T, masked_T,
         mask_id=settings.mask_id, vocab_size=config.vocab_size,
     )  # fmt: skip
-    encoder_loss = decoder_loss = torch.zeros((), dtype=torch.float64)
+    losses = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
     for n in range(len(batch.keys_N)):
         part = slice(int(texts.cu_seqlens[n]), int(texts.cu_seqlens[n + 1]))
-        ids, words = texts.ids_T[part], batch.words_T[part]
-        length = len(ids)
-        out = stock(input_ids=corrupted_T[part][None], output_hidden_states=True)
-        if masked_T[part].any():
-            loss = F.cross_entropy(out.logits[0][masked_T[part]], ids[masked_T[part]], reduction="sum")
-            encoder_loss = encoder_loss + loss
-        h = out.hidden_states[-1][0, 0]
-        positions = torch.arange(length) + (2 if roberta else 0)
-        plain = embeddings(input_ids=ids[None], position_ids=positions[None])[0]
-        keys = torch.cat([h[None], plain[1:]])
-        visible = masks.decoder_visible(batch.keys_N[n : n + 1], words[None], settings.decoder_share)[0]
-        head_dim = config.hidden_size // config.num_attention_heads
-        for i in range(1, length - 1):
-            if settings.decoder_query == "raw":
-                query = h + embeddings.position_embeddings.weight[positions[i]]
-            else:
-                parts = h + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings.weight[positions[i]]
-                query = embeddings.LayerNorm(parts)
-            seen = [j for j in range(length) if visible[i, j]]
-            contexts = []
-            for head in range(config.num_attention_heads):
-                s = slice(head * head_dim, (head + 1) * head_dim)
-                q = decoder.query(query)[s]
-                scores = torch.stack([q @ decoder.key(keys[j])[s] / head_dim**0.5 for j in seen])
-                contexts.append(sum(p * decoder.value(keys[j])[s] for p, j in zip(scores.softmax(0), seen, strict=True)))
-            x = decoder.attention_norm(query + decoder.attention_out(torch.cat(contexts)))
-            x = decoder.output_norm(x + decoder.down(F.gelu(decoder.up(x))))
-            logits = stock.lm_head(x) if roberta else stock.cls(x)
-            decoder_loss = decoder_loss + F.cross_entropy(logits, ids[i], reduction="sum")
-    return encoder_loss, decoder_loss
+        ids, words, hidden_T = texts.ids_T[part], batch.words_T[part], masked_T[part]
+        hidden = stock.base_model(input_ids=corrupted_T[part][None]).last_hidden_state[0]
+        logits = vocabulary_logits(stock, hidden)
+        losses[0] = losses[0] + F.cross_entropy(logits[hidden_T], ids[hidden_T], reduction="sum")
+        if len(ids) > 2 and decoder is not None:
+            states = decoder_states(model, embeddings, batch.keys_N[n], ids, words, hidden[0], offset, theta_of(config))
+            losses[1] = losses[1] + F.cross_entropy(vocabulary_logits(stock, states), ids[1:-1], reduction="sum")
+        if len(ids) > 2 and settings.objective == "dupmae":
+            shares = logits[1:].max(0).values.log_softmax(-1)
+            losses[2] = losses[2] - shares[ids[1:-1].unique()].sum() / (len(ids) - 2)
+    return losses
+
+
+def vocabulary_logits(stock, x):
+    if stock.config.model_type == "distilbert":
+        return stock.vocab_projector(stock.vocab_layer_norm(F.gelu(stock.vocab_transform(x))))
+    if stock.config.model_type == "modernbert":
+        return stock.decoder(stock.head(x))
+    return stock.cls(x) if hasattr(stock, "cls") else stock.lm_head(x)
+
+
+def decoder_states(model, embeddings, key, ids, words, h, offset, theta):
+    settings, decoder, length = model.settings, model.decoder, len(ids)
+    positions = torch.arange(length) + offset
+    placed = embeddings.position_embeddings.weight[positions] if hasattr(embeddings, "position_embeddings") else 0.0
+    kind = embeddings.token_type_embeddings.weight[0] if hasattr(embeddings, "token_type_embeddings") else 0.0
+    norm = getattr(embeddings, "LayerNorm", None) or getattr(embeddings, "norm", torch.nn.Identity())
+    lookup = embeddings.tok_embeddings if hasattr(embeddings, "tok_embeddings") else embeddings.word_embeddings
+    keys = torch.cat([h[None], norm(lookup.weight[ids] + kind + placed)[1:]])
+    query = (h + placed if settings.decoder_query == "raw" else norm(h + kind + placed)).expand(length, -1)
+    visible = masks.decoder_visible(key[None], words[None], settings.decoder_share)[0]
+    size, heads = len(h) // decoder.heads, []
+    for head in range(decoder.heads):
+        s = slice(head * size, (head + 1) * size)
+        q, k, v = decoder.query(query)[:, s], decoder.key(keys)[:, s], decoder.value(keys)[:, s]
+        if theta is not None:
+            q, k = turned(q, theta), turned(k, theta)
+        scores = (q @ k.T / size**0.5).masked_fill(~visible, float("-inf"))
+        heads.append(scores[1:-1].softmax(-1) @ v)
+    x = decoder.attention_norm(query[1:-1] + decoder.attention_out(torch.cat(heads, -1)))
+    return decoder.output_norm(x + decoder.down(decoder.activation(decoder.up(x))))
+
+
+def check_against_reference(model, path, batch, tolerance=1e-6):
+    """Every loss, and the gradient of every parameter, in fp64."""
+    stock = load_backbone(AutoModelForMaskedLM, str(path), attention="eager").double().eval()
+    ours = model(batch)
+    expected = reference(model, stock, batch)
+    assert expected[0] > 0
+    for mine, theirs in zip(ours, expected, strict=False):
+        assert torch.allclose(mine, theirs.float(), rtol=1e-6)
+    weights = torch.tensor([3.0, 1.0, 0.7])
+    (weights * ours[:3]).sum().backward()
+    mine = {k: p.grad for k, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = None
+    sum(w * loss for w, loss in zip(weights, expected, strict=True)).backward()
+    theirs = {f"model.{k}": p.grad for k, p in stock.named_parameters()}
+    theirs |= {k: p.grad for k, p in model.named_parameters() if k.startswith("decoder.")}
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (gradient is None) == (mine[name] is None), name
+        if gradient is not None:
+            assert (mine[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-2), name
 
 
 @pytest.mark.parametrize("query", ["embeddings", "raw"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_loss_and_gradients_equal_the_loops(tmp_path, family, query):
-    """Both losses and the gradient of every parameter, tied head included, equal the formula's, in fp64."""
-    model = make(family, tmp_path, decoder_query=query)
-    stock = load_backbone(AutoModelForMaskedLM, str(tmp_path), attention="eager").double().eval()
-    batch = make_batch([12, 3, 7, 12, 2, 21])
-    ours = model(batch)
-    encoder_loss, decoder_loss = reference(model, stock, batch)
-    assert torch.allclose(ours[0], encoder_loss.float(), rtol=1e-6)
-    assert torch.allclose(ours[1], decoder_loss.float(), rtol=1e-6)
-    (3 * ours[0] + ours[1]).backward()
-    decoder_gradients = {k: p.grad.clone() for k, p in model.decoder.named_parameters()}
-    model.decoder.zero_grad()
-    (3 * encoder_loss + decoder_loss).backward()
-    for name, parameter in model.decoder.named_parameters():
-        difference = (parameter.grad - decoder_gradients[name]).abs().max()
-        assert difference <= 1e-6 * max(parameter.grad.abs().max(), 1e-2), name
-    theirs = dict(stock.named_parameters())
-    for name, parameter in model.model.named_parameters():
-        if theirs[name].grad is None:
-            assert parameter.grad is None, name
-            continue
-        assert (parameter.grad - theirs[name].grad).abs().max() <= 1e-6 * max(theirs[name].grad.abs().max(), 1e-2), name
+@pytest.mark.parametrize("family", ["bert", "distilbert", "ernie", "modernbert", "nomic_bert", "roberta", "xlm-roberta-xl"])
+def test_loss_and_gradients_equal_the_formula(tmp_path, family, query):
+    """Every loss and the gradient of every parameter, tied head included, equal the formula's in fp64, at odd lengths."""
+    model = make(family, tmp_path, decoder_query=query, objective="dupmae")
+    check_against_reference(model, tmp_path, make_batch([12, 3, 7, 12, 2, 21]))
+
+
+def test_the_same_at_the_vocabulary_of_xlm_r(tmp_path):
+    """250,002 words: blocks of the vocabulary and of positions add up to the full matrix."""
+    model = make("xlm-roberta", tmp_path, {"vocab_size": 250_002}, objective="dupmae")
+    check_against_reference(model, tmp_path, make_batch([9, 5]))
+
+
+def test_the_same_for_a_long_text(tmp_path):
+    """2,048 tokens, beside a short text: attention, masks and heads in many blocks."""
+    model = make("bert", tmp_path, {"max_position_embeddings": 2048})
+    check_against_reference(model, tmp_path, make_batch([2048, 4]))
+
+
+def test_masked_words_alone(tmp_path):
+    """The objective mlm is the encoder's part: same loss and gradient, no decoder, nothing else."""
+    model = make("bert", tmp_path, objective="mlm")
+    assert model.decoder is None
+    check_against_reference(model, tmp_path, make_batch([12, 3, 7]))
+    losses = model(make_batch([12, 3, 7]))
+    assert losses[0] > 0 and not losses[1:3].any()
 
 
 def test_first_and_last_tokens_are_not_predicted(tmp_path):
@@ -125,9 +174,20 @@ def test_first_and_last_tokens_are_not_predicted(tmp_path):
 
 def test_other_families_are_refused_with_the_list():
     """A model whose head and embeddings we do not know is an error that names those we know."""
-    config = DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
-    with pytest.raises(ValueError, match=r"distilbert.*bert, roberta, xlm-roberta"):
-        RetroMAE(DistilBertForMaskedLM(config), RetroMAESettings(mask_id=4))
+    model = ElectraForMaskedLM(helpers.tiny_config("electra"))
+    with pytest.raises(ValueError, match=r"electra.*bert, .*modernbert, .*xlm-roberta"):
+        RetroMAE(model, RetroMAESettings(mask_id=4))
+
+
+def test_a_decoder_of_another_shape_is_refused(tmp_path):
+    """Weights that do not fit name the file and the first that differs, before anything is loaded."""
+    model = make("bert", tmp_path / "a")
+    save_decoder(model.decoder.state_dict(), model.settings, tmp_path)
+    load_decoder(make("bert", tmp_path / "b").decoder, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"decoder.safetensors is no decoder of this encoder: down.weight is \[32, 64\], \[32, 96\]"
+    ):
+        load_decoder(make("bert", tmp_path / "c", {"intermediate_size": 96}).decoder, tmp_path)
 
 
 def test_decoder_starts_random_and_small():

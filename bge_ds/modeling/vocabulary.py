@@ -1,0 +1,126 @@
+"""What pre-training has to know of a model type: how it embeds, how it tells positions, and its vocabulary head.
+
+Shapes: T tokens of texts in one row, M positions that are predicted, N texts, D features, V vocabulary.
+
+A type fits when it embeds a token or a given vector with one module and predicts words with a transform and one (tied)
+matrix. It gets its position in one of two ways. Most add a position's embedding. ModernBERT and NomicBERT rotate queries
+and keys instead: for them the decoder rotates its own queries and keys, by the encoder's own angles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from bge_ds.data.batches import Run
+from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
+from bge_ds.kernels.max_logits import max_logits
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Transform(nn.Module):
+    """Dense, activation, norm: the states before the vocabulary's matrix, where a model has no module for them."""
+
+    def __init__(self, dense: nn.Module, norm: nn.Module, activation: str):
+        super().__init__()
+        self.dense, self.norm, self.activation = dense, norm, ACT2FN[activation]
+
+    def forward(self, x):
+        return self.norm(self.activation(self.dense(x)))
+
+
+class Kind(NamedTuple):
+    """transform: of a masked language model, from last hidden states to what the vocabulary's matrix is applied to.
+
+    rotation: (base model, states, positions) -> (cos, sin), for a type without position embeddings.
+    """
+
+    transform: Callable[[nn.Module], nn.Module]
+    rotation: Callable | None = None
+
+
+_BERT = Kind(lambda model: model.cls.predictions.transform)
+_ROBERTA = Kind(lambda model: _Transform(model.lm_head.dense, model.lm_head.layer_norm, "gelu"))
+# A type that test_retromae.py holds for as it is can be added; one that needs more cannot.
+KINDS = {
+    "bert": _BERT,
+    "camembert": _ROBERTA,
+    "distilbert": Kind(lambda m: _Transform(m.vocab_transform, m.vocab_layer_norm, m.config.activation)),
+    "ernie": _BERT,
+    "modernbert": Kind(lambda m: m.head, lambda base, x, positions: base.rotary_emb(x, positions, "full_attention")),
+    "nomic_bert": _BERT._replace(rotation=lambda base, x, positions: base.rotary_emb(x, positions)),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
+}
+
+
+def check_kind(config: PretrainedConfig) -> None:
+    if config.model_type not in KINDS:
+        raise ValueError(
+            f"pre-training does not know {config.model_type!r} models; it knows {', '.join(KINDS)}; "
+            "fine-tuning takes any encoder"
+        )
+
+
+def embed(model: nn.Module, positions_T: torch.Tensor, *, ids_T=None, vectors_TD=None) -> torch.Tensor:
+    """T x D from the model's own embedding module (word or given vector, type, position, norm, dropout)."""
+    where = {} if KINDS[model.config.model_type].rotation else {"position_ids": positions_T[None]}
+    what = {"input_ids": ids_T, "inputs_embeds": vectors_TD}
+    return model.base_model.embeddings(**{k: v if v is None else v[None] for k, v in what.items()}, **where)[0]
+
+
+def add_position(model: nn.Module, vectors_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+    """The vectors plus their positions' embeddings; as they are, where positions are rotations."""
+    if KINDS[model.config.model_type].rotation:
+        return vectors_TD
+    return vectors_TD + model.base_model.embeddings.position_embeddings(positions_T)
+
+
+def rotation(model: nn.Module, states_TD: torch.Tensor, positions_T: torch.Tensor) -> Rotation | None:
+    """(cos, sin), T x E each, by which queries and keys are rotated; None where positions are embedded."""
+    of_kind = KINDS[model.config.model_type].rotation
+    if of_kind is None:
+        return None
+    cos, sin = of_kind(model.base_model, states_TD[None], positions_T[None])
+    return cos[0], sin[0]
+
+
+def rotate(x_THE: torch.Tensor, by: Rotation | None) -> torch.Tensor:
+    """Each pair (e, e + E/2) of a head's features turned by the angle of its token."""
+    if by is None:
+        return x_THE
+    cos, sin = (part[:, None] for part in by)
+    left, right = x_THE.chunk(2, -1)
+    return x_THE * cos + torch.cat([-right, left], -1) * sin
+
+
+class VocabularyHead(nn.Module):
+    """The encoder's own MLM head, as a loss. Holds the model's parameters, not copies.
+
+    The (tied) output matrix is a parameter of this module too, so that ZeRO-3, which gathers each module's own
+    parameters around its forward and backward, has it whole here.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.transform = KINDS[model.config.model_type].transform(model)
+        output = model.get_output_embeddings()
+        self.weight, self.bias = output.weight, output.bias
+
+    def forward(self, hidden_MD: torch.Tensor, target_M: torch.Tensor | None = None, runs: list[Run] | None = None):
+        """With targets: (sum of cross entropies, correct predictions) over M positions.
+
+        With runs, (texts, length) of neighbouring texts that together are the M positions: N x V, for every word of the
+        vocabulary its largest logit in each text.
+        """
+        states_MD = self.transform(hidden_MD)
+        if runs is not None:
+            return max_logits(states_MD, self.weight, self.bias, runs)
+        return linear_cross_entropy(states_MD, self.weight, target_M, self.bias)
