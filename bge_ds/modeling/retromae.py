@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 
 from bge_ds.data.batches import PretrainBatch
 from bge_ds.kernels import masks
+from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from bge_ds.modeling.encoder import position_ids, run_backbone
 
@@ -36,8 +37,6 @@ _HEAD_TRANSFORMS = {
     "camembert": lambda model: _RobertaTransform(model.lm_head),
 }
 DECODER_FILES = ("decoder.safetensors", "decoder.json")
-# Scores of one call of the decoder's attention are kept below this many (texts x L x L), which bounds its memory.
-_ATTENTION_BLOCK = 1 << 22
 
 
 class _RobertaTransform(nn.Module):
@@ -70,9 +69,10 @@ class VocabularyHead(nn.Module):
 class EnhancedDecoder(nn.Module):
     """One post-norm transformer layer whose residual goes to the query stream, of the encoder's own dimensions."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: PretrainedConfig, kernels: str = "auto"):
         super().__init__()
         width = config.hidden_size
+        self.kernels = kernels  # of `decoder_attention`
         self.heads = config.num_attention_heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.attention_out = nn.Linear(width, width)
@@ -87,36 +87,19 @@ class EnhancedDecoder(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query_MD, keys_TD, words_T, key_N, runs, share: float) -> torch.Tensor:
+    def forward(self, query_MD, keys_TD, words_T, key_N, cu_seqlens, runs, share: float) -> torch.Tensor:
         """States M x D of the M inner tokens (first and last of each text left out), in row order.
 
         query_MD: their query stream. keys_TD: h at each text's first token, embeddings after it.
         """
         q, k, v = self.query(query_MD), self.key(keys_TD), self.value(keys_TD)
-        rows = []
-        pieces = zip(
-            q.split([n * max(0, length - 2) for n, length in runs]),
-            *(x.split([n * length for n, length in runs]) for x in (k, v, words_T)),
-            key_N.split([n for n, _ in runs]),
-            runs,
-            strict=True,
-        )
-        for q_r, k_r, v_r, words_r, key_r, (texts, length) in pieces:
-            if length > 2:
-                rows.append(self._attend_run(q_r, k_r, v_r, words_r.unflatten(0, (texts, length)), key_r, share))
-        x = self.attention_norm(query_MD + self.dropout(self.attention_out(torch.cat(rows))))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
+        dropout = self.attention_dropout if self.training else 0.0
+        seen = decoder_attention(
+            q, k, v, words_T, key_N, cu_seqlens, runs, share=share, dropout=dropout, kernels=self.kernels
+        ).flatten(-2)
+        x = self.attention_norm(query_MD + self.dropout(self.attention_out(seen)))
         return self.output_norm(x + self.dropout(self.down(self.activation(self.up(x)))))
-
-    def _attend_run(self, q, k, v, words_NL, key_N, share: float) -> torch.Tensor:
-        texts, length = words_NL.shape
-        q, k, v = (x.unflatten(0, (texts, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        step = max(1, _ATTENTION_BLOCK // (length * length))
-        out = []
-        for parts in zip(*(x.split(step) for x in (q, k, v, words_NL, key_N)), strict=True):
-            visible = masks.decoder_visible(parts[4], parts[3], share)[:, None, 1:-1]
-            dropout = self.attention_dropout if self.training else 0.0
-            out.append(F.scaled_dot_product_attention(*parts[:3], attn_mask=visible, dropout_p=dropout))
-        return torch.cat(out).transpose(1, 2).flatten(0, 1).flatten(-2)
 
 
 @dataclass
@@ -184,7 +167,9 @@ class RetroMAE(nn.Module):
             query_MD = h_TD + embeddings.position_embeddings(positions_T[inner_T])
         else:
             query_MD = embeddings(inputs_embeds=h_TD[None], position_ids=positions_T[inner_T][None])[0]
-        states_MD = self.decoder(query_MD, keys_TD, batch.words_T, batch.keys_N, texts.runs, settings.decoder_share)
+        states_MD = self.decoder(
+            query_MD, keys_TD, batch.words_T, batch.keys_N, texts.cu_seqlens, texts.runs, settings.decoder_share
+        )
         decoder_loss, decoder_correct = self.head(states_MD, texts.ids_T[inner_T])
         return torch.stack([encoder_loss, decoder_loss, encoder_correct.float(), decoder_correct.float()])
 
