@@ -83,6 +83,8 @@ setup(
             "ruff",
             "sentence-transformers",
             "tensorboard",
+            # Its interpreter runs the fused kernels on the CPU.
+            "triton>=3.5; platform_system == 'Linux'",
         ],
     },
     entry_points={

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bge_ds.data.batches import Run
-from bge_ds.kernels.dropout import attention_with_dropout
+from bge_ds.kernels.blockwise_attention import Block, as_bias, blockwise_attention
 
 # Queries a call where a window cuts a text: each block meets only the keys its window reaches.
 _WINDOW_BLOCK = 256
@@ -81,7 +81,8 @@ def varlen_attention(
             window_size=sides,
         )  # fmt: skip
     if dropout > 0 and q_THD.device.type == "cpu" and not grouped:
-        return attention_with_dropout(q_THD, k_THD, v_THD, runs, scale=scale, p=dropout, causal=causal, window=window)
+        bias = _bias(causal, window)
+        return blockwise_attention(q_THD, k_THD, v_THD, runs, scale=scale, p=dropout, bias=bias)
     # One split a tensor rather than one slice a run: the backward of a split is a single concatenation.
     sizes = [texts * length for texts, length in runs]
     out = []
@@ -121,3 +122,22 @@ def _band(window: int, before: int, after: int, device: torch.device) -> torch.T
     i = torch.arange(_WINDOW_BLOCK, device=device)[:, None]
     j = torch.arange(-before, _WINDOW_BLOCK + after, device=device)
     return (i - j < window) & (j - i <= after)
+
+
+def _bias(causal: bool, window: int | None):
+    """What `blockwise_attention` adds to a block's scores."""
+
+    def bias(block: Block) -> torch.Tensor | None:
+        if not causal and (window is None or window >= block.length):
+            return None
+        return _block_bias(block.length, block.rows.start, block.rows.stop, causal, window)
+
+    return bias
+
+
+# Few: each is as large as a block of scores, and neighbouring blocks are of one length.
+@lru_cache(maxsize=8)
+def _block_bias(length: int, first: int, last: int, causal: bool, window: int | None) -> torch.Tensor:
+    i, j = torch.arange(first, last)[:, None], torch.arange(length)
+    reach = length if window is None else window
+    return as_bias((i - j < reach) & ((j <= i) if causal else (j - i < reach)))

@@ -26,9 +26,13 @@ _PRIME, _MUL_1, _MUL_2 = _int32(0x9E3779B1), _int32(0x7FEB352D), _int32(0x846CA6
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """A bijection of int32 that scatters every bit (the finaliser of Wellons' lowbias32)."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _MUL_1
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _MUL_2
-    return x ^ ((x >> 16) & 0xFFFF)
+    # Two tensors and the rest in place: on the CPU, temporaries of a decoder's block cost more than the arithmetic.
+    shifted = (x >> 16).bitwise_and_(0xFFFF)
+    x = (x ^ shifted).mul_(_MUL_1)
+    torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(0x1FFFF)
+    x.bitwise_xor_(shifted).mul_(_MUL_2)
+    torch.bitwise_right_shift(x, 16, out=shifted).bitwise_and_(0xFFFF)
+    return x.bitwise_xor_(shifted)
 
 
 def _mark(value: torch.Tensor) -> torch.Tensor:
@@ -48,8 +52,13 @@ def hash_words(key_: torch.Tensor, *values: torch.Tensor | int) -> torch.Tensor:
     return state
 
 
+def threshold(share: float) -> int:
+    """What 31 random bits are below with probability `share`: an int32, so that a share of 1 does not wrap to none."""
+    return min(round(share * (1 << 31)), (1 << 31) - 1)
+
+
 def _below(hash_: torch.Tensor, share: float) -> torch.Tensor:
-    return (hash_ & 0x7FFFFFFF) < round(share * (1 << 31))
+    return (hash_ & 0x7FFFFFFF) < threshold(share)
 
 
 def encoder_masked(key_T: torch.Tensor, words_T: torch.Tensor, inner_T: torch.Tensor, share: float) -> torch.Tensor:
@@ -65,16 +74,18 @@ def corrupt(ids_T, key_T, positions_T, masked_T, *, mask_id: int, vocab_size: in
     return torch.where(masked_T & ~_below(action, 0.8) & _below(action, 0.9), random_ids, out)
 
 
-def decoder_visible(key_N: torch.Tensor, words_NL: torch.Tensor, share: float) -> torch.Tensor:
-    """What each decoder row sees, bool N x L x L (row i, key j), for texts of one length.
+def decoder_visible(
+    key_N: torch.Tensor, words_NL: torch.Tensor, share: float, first: int = 0, last: int | None = None
+) -> torch.Tensor:
+    """What decoder rows first to last - 1 (all: L) see, bool N x R x L (row i, key j), for texts of one length.
 
     A share of the words is hidden from each row, drawn anew for every row; the row's own position always; position 0
     (the sentence vector) and the closing special token never, except from themselves.
     """
-    length = words_NL.shape[1]
-    rows_L = torch.arange(length, device=words_NL.device)
-    row_state = hash_words(key_N[:, None], _DECODER, rows_L[None])
-    hidden = _below(_mix(row_state[:, :, None] ^ _mark(words_NL)[:, None, :]), share)
-    hidden[:, :, 0] = False
-    hidden[:, :, -1] = False
-    return ~(hidden | torch.eye(length, dtype=torch.bool, device=words_NL.device))
+    rows_R = torch.arange(first, words_NL.shape[1] if last is None else last, device=words_NL.device)
+    row_state = hash_words(key_N[:, None], _DECODER, rows_R[None])
+    visible = ~_below(_mix(row_state[:, :, None] ^ _mark(words_NL)[:, None, :]), share)
+    visible[:, :, 0] = True
+    visible[:, :, -1] = True
+    visible.diagonal(first, 1, 2).fill_(False)
+    return visible

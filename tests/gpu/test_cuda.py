@@ -11,6 +11,7 @@ from bge_ds.data.batches import pack
 from bge_ds.data.order import mix64
 from bge_ds.kernels import masks
 from bge_ds.kernels.attention import varlen_attention
+from bge_ds.kernels.decoder_attention import choose, decoder_attention
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from bge_ds.modeling.encoder import Encoder
 
@@ -50,6 +51,34 @@ def test_masks_are_the_same_on_both_devices():
     on_cpu = masks.encoder_masked(key_T, positions_T, torch.ones_like(positions_T, dtype=torch.bool), 0.3)
     on_gpu = masks.encoder_masked(key_T.cuda(), positions_T.cuda(), torch.ones_like(positions_T, dtype=torch.bool).cuda(), 0.3)
     assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(("heads", "width"), [(12, 32), (4, 64), (2, 20), (1, 256)])
+def test_fused_decoder_attention_equals_torch(heads, width, dtype, tolerance):
+    """The fused kernels give what torch's attention with masks gives on the GPU, output and gradients; dropout repeats."""
+    pytest.importorskip("triton")
+    assert choose("auto", "cuda") == "fused"
+    lengths = [1, 2, 3, 5, 5, 64, 200, 333, 700]
+    texts, _ = pack(helpers.random_texts(lengths))
+    texts = texts.to("cuda")
+    words_T = torch.cat([torch.arange(n) // 2 for n in lengths]).cuda()
+    key_N = torch.from_numpy(mix64(0, 0, np.arange(len(lengths))).view(np.int64)).cuda()
+    torch.manual_seed(0)
+    sizes = [sum(max(0, n - 2) for n in lengths), texts.tokens, texts.tokens]
+    qkv = [torch.randn(n, heads, width, device="cuda", dtype=dtype).requires_grad_() for n in sizes]
+    weights = torch.randn_like(qkv[0])
+
+    def attend(kernels, dropout=0.0, seed=1):
+        torch.manual_seed(seed)
+        out = decoder_attention(*qkv, words_T, key_N, texts.cu_seqlens, texts.runs, share=0.5, dropout=dropout, kernels=kernels)
+        return [out, *torch.autograd.grad(out, qkv, weights)]
+
+    for mine, theirs in zip(attend("fused"), attend("torch"), strict=True):
+        assert (mine - theirs).abs().max() < tolerance * theirs.abs().max()
+    first, again, other = attend("fused", 0.1), attend("fused", 0.1), attend("fused", 0.1, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # gradients too: no atomic additions
+    assert not torch.equal(first[0], other[0])
 
 
 def test_linear_cross_entropy_on_the_gpu():

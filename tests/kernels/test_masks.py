@@ -80,3 +80,25 @@ def test_masks_change_with_epoch_and_row_only():
         assert 0.4 < (masks.decoder_visible(other, words, 0.5) != a).float().mean() < 0.6
     alone = masks.decoder_visible(keys(4)[2:3], words[2:3], 0.5)
     assert torch.equal(alone[0], a[2])
+
+
+def test_any_rows_by_themselves():
+    """Rows asked for alone are the rows of the whole, as a kernel that works in blocks needs them."""
+    words = (torch.arange(70) // 2).repeat(3, 1)
+    whole = masks.decoder_visible(keys(3), words, 0.5)
+    for first, last in ((0, 70), (0, 1), (1, 69), (17, 40), (69, 70)):
+        assert torch.equal(masks.decoder_visible(keys(3), words, 0.5, first, last), whole[:, first:last])
+
+
+def test_the_bits_of_a_known_mask():
+    """The hash itself never changes: a run resumed with another version of the code would see other masks."""
+    visible = masks.decoder_visible(keys(2), torch.arange(9).repeat(2, 1), 0.5)
+    assert visible.flatten(1).int().matmul(torch.arange(1, 82, dtype=torch.int32)).tolist() == [1727, 1933]
+
+
+def test_a_share_of_everything():
+    """A share of 1 hides all but the first and the closing token, and a share of 0 nothing but the row's own."""
+    words = torch.arange(9).repeat(2, 1)
+    none, every = (masks.decoder_visible(keys(2), words, share)[:, 1:-1] for share in (1.0, 0.0))
+    assert none[..., 0].all() and none[..., -1].all() and not none[..., 1:-1].any()
+    assert (every.sum(-1) == 8).all()
