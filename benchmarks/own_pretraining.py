@@ -2,7 +2,8 @@
 
 `what` in the JSON text:
   texts   writes the first texts of a file, or texts joined from them until each is long enough
-  input   our input pipeline alone: Arrow shards in, batches out, in this process or through a worker of the loader
+  input   our input pipeline alone: Arrow shards in, batches out, in this process or through a worker of the loader; with
+          `masks`, what our model draws in the step is drawn too
   plain   a plain RetroMAE trainer, what the gpu rows compare with: padded, scores of the whole vocabulary at every place
   needed  the products that RetroMAE needs for the batches of a run, and the rate of a large square product
 
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from bge_ds.arguments import PretrainArguments
 from bge_ds.data import batches, loader, order, shards
+from bge_ds.kernels import masks
 from bge_ds.metrics import peak_memory
 
 ENCODER_SHARE, DECODER_SHARE = PretrainArguments.encoder_mlm_probability, PretrainArguments.decoder_mlm_probability
@@ -102,6 +104,9 @@ def batches_of(asked: dict) -> Iterator[batches.PretrainBatch]:
 def time_input(asked: dict) -> dict:
     """One figure for `rounds` batches, which one batch is too quick for: their mean. Epoch after epoch of the same texts."""
     found, seconds, tokens = batches_of(asked), [], []
+    if asked.get("masks"):
+        mask_id = AutoTokenizer.from_pretrained(asked["model"]).mask_token_id
+        found = (draw_masks(batch, mask_id) for batch in found)
     for _ in range(asked["steps"]):
         began = time.perf_counter()
         sizes = [batch.texts.tokens for batch in islice(found, asked["rounds"])]
@@ -109,6 +114,22 @@ def time_input(asked: dict) -> dict:
         tokens.append(round(sum(sizes) / len(sizes)))
     note = f"mean of {asked['rounds']} batches each"
     return {"note": note, **record(seconds, tokens, tokens, peak_memory(torch.device("cpu")))}
+
+
+def draw_masks(batch: batches.PretrainBatch, mask_id: int) -> batches.PretrainBatch:
+    """The batch, with all masks made and dropped: our model draws them in the step, FlagEmbedding's collator beforehand."""
+    texts = batch.texts
+    lengths_N, ends_N = texts.cu_seqlens.diff(), texts.cu_seqlens[1:].long()
+    key_T = batch.keys_N.repeat_interleave(lengths_N)
+    inner_T = texts.positions_T > 0
+    inner_T[ends_N - 1] = False
+    masked_T = masks.encoder_masked(key_T, batch.words_T, inner_T, ENCODER_SHARE)
+    masks.corrupt(texts.ids_T, key_T, texts.positions_T, masked_T, mask_id=mask_id, vocab_size=30_000)
+    words = batch.words_T.split([n * length for n, length in texts.runs])
+    keys = batch.keys_N.split([n for n, _ in texts.runs])
+    for (n, length), words_T, keys_N in zip(texts.runs, words, keys, strict=True):
+        masks.decoder_visible(keys_N, words_T.view(n, length), DECODER_SHARE)
+    return batch
 
 
 def record(seconds: list[float], tokens: list[int], padded: list[int], peak: float) -> dict:

@@ -51,8 +51,8 @@ def ours(setting: Pretraining, run: Run) -> dict:
     return run_command("bge_ds.pretrain", flags, setting, run)
 
 
-def flagembedding(setting: Pretraining, run: Run) -> dict:
-    return run_peer(setting, run, "retromae", "run_retromae.py")
+def flagembedding(setting: Pretraining, run: Run, **more) -> dict:
+    return run_peer(setting, run, "retromae", "run_retromae.py", **more)
 
 
 def ask_own(what: str, setting: Pretraining, run: Run, **more) -> dict:
@@ -102,22 +102,19 @@ def training_set(name: str, args: argparse.Namespace, run: Run) -> list[dict]:
 def input_set(args: argparse.Namespace, run: Run) -> list[dict]:
     """The input pipelines alone, one thread."""
     run = replace(run, threads=1)
-    setting = Pretraining(
-        "input", args.batch, args.input_steps, args.warmup, full=True, max_seq_length=args.max_seq_length
-    )  # fmt: skip
+    setting = Pretraining("input", args.batch, args.input_steps, args.warmup, full=True, max_seq_length=args.max_seq_length)
     setting = with_data(setting, args, run)
 
-    def own(worker: bool):
-        return lambda setting, run: ask_own("input", setting, run, worker=worker, rounds=args.input_rounds)
+    def own(**how: bool):
+        return lambda setting, run: ask_own("input", setting, run, rounds=args.input_rounds, **how)
 
     def peer(tokenized: bool):
-        return lambda setting, run: run_peer(
-            setting, run, "retromae", "run_retromae.py", what="input", tokenized=tokenized
-        )  # fmt: skip
+        return lambda setting, run: flagembedding(setting, run, what="input", tokenized=tokenized)
 
     sides = {
-        "bge_ds": own(worker=False),
+        "bge_ds": own(),
         "bge_ds, through a worker": own(worker=True),
+        "bge_ds, its masks drawn too": own(masks=True),
         "FlagEmbedding": peer(tokenized=False),
         "FlagEmbedding, tokenized before": peer(tokenized=True),
     }
