@@ -25,6 +25,6 @@ environment() {  # name, then the packages
 
 environment flagembedding "$transformers" FlagEmbedding==1.4.2
 environment sentence_transformers "$transformers" sentence-transformers==6.2.0 datasets accelerate
-# The last FlagEmbedding with the RetroMAE command; newer ones of the packages below no longer go with it.
+# A FlagEmbedding that has the RetroMAE command, and packages that it runs with.
 environment retromae FlagEmbedding==1.2.11 transformers==4.44.2 accelerate==0.34.2 datasets==2.21.0 \
     sentence-transformers==5.0.0 peft==0.13.2
