@@ -12,22 +12,18 @@ tokens differ from the others' is an error. Prints a table and appends its rows 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rows import append_rows, hardware, print_table, rows_of
+from comparing import add_shared_flags, compare, has_gpu, parse_steps, run_sets, same_tokens, say
+from rows import COLUMNS, hardware, rows_of
 from sides import (
-    HERE,
     Result,
     Run,
     Setting,
-    SideFailed,
     ask_parts,
     flagembedding,
     run_ours,
@@ -37,38 +33,6 @@ from sides import (
 )
 
 SETS = ("fp32", "bf16", "cached", "cached_bf16", "parts", "gpu")
-FAILED = "failed"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def compare(setting: Setting, run: Run, sides: dict[str, Callable], repeats: int) -> list[Result]:
-    """All sides in turn, `repeats` times; every side must have seen the same tokens. One that fails is said and left out."""
-    results = {name: Result(name) for name in sides}
-    for turn in range(repeats):
-        for name in sides:
-            if results[name].note == FAILED:
-                continue
-            say(f"{setting.what}, {setting.precision}: {name}, turn {turn + 1} of {repeats}")
-            try:
-                results[name].extend(sides[name](setting, run), setting.warmup)
-            except SideFailed as error:
-                say(str(error))
-                results[name] = Result(name, note=FAILED)
-    done = [result for result in results.values() if result.note != FAILED]
-    for result in done[1:]:
-        same_tokens(result.side, result.tokens, done[0])
-    return list(results.values())
-
-
-def same_tokens(side: str, tokens: list[int], base: Result) -> None:
-    if tokens != base.tokens:
-        raise ValueError(
-            f"{side} computed {tokens} real tokens a step, {base.side} {base.tokens}: not the same texts, so their times mean "
-            "nothing; take data whose queries all fit the length, or look into the logs in --work"
-        )
 
 
 def step_parts(setting: Setting, run: Run, repeats: int) -> list[Result]:
@@ -110,14 +74,14 @@ def loss_parts(setting: Setting, run: Run, width: int, times: int = 12) -> list[
 
 
 def small_batch(args: argparse.Namespace, bf16: bool) -> tuple[Setting, dict[str, Callable]]:
-    setting = Setting("fine-tuning", args.batch, args.group, args.steps, args.warmup, bf16=bf16)
+    setting = Setting("fine-tuning", args.batch, args.steps, args.warmup, group=args.group, bf16=bf16)
     sides = {"bge_ds": run_ours, "FlagEmbedding": flagembedding, "sentence-transformers": sentence_transformers("plain")}
     return setting, sides
 
 
 def cached_batch(args: argparse.Namespace, bf16: bool) -> tuple[Setting, dict[str, Callable]]:
     """Ours in pieces of tokens; theirs in pieces of texts, of each size asked for, and where asked in pieces of tokens."""
-    setting = Setting("cached", args.cached_batch, 1 + args.negatives, args.cached_steps, args.warmup, bf16=bf16)
+    setting = Setting("cached", args.cached_batch, args.cached_steps, args.warmup, bf16=bf16, group=1 + args.negatives)
     sides = {"bge_ds": cached_ours(args.sub_batch_tokens)}
     for size in args.mini_batches:
         sides[f"sentence-transformers, {size} texts"] = sentence_transformers("cached", size=size)
@@ -157,13 +121,11 @@ def with_data(setting: Setting, args: argparse.Namespace, run: Run) -> Setting:
 
 def gpu_set(args: argparse.Namespace, run: Run) -> list[dict]:
     """A model of bge-large's shape on one GPU, lengths 64 and 512, bf16."""
-    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
-    if subprocess.run([sys.executable, "-c", code]).returncode:
-        say("gpu: skipped, torch finds no CUDA device here")
+    if not has_gpu():
         return []
     large = run.work / "large"
-    ask_parts(run, {"what": "large", "model": str(args.model.absolute()), "output": str(large)})
-    setting = Setting("bge-large", args.gpu_batch, args.group, args.gpu_steps, args.warmup, bf16=True, cuda=True)
+    ask_parts(run, {"what": "model", "shape": "large", "model": str(args.model.absolute()), "output": str(large)})
+    setting = Setting("bge-large", args.gpu_batch, args.gpu_steps, args.warmup, group=args.group, bf16=True, cuda=True)
     setting = with_data(replace(setting, model=str(large), passage_max_len=512), args, run)
     sides = {"bge_ds": run_ours, "FlagEmbedding": flagembedding}
     results = compare(setting, run, sides, args.repeats) + step_parts(setting, run, args.repeats)
@@ -172,16 +134,10 @@ def gpu_set(args: argparse.Namespace, run: Run) -> list[dict]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_shared_flags(parser, "contrastive")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON lines of groups (query, pos, neg), may be .gz")
-    add("--model", type=Path, required=True, help="folder of the encoder, mean pooling")
-    add("--envs", type=Path, default=HERE.parent / ".bench", help="folder that make_environments.sh filled")
     add("--sets", nargs="+", choices=SETS, default=["fp32", "cached", "bf16", "cached_bf16", "parts"])
-    add("--work", type=Path, default=HERE.parent / "runs" / "contrastive", help="folder for data, models and logs")
-    add("--output", type=Path, default=HERE / "contrastive.csv", help="CSV file the rows are appended to")
-    add("--warmup", type=int, default=1, help="first steps of each run that are not timed")
-    add("--steps", type=int, default=3, help="steps of a run, warm-up included")
-    add("--repeats", type=int, default=1, help="times that all sides of a set run in turn")
     add("--batch", type=int, default=16, help="queries a step of fp32, bf16 and parts")
     add("--group", type=int, default=8, help="passages a query")
     add("--cached_batch", type=int, default=512, help="queries a step of the cached sets")
@@ -194,32 +150,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loss_width", type=int, default=384, help="features of the loss rows")
     add("--gpu_batch", type=int, default=8, help="queries a step of the gpu set")
     add("--gpu_steps", type=int, default=13, help="as --steps, for the gpu set")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--threads", type=int, default=cores, help="threads of every side (all cores)")
-    args = parser.parse_args(argv)
-    for name in ("steps", "cached_steps", "gpu_steps"):
-        if getattr(args, name) <= args.warmup:
-            parser.error(f"--{name} {getattr(args, name)} leaves no timed step after --warmup {args.warmup}; raise it")
-    return args
+    return parse_steps(parser, argv, ("steps", "cached_steps", "gpu_steps"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    run = Run(args.envs.absolute(), args.work.absolute(), args.threads)
-    all_rows, failed = [], False
-    for name in args.sets:
-        began = time.perf_counter()
-        try:
-            rows = run_set(name, args, run)
-        except (SideFailed, ValueError) as error:
-            say(f"{name}: {error}")
-            failed = True
-            continue
-        say(f"{name}: {time.perf_counter() - began:.0f} s in all")
-        append_rows(args.output, rows)  # at once: a later set that is stopped loses nothing
-        all_rows += rows
-    print_table(all_rows)
-    return int(failed or any(row["note"] == FAILED for row in all_rows))
+    return run_sets(parse(argv), run_set, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ set -euo pipefail
 folder=${1:-"$(dirname "$0")/../.bench"}
 python=${PYTHON:-python3}
 torch=${TORCH:-2.13.0}
-transformers=5.23.0
+transformers=transformers==5.23.0
 mkdir -p "$folder"
 
 environment() {  # name, then the packages
@@ -18,10 +18,13 @@ environment() {  # name, then the packages
     "$python" -m venv --clear "$place"
     # torch first, by itself: installed together with the peer, the resolver is free to choose another one.
     "$place/bin/pip" install --quiet "torch==$torch"
-    "$place/bin/pip" install --quiet "torch==$torch" "transformers==$transformers" "$@"
+    "$place/bin/pip" install --quiet "torch==$torch" "$@"
     "$place/bin/pip" freeze > "$place/complete"
     echo "$place: made"
 }
 
-environment flagembedding FlagEmbedding==1.4.2
-environment sentence_transformers sentence-transformers==6.2.0 datasets accelerate
+environment flagembedding "$transformers" FlagEmbedding==1.4.2
+environment sentence_transformers "$transformers" sentence-transformers==6.2.0 datasets accelerate
+# A FlagEmbedding that has the RetroMAE command, and packages that it runs with.
+environment retromae FlagEmbedding==1.2.11 transformers==4.44.2 accelerate==0.34.2 datasets==2.21.0 \
+    sentence-transformers==5.0.0 peft==0.13.2

@@ -3,7 +3,7 @@
 `what` in the JSON text:
   step    the encoder's forward and backward alone on the batches of a training run, and the matrix products they need
   loss    the contrastive loss alone, on as many ranks as were started
-  large   writes a model of bge-large's shape with random weights (a folder for the gpu rows)
+  model   writes a model of one of SHAPES with random weights
 
 Shapes: T tokens, N texts, D features, O and I outputs and inputs of a linear layer, B queries, P passages.
 """
@@ -156,17 +156,24 @@ def measure_loss(asked: dict) -> dict | None:
     return {"seconds": seconds} if first else None
 
 
-# ------------------------------------------------------------------------------------------------ the model of the gpu rows
+# ------------------------------------------------------------------------------------------------ models with random weights
+
+SHAPES = {
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    # Little but a vocabulary, and that XLM-R's.
+    "vocabulary": dict(
+        hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536, vocab_size=250_002
+    ),
+}
 
 
-def write_large(asked: dict) -> dict:
-    """bge-large's shape (24 layers, 1024 features, 16 heads) with random weights and the tokenizer of another model."""
+def write_model(asked: dict) -> dict:
+    """A BERT of the shape with random weights and the tokenizer of another model."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
-    config = BertConfig(
-        vocab_size=int(np.ceil(len(tokenizer) / 64)) * 64, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-        intermediate_size=4096, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    shape = {"vocab_size": int(np.ceil(len(tokenizer) / 64)) * 64} | SHAPES[asked["shape"]]
+    config = BertConfig(max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id, **shape)
     folder = Path(asked["output"])
     shutil.rmtree(folder, ignore_errors=True)
     AutoModel.from_config(config).save_pretrained(folder)
@@ -176,6 +183,6 @@ def write_large(asked: dict) -> dict:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    result = {"step": measure_step, "loss": measure_loss, "large": write_large}[asked["what"]](asked)
+    result = {"step": measure_step, "loss": measure_loss, "model": write_model}[asked["what"]](asked)
     if result is not None:
         print(json.dumps(result), flush=True)

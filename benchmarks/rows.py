@@ -7,18 +7,24 @@ import datetime
 import platform
 import statistics
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
-from sides import Result, Setting
+from sides import Result, Shared
 
 COLUMNS = (
     "date", "hardware", "versions", "what", "side", "precision", "batch", "group", "tokens_per_step", "tokens_per_second",
     "lowest", "highest", "seconds_per_step", "peak_MiB", "padding", "ours_times_as_fast", "ours_share_of_memory", "figure",
     "note",
 )  # fmt: skip
+PRETRAINING_COLUMNS = (
+    "date", "hardware", "versions", "what", "side", "precision", "batch", "max_seq_length", "texts_per_second", "lowest",
+    "highest", "tokens_per_step", "tokens_per_second", "seconds_per_step", "peak_MiB", "padding", "ours_times_as_fast",
+    "ours_share_of_memory", "figure", "note",
+)  # fmt: skip
 
 
-def hardware(setting: Setting, threads: int) -> str:
+def hardware(setting: Shared, threads: int) -> str:
     if setting.cuda:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -32,47 +38,65 @@ def hardware(setting: Setting, threads: int) -> str:
     return f"{model}, {threads} cores"
 
 
-def rows_of(setting: Setting, results: list[Result], where: str) -> list[dict]:
-    """One row a side; a peer's says how many times as fast ours was, and what share of its memory ours took."""
+def rows_of(setting: Shared, results: list[Result], where: str) -> list[dict]:
+    """One row a side; a peer's says how many times as fast ours was, and what share of its memory ours took.
+
+    The range and the comparison are of what the setting counts, tokens or texts.
+    """
     base = next((r for r in results if r.side == "bge_ds" and r.seconds), None)
     rows = []
     for result in results:
-        row = dict.fromkeys(COLUMNS, "") | {
-            "date": datetime.date.today().isoformat(), "hardware": where, "what": setting.what, "side": result.side,
-            "precision": setting.precision, "batch": setting.batch, "group": setting.group, "note": result.note,
+        row = dict.fromkeys((*COLUMNS, *PRETRAINING_COLUMNS), "")
+        row |= {name: value for name, value in asdict(setting).items() if name in row} | {
+            "date": datetime.date.today().isoformat(), "hardware": where, "side": result.side,
+            "precision": setting.precision, "note": result.note,
             "versions": " ".join(f"{name} {number}" for name, number in result.versions.items()),
             "figure": "" if result.figure is None else f"{result.figure:.3g}",
         }  # fmt: skip
         if result.seconds:
-            rate = statistics.median(result.rates)
+            counted = rates_of(setting, result)
             row |= {
-                "tokens_per_step": round(statistics.mean(result.tokens)), "tokens_per_second": f"{rate:.0f}",
-                "lowest": f"{min(result.rates):.0f}", "highest": f"{max(result.rates):.0f}",
+                "tokens_per_step": round(statistics.mean(result.tokens)),
+                "tokens_per_second": f"{statistics.median(result.rates):.0f}",
+                "texts_per_second": f"{setting.batch / statistics.median(result.seconds):.3g}",
+                "lowest": say_rate(setting, min(counted)), "highest": say_rate(setting, max(counted)),
                 "seconds_per_step": f"{statistics.median(result.seconds):.3g}",
-                "peak_MiB": f"{result.peak_bytes / 2**20:.0f}",
                 "padding": f"{1 - sum(result.tokens) / sum(result.padded):.2f}",
             }  # fmt: skip
-            if base is not None and result is not base:
-                row["ours_times_as_fast"] = f"{statistics.median(base.rates) / rate:.2f}"
+        if result.peak_bytes:
+            row["peak_MiB"] = f"{result.peak_bytes / 2**20:.0f}"
+        if base is not None and result is not base:
+            if result.seconds:
+                ratio = statistics.median(rates_of(setting, base)) / statistics.median(rates_of(setting, result))
+                row["ours_times_as_fast"] = f"{ratio:.2f}"
+            if result.peak_bytes:
                 row["ours_share_of_memory"] = f"{base.peak_bytes / result.peak_bytes:.2f}"
         rows.append(row)
     return rows
 
 
-def print_table(rows: list[dict]) -> None:
+def rates_of(setting: Shared, result: Result) -> list[float]:
+    return result.rates if setting.counts == "tokens" else [setting.batch / seconds for seconds in result.seconds]
+
+
+def say_rate(setting: Shared, rate: float) -> str:
+    return f"{rate:.0f}" if setting.counts == "tokens" else f"{rate:.3g}"
+
+
+def print_table(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
     if not rows:
         return
-    shown = [name for name in COLUMNS[3:] if any(row[name] != "" for row in rows)]
+    shown = [name for name in columns[3:] if any(row[name] != "" for row in rows)]
     lines = [shown, *([str(row[name]) for name in shown] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def append_rows(file: Path, rows: list[dict]) -> None:
+def append_rows(file: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
     new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -16,31 +16,40 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all sides of one comparison share. batch: queries a step; group: passages a query; steps: with the warm-up."""
+class Shared:
+    """What all sides of one comparison share. batch: queries or texts a step; steps: with the warm-up."""
+
+    counts: ClassVar[str] = "tokens"  # what the rates of a row are about
 
     what: str
     batch: int
-    group: int
     steps: int
     warmup: int
     bf16: bool = False
     cuda: bool = False
     model: str = ""
     data: str = ""
-    query_max_len: int = 64
-    passage_max_len: int = 256
-    temperature: float = 0.02
     learning_rate: float = 2e-5
 
     @property
     def precision(self) -> str:
         return "bf16" if self.bf16 else "fp32"
+
+
+@dataclass(frozen=True)
+class Setting(Shared):
+    """Fine-tuning. group: passages a query."""
+
+    group: int = 8
+    query_max_len: int = 64
+    passage_max_len: int = 256
+    temperature: float = 0.02
 
 
 @dataclass
@@ -153,28 +162,43 @@ class Run:
 
 def shards_of(setting: Setting, run: Run) -> Path:
     """The data file as shards, made once."""
-    folder = Path(setting.data).with_suffix(f".shards_{setting.query_max_len}_{setting.passage_max_len}")
+    return make_shards("finetune", setting, run, query_max_len=setting.query_max_len, passage_max_len=setting.passage_max_len)
+
+
+def make_shards(kind: str, setting: Shared, run: Run, **lengths: int) -> Path:
+    folder = Path(setting.data).with_suffix(".shards_" + "_".join(map(str, lengths.values())))
     if not folder.exists():
-        command = [sys.executable, "-m", "bge_ds.preprocess", "finetune", "--input", setting.data, "--output", str(folder)]
-        command += ["--tokenizer", setting.model, "--query_max_len", str(setting.query_max_len)]
-        command += ["--passage_max_len", str(setting.passage_max_len)]
+        command = [sys.executable, "-m", "bge_ds.preprocess", kind, "--input", setting.data, "--output", str(folder)]
+        command += ["--tokenizer", setting.model, *words_of(lengths)]
         launch([command], run.work / "preprocess.log", [environment(run.threads)])
     return folder
 
 
+def words_of(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
 def run_ours(setting: Setting, run: Run, sub_batch_tokens: int | None = None) -> dict:
-    """The fine-tuning command itself; its metrics.jsonl, one line a step."""
-    output = run.fresh("ours")
+    """The fine-tuning command itself."""
     flags = {
-        "output_dir": output, "model_name_or_path": setting.model, "train_data": shards_of(setting, run),
-        "train_group_size": setting.group, "query_max_len": setting.query_max_len, "passage_max_len": setting.passage_max_len,
-        "per_device_train_batch_size": setting.batch, "max_steps": setting.steps, "sentence_pooling_method": "mean",
-        "temperature": setting.temperature, "learning_rate": setting.learning_rate, "logging_steps": 1,
-        "save_strategy": "no", "train_sampling_strategy": "sequential", "overwrite_output_dir": True, "bf16": setting.bf16,
-        "use_cpu": not setting.cuda, **({"sub_batch_tokens": sub_batch_tokens} if sub_batch_tokens else {}),
+        "train_data": shards_of(setting, run), "train_group_size": setting.group, "query_max_len": setting.query_max_len,
+        "passage_max_len": setting.passage_max_len, "sentence_pooling_method": "mean", "temperature": setting.temperature,
+        **({"sub_batch_tokens": sub_batch_tokens} if sub_batch_tokens else {}),
     }  # fmt: skip
-    command = [sys.executable, "-m", "bge_ds.finetune", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))]
-    launch([command], run.work / "ours.log", [environment(run.threads)])
+    note = f"pieces of {sub_batch_tokens} tokens" if sub_batch_tokens else ""
+    return run_command("bge_ds.finetune", flags, setting, run) | {"note": note}
+
+
+def run_command(module: str, flags: dict, setting: Shared, run: Run) -> dict:
+    """One of our training commands as it is; its metrics.jsonl, one line a step."""
+    output = run.fresh("ours")
+    flags = flags | {
+        "output_dir": output, "model_name_or_path": setting.model, "per_device_train_batch_size": setting.batch,
+        "max_steps": setting.steps, "learning_rate": setting.learning_rate, "logging_steps": 1, "save_strategy": "no",
+        "train_sampling_strategy": "sequential", "overwrite_output_dir": True, "bf16": setting.bf16,
+        "use_cpu": not setting.cuda,
+    }  # fmt: skip
+    launch([[sys.executable, "-m", module, *words_of(flags)]], run.work / "ours.log", [environment(run.threads)])
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = [round(step["tokens_per_second"] * step["seconds_per_step"]) for step in steps]
     return {
@@ -183,11 +207,10 @@ def run_ours(setting: Setting, run: Run, sub_batch_tokens: int | None = None) ->
         "padded": tokens,  # what was computed: nothing is padded
         "peak_bytes": max(step["peak_memory_bytes"] for step in steps),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
-        "note": f"pieces of {sub_batch_tokens} tokens" if sub_batch_tokens else "",
     }
 
 
-def run_peer(setting: Setting, run: Run, env: str, script: str, **more) -> dict:
+def run_peer(setting: Shared, run: Run, env: str, script: str, **more) -> dict:
     asked = {**asdict(setting), "what": "step", **more, "output": str(run.fresh(env))}
     command = [run.peer(env), str(HERE / "peers" / script), json.dumps(asked)]
     return last_json(launch([command], run.work / f"{env}.log", [environment(run.threads)]))
@@ -207,9 +230,11 @@ def sentence_transformers(loss: str, size: int = 0, tokens: int = 0) -> Callable
     return side
 
 
-def ask_parts(run: Run, asked: dict, ranks: int = 1, threads: int | None = None, peer: str | None = None) -> dict:
-    """One measurement of own_parts.py, or of FlagEmbedding's loss, on some ranks."""
-    script = HERE / "peers" / "run_flagembedding.py" if peer else HERE / "own_parts.py"
+def ask_parts(
+    run: Run, asked: dict, ranks: int = 1, threads: int | None = None, peer: str | None = None, script: str = "own_parts.py"
+) -> dict:
+    """One measurement of a script of ours, or of FlagEmbedding's loss, on some ranks."""
+    script = HERE / "peers" / "run_flagembedding.py" if peer else HERE / script
     command = [run.peer(peer) if peer else sys.executable, str(script), json.dumps(asked)]
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

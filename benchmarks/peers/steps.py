@@ -1,6 +1,6 @@
 """What is recorded of a peer's own trainer, step by step; runs in the peer's environment and changes nothing it computes.
 
-A side of the benchmark is a program that takes one JSON text (the fields of `Setting` in ../contrastive.py) and prints, as
+A side of the benchmark is a program that takes one JSON text (the fields of a setting in ../sides.py) and prints, as
 its last line, `{"seconds": [...], "tokens": [...], "padded": [...], "peak_bytes": N, "versions": {...}}`, one entry a step.
 """
 
@@ -48,43 +48,47 @@ class StepTimer(TrainerCallback):
         self.last, self.peak = now, peak_bytes(self.cuda)
 
 
-class CountingCollator:
-    """The peer's collator, with the tokens of each batch counted on the way: real ones, and places of its rectangles."""
+class TokenCounter:
+    """A trainer's `training_step`, with the tokens of each batch counted on the way: real ones, and places of its rectangles.
 
-    def __init__(self, collator):
-        self.collator, self.tokens, self.padded = collator, [], []
+    Here and not in the collator, which may run in a worker process and ahead of the steps.
+    """
 
-    def __getattr__(self, name):
-        return getattr(self.collator, name)
+    def __init__(self, training_step):
+        self.training_step, self.counts, self.padded = training_step, [], []
 
-    def __call__(self, features):
-        batch = self.collator(features)
-        masks = [*_masks(batch)]
-        self.tokens.append(sum(int(mask.sum()) for mask in masks))
+    def __call__(self, model, inputs, *rest, **options):
+        masks = [*_masks(inputs)]
+        self.counts.append([mask.sum() for mask in masks])  # read after the run: nobody waits for a GPU here
         self.padded.append(sum(mask.numel() for mask in masks))
-        return batch
+        return self.training_step(model, inputs, *rest, **options)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [sum(int(count) for count in counts) for counts in self.counts]
 
 
 def _masks(batch):
+    """Masks of texts, one number a token; RetroMAE's decoder has matrices beside them."""
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and name.endswith("attention_mask"):
-            yield value
+            if value.dim() == 2:
+                yield value
         elif hasattr(value, "items"):
             yield from _masks(value)
 
 
 def measure(trainer, train, packages: tuple[str, ...], cuda: bool) -> None:
     """Run `train()` of a built Hugging Face trainer and print the result line."""
-    timer, collator = StepTimer(cuda), CountingCollator(trainer.data_collator)
-    trainer.data_collator = collator
+    timer, counter = StepTimer(cuda), TokenCounter(trainer.training_step)
+    trainer.training_step = counter
     trainer.add_callback(timer)
     train()
-    steps = len(timer.seconds)
-    result = {
-        "seconds": timer.seconds,
-        "tokens": collator.tokens[:steps],
-        "padded": collator.padded[:steps],
-        "peak_bytes": timer.peak,
-        "versions": {name: version(name) for name in packages},
-    }
-    print(json.dumps(result), flush=True)
+    report(timer.seconds, counter.tokens, counter.padded, timer.peak, packages)
+
+
+def report(seconds: list[float], tokens: list[int], padded: list[int], peak: int, packages: tuple[str, ...]) -> None:
+    """The result line."""
+    versions = {name: version(name) for name in packages}
+    line = {"seconds": seconds, "tokens": tokens, "padded": padded, "peak_bytes": peak, "versions": versions}
+    print(json.dumps(line), flush=True)
