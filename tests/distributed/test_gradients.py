@@ -87,9 +87,9 @@ for case, flags in cases.items():
         common["per_device_train_batch_size"] = 12 // world // accumulation
     if "pretrain" in case:
         args = PretrainArguments.build(**common, train_data=texts_path, max_seq_length=40, **flags)
-        model = RetroMAE(load_backbone(AutoModelForMaskedLM, model_path), RetroMAESettings(mask_id=4))
+        model = RetroMAE(load_backbone(AutoModelForMaskedLM, model_path), RetroMAESettings(4, objective=args.objective))
         generator = torch.Generator().manual_seed(3)
-        for p in model.decoder.parameters():
+        for p in model.decoder.parameters() if model.decoder else ():
             p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
         data, collate, options = shards.open_folder(texts_path), batches.collate_texts, dict(max_seq_length=40)
     else:
@@ -108,7 +108,8 @@ for case, flags in cases.items():
     targets = pretrain.count_targets(model, parts, True) if "pretrain" in case else None
     for micro, batch in enumerate(parts):
         if "pretrain" in case:
-            engine.backward((engine(batch)[:2] / targets[micro]).sum(), scale_wrt_gas=False)
+            weights = torch.tensor([1.0, 1.0, args.bow_loss_weight])
+            engine.backward((weights * engine(batch)[:3] / targets[micro]).sum(), scale_wrt_gas=False)
         else:
             finetune.backward(engine, batch, args, finetune.objective_of(args), case != "bare_groups",
                               lambda piece: None)
@@ -193,11 +194,12 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     return gradients | ({"temperature.log_scale": log_scale.grad.numpy()} if args.learnable_temperature else {})
 
 
-def pretrain_reference(model_path, folder, tokens: int | None = None) -> dict[str, np.ndarray]:
-    """Gradients of both means over all tokens, one process, padded encoder; the texts are all, or BINS bins of `tokens`."""
-    model = RetroMAE(load_backbone(AutoModelForMaskedLM, str(model_path), attention="sdpa"), RetroMAESettings(mask_id=4))
+def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bow_loss_weight=0.0) -> dict[str, np.ndarray]:
+    """Gradients of the means over all tokens and texts, one process, padded encoder; all texts, or BINS bins of `tokens`."""
+    backbone = load_backbone(AutoModelForMaskedLM, str(model_path), attention="sdpa")
+    model = RetroMAE(backbone, RetroMAESettings(4, objective=objective))
     generator = torch.Generator().manual_seed(3)
-    for p in model.decoder.parameters():
+    for p in model.decoder.parameters() if model.decoder else ():
         p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
     opened = shards.open_folder(folder)
     order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), 12)
@@ -211,7 +213,7 @@ def pretrain_reference(model_path, folder, tokens: int | None = None) -> dict[st
     masked = model.masked(batch).sum()
     predicted = batch.texts.tokens - 2 * len(rows)
     assert masked > 5
-    (sums[0] / masked + sums[1] / predicted).backward()
+    (sums[0] / masked + sums[1] / predicted + bow_loss_weight * sums[2] / len(rows)).backward()
     return {k: p.grad.numpy() for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -219,12 +221,15 @@ def pretrain_reference(model_path, folder, tokens: int | None = None) -> dict[st
 def test_ranks_and_pieces_give_one_process_gradients(tmp_path, tiny_bert_path, data, stage, ranks):
     """Every parameter's gradient differs by less than 1e-5, relative, from that of an fp64 or single fp32 process."""
     cases = {**CASES, "pretrain": {}, "pretrain_accumulated": {"gradient_accumulation_steps": 2}}
+    cases["pretrain_dupmae"] = {"objective": "dupmae", "bow_loss_weight": 0.5, "gradient_accumulation_steps": 2}
+    cases["pretrain_mlm"] = {"objective": "mlm"}
     cases["pretrain_tokens"] = {"per_device_train_tokens": 60, "gradient_accumulation_steps": BINS // ranks}
     helpers.run_ranks(RANK_SCRIPT, ranks, tiny_bert_path, *data, tmp_path, stage, json.dumps(cases))
     worst = 0.0
     for case, flags in cases.items():
         if "pretrain" in case:
-            expected = pretrain_reference(tiny_bert_path, data[2], flags.get("per_device_train_tokens"))
+            options = {k: flags[k] for k in ("objective", "bow_loss_weight") if k in flags}
+            expected = pretrain_reference(tiny_bert_path, data[2], flags.get("per_device_train_tokens"), **options)
         else:
             expected = contrastive_reference(tiny_bert_path, data[case == "bare_groups"], case, flags, ranks)
         found = np.load(tmp_path / f"{case}.npz")
