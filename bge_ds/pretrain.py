@@ -42,6 +42,7 @@ def train(args: PretrainArguments) -> None:
     check_vocabulary(model_config, tokenizer, args)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
+    choose(args.kernels, device.type)  # what cannot run here is said before anything is loaded
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
     order = run.make_order(args, data)

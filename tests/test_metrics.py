@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bge_ds.metrics import Meter, RunLog
+from bge_ds.metrics import Meter, RunLog, peak_rate
 
 
 def test_meter_sums_and_starts_anew():
@@ -31,7 +31,7 @@ def test_meter_filters_what_is_not_finite(filtered):
 
 
 def record(step):
-    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0}
+    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0, "mfu": 0.5}
 
 
 def log_to(file, first_step=0):
@@ -63,3 +63,10 @@ def test_a_new_run_starts_a_new_file(tmp_path):
         log.write(record(1))
         log.close()
     assert len(file.read_text().splitlines()) == 1
+
+
+def test_the_peak_that_utilisation_is_a_share_of():
+    """Measured where no maker's figure is known: a rate that this machine's products can be compared with."""
+    rate = peak_rate(torch.device("cpu"), torch.float32)
+    assert 1e8 < rate < 1e15
+    assert peak_rate(torch.device("cpu"), torch.float32) == rate  # once a run: a moving yardstick measures nothing

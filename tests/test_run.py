@@ -127,7 +127,7 @@ def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path, groups, tiny
     [
         (["--passage_max_len", "131"], "--passage_max_len 131 is more than the 130 positions"),
         (["--resume_from_checkpoint", "nowhere"], "no resumable checkpoint there"),
-        (["--kernels", "fused"], "no kernels of its own yet"),
+        (["--kernels", "fused"], "fine-tuning has no kernel of its own"),
         (["--train_data", "missing.jsonl"], "missing.jsonl"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--eval_data", "no/such/folder"], "--eval_data no/such/folder: no such folder"),

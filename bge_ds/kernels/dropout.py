@@ -1,9 +1,9 @@
 """Dropout on the CPU without its cost there, slow random numbers.
 
 torch draws one Bernoulli number an element from a serial generator (7 ns each) and keeps the noise in the tensor's own type.
-Here a mask is 16 random bits an element, from numpy's SFC64, compared with p, and kept as bytes. The probability is p to
-1 / 65,536 and the survivors are scaled by exactly its inverse. Seeds come from torch's generator: `torch.manual_seed`
-decides every mask, as it does for torch's own. Dropout inside attention is in `blockwise_attention`.
+Here a mask is 16 random bits an element, from numpy's SFC64, compared with p; the backward draws the same bits again. The
+probability is p to 1 / 65,536 and the survivors are scaled by exactly its inverse. Seeds come from torch's generator:
+`torch.manual_seed` decides every mask, as it does for torch's own. Dropout inside attention is in `blockwise_attention`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ class Masks:
         return torch.from_numpy(words.view(np.int16)[:elements] >= self._threshold).view(shape)
 
 
+def _times(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """x where kept, else 0. numpy multiplies floats by bytes in two thirds of the time of torch's `where`, on one thread."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return torch.where(kept, x, 0)
+    return torch.from_numpy(x.detach().numpy() * kept.numpy())
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
         masks = Masks(p)
-        kept = masks.draw(x.shape)
-        ctx.save_for_backward(kept)
-        ctx.keep = masks.keep
-        return torch.where(kept, x, 0).div_(masks.keep)
+        ctx.p, ctx.seed = p, masks.seed
+        return _times(x, masks.draw(x.shape)).div_(masks.keep)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (kept,) = ctx.saved_tensors
-        return torch.where(kept, grad, 0).div_(ctx.keep), None
+        masks = Masks(ctx.p, ctx.seed)
+        return _times(grad, masks.draw(grad.shape)).div_(masks.keep), None
 
 
 class Dropout(nn.Dropout):

@@ -29,6 +29,7 @@ from transformers.activations import ACT2FN
 from bge_ds.data.batches import PretrainBatch, Run
 from bge_ds.kernels import masks
 from bge_ds.kernels.decoder_attention import decoder_attention
+from bge_ds.kernels.dropout import Dropout
 from bge_ds.modeling.encoder import position_ids, run_backbone
 from bge_ds.modeling.flops import attention_flops, backbone_flops, linear_flops
 from bge_ds.modeling.vocabulary import (
@@ -69,7 +70,7 @@ class EnhancedDecoder(nn.Module):
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         self.output_norm = nn.LayerNorm(width, eps=eps)
         self.activation = ACT2FN[_setting(config, "hidden_act", "hidden_activation", "activation")]
-        self.dropout = nn.Dropout(_setting(config, "hidden_dropout_prob", "mlp_dropout", "dropout", default=0.0))
+        self.dropout = Dropout(_setting(config, "hidden_dropout_prob", "mlp_dropout", "dropout", default=0.0))
         self.attention_dropout = _setting(config, "attention_probs_dropout_prob", "attention_dropout", default=0.0)
         for module in self.modules():
             if isinstance(module, nn.Linear):

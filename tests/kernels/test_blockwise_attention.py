@@ -17,12 +17,13 @@ CU_SEQLENS = torch.tensor([0, 1, 2, 7, 12, 17, 26], dtype=torch.int32)
 def kept_masks(runs, heads: int, p: float, seed: int, edge: int = 0) -> list[torch.Tensor]:
     """The masks drawn block by block after `manual_seed(seed)`, put together: one of H x queries x L a text, 0 or 1 / keep."""
     torch.manual_seed(seed)
-    masks = Masks(p)
+    seed = Masks(p).seed
     lengths = [length for texts, length in runs for _ in range(texts)]
     out = [torch.full((heads, max(0, n - 2 * edge), n), float("nan"), dtype=torch.float64) for n in lengths]
     for block in module._blocks(runs, heads, edge):
         rows = block.rows.stop - block.rows.start
-        for part in block.heads:
+        for tile, part in enumerate(block.heads, block.tile):
+            masks = module._masks(p, seed, tile)
             kept = masks.draw((block.texts, part.stop - part.start, rows, block.length))
             for n in range(block.texts):
                 out[block.first + n][part, block.rows] = kept[n].double() / masks.keep
@@ -76,3 +77,20 @@ def test_the_blocks_of_a_long_text_are_small():
         heads = max(part.stop - part.start for part in block.heads)
         assert block.texts * heads * rows * block.length <= module._BLOCK_ELEMENTS
         assert block.length > 20 or block.texts > 50
+
+
+def test_threads_change_no_bit(monkeypatch):
+    """Blocks are computed by as many threads as torch has; output, gradients and masks are those of one."""
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 40)
+    qkv = [torch.randn(26, 2, 4, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(3)]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(3)
+            out = module.blockwise_attention(*qkv, RUNS, scale=0.3, p=0.2)
+            results.append([out, *torch.autograd.grad(out, qkv, torch.ones_like(out))])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))

@@ -28,6 +28,7 @@ def inputs(rows, columns, width, dtype=torch.float64, bias=True):
 def test_equals_the_plain_matrix(monkeypatch, shape, bias, block):
     """Any block size, odd shapes, one row, one column: the same sum, hits and gradients (fp64; the sum itself is fp32)."""
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 1)
     (x, w, b), target = inputs(*shape, bias=bias)
     loss, correct = linear_cross_entropy(x, w, target, b)
     logits = F.linear(x, w, b)
@@ -95,6 +96,7 @@ def plain_logsumexp(x, w, pairs, limit):
 def test_logsumexp_equals_the_plain_matrix(monkeypatch, shape, block, limited):
     """Any block size: values, counts and gradients with pairs excluded and a limit a row (fp64)."""
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 1)
     (x, w, _), _ = inputs(*shape, bias=False)
     generator = torch.Generator().manual_seed(1)
     row = torch.randint(shape[0], (shape[0],), generator=generator).sort().values
