@@ -58,10 +58,10 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
 def _fit_allocator() -> None:
     """Have glibc keep a training loop's memory together: large blocks by themselves, all others in one place.
 
-    By itself it raises the size from which a block gets pages of its own, which go back when it is freed, to 32 MiB as blocks of
-    that size come and go, and gives every thread a place of its own; a step's activations, of 10 MiB or so each, then leave
-    holes that grow with the steps. Measured with 16 texts of 512 tokens (all-MiniLM-L6-v2's shape): 2.6 GiB at the peak in place of
-    3.1 to 3.3. Settings in the environment are left alone.
+    By itself it raises the size from which a block gets pages of its own, which go back when it is freed, to 32 MiB as blocks
+    of that size come and go, and gives every thread a place of its own; a step's activations, of 10 MiB or so each, then leave
+    holes that grow with the steps. Measured with 16 texts of 512 tokens (all-MiniLM-L6-v2's shape): 2.6 GiB at the peak in
+    place of 3.1 to 3.3. Settings in the environment are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import helpers
 import numpy as np
 import pytest
@@ -149,6 +151,16 @@ def test_the_same_for_a_long_text(tmp_path):
     """2,048 tokens, beside a short text: attention, masks and heads in many blocks."""
     model = make("bert", tmp_path, {"max_position_embeddings": 2048})
     check_against_reference(model, tmp_path, make_batch([2048, 4]))
+
+
+def test_texts_of_8192_tokens_train(tmp_path):
+    """Rotary positions reach so far, and no part of a step holds a matrix of tokens by tokens: 1 GiB, for all heads."""
+    model = make("modernbert", tmp_path, {"max_position_embeddings": 8192}).float()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    losses = model(make_batch([8192, 5]))
+    losses[:3].sum().backward()
+    assert losses.isfinite().all() and all(p.grad.isfinite().all() for p in model.decoder.parameters())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 def test_masked_words_alone(tmp_path):
