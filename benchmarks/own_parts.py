@@ -26,6 +26,7 @@ from bge_ds.distributed import collectives
 from bge_ds.finetune import contrastive_loss
 from bge_ds.modeling import contrastive
 from bge_ds.modeling.encoder import Encoder
+from bge_ds.modeling.flops import backbone_flops, linear_flops
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the square product that stands for the best rate of the machine
 
@@ -73,15 +74,6 @@ def product_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     return typical(lambda: torch.mm(a, b, out=out), a.device)
 
 
-def linear_flops(tokens: int, shapes: list[tuple[int, int]]) -> float:
-    return float(sum(3 * 2 * tokens * outputs * inputs for outputs, inputs in shapes))
-
-
-def attention_flops(runs: list[batches.Run], layers: int, width: int) -> float:
-    """Scores and mix, two products forward and four backward, of each text with itself."""
-    return float(layers * 6 * 2 * width * sum(n * length**2 for n, length in runs))
-
-
 def square_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of one large square product."""
     n = SQUARE[device.type]
@@ -114,11 +106,10 @@ def measure_step(asked: dict) -> dict:
         gradient_ND = torch.randn(len(texts.place_N), config.hidden_size, device=device)
         encoder.zero_grad(set_to_none=True)
         seconds.append(seconds_of(lambda: encoder(texts).backward(gradient_ND), device))  # noqa: B023
-        attention = attention_flops(texts.runs, config.num_hidden_layers, config.hidden_size)
-        flops.append(linear_flops(texts.tokens, shapes) + attention)
+        flops.append(backbone_flops(encoder.backbone, texts.runs))
         linear.append(linear_seconds(texts.tokens, shapes, dtype, device))
         tokens.append(texts.tokens)
-    rate = sum(linear_flops(t, shapes) for t in tokens) / sum(linear)
+    rate = sum(linear_flops(encoder.backbone, t) for t in tokens) / sum(linear)
     return {"seconds": seconds, "tokens": tokens, "flops": flops, "layer_rate": rate, "square_rate": square_rate(dtype, device)}
 
 

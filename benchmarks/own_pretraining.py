@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from own_parts import attention_flops, seconds_of, square_rate
+from own_parts import seconds_of, square_rate
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
@@ -30,6 +30,7 @@ from bge_ds.arguments import PretrainArguments
 from bge_ds.data import batches, loader, order, shards
 from bge_ds.kernels import masks
 from bge_ds.metrics import peak_memory
+from bge_ds.modeling.flops import attention_flops
 
 ENCODER_SHARE, DECODER_SHARE = PretrainArguments.encoder_mlm_probability, PretrainArguments.decoder_mlm_probability
 
@@ -229,8 +230,12 @@ def measure_needed(asked: dict) -> dict:
     width, layers = config.hidden_size, config.num_hidden_layers + 1
     layer = layers * (4 * width**2 + 2 * width * config.intermediate_size)
     head = (1 + ENCODER_SHARE) * (width**2 + width * config.vocab_size)
+
+    def pairs(batch) -> int:
+        return sum(n * length**2 for n, length in batch.texts.runs)
+
     flops = [
-        6.0 * batch.texts.tokens * (layer + head) + attention_flops(batch.texts.runs, layers, width)
+        6.0 * batch.texts.tokens * (layer + head) + attention_flops(width, layers * pairs(batch))
         for batch in islice(batches_of(asked), asked["steps"])
     ]
     return {"flops": flops, "square_rate": square_rate(torch.bfloat16 if asked["bf16"] else torch.float32, device)}

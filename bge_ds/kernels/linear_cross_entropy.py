@@ -48,8 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         products = x_MD.new_empty(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0])
         for block in blocks:
             x, target = x_MD[block], target_M[block, None]
-            logits = torch.mm(x, w_VD.T, out=products[: len(x)])
-            logits = (logits if bias_V is None else logits.add_(bias_V)).float()
+            logits = torch.mm(x, w_VD.T, out=products[: len(x)]).float()
+            if bias_V is not None:
+                logits += bias_V  # after the cast: 16-bit sums would round twice
             found = logits.gather(-1, target)
             correct += (found >= logits.amax(-1, keepdim=True)).sum()
             # Row by row in the processor's caches, and in place: on a CPU, passes over memory cost as much as the products.

@@ -22,7 +22,7 @@ _BLOCK_ROWS = 2048
 
 
 def _blocks(runs: list[Run], columns: int) -> Iterator[tuple[slice, slice, slice, int]]:
-    """(texts, rows of their tokens, columns, length) of each block; texts without a second token have no rows."""
+    """(texts, rows of their tokens, columns, length) of each block."""
     text = row = 0
     for texts, length in runs:
         step = max(1, _BLOCK_ROWS // max(1, length))

@@ -42,7 +42,6 @@ from bge_ds.modeling.vocabulary import (
     rotation,
 )
 
-OBJECTIVES = ("retromae", "dupmae", "mlm")
 LOSSES = ("encoder", "decoder", "bow")
 DECODER_FILES = ("decoder.safetensors", "decoder.json")
 _SAMPLED_ROWS = 64
