@@ -84,7 +84,20 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
         began = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - began)
+        if best > 0.5:  # emulated: seconds a product, and no need to know it exactly
+            break
     return 2 * side**3 / best
+
+
+def slow_precision(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Words to warn with where products of this type take over twice as long as fp32's: a CPU may have to emulate them."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return None
+    here, fp32 = peak_rate(device, dtype), peak_rate(device, torch.float32)
+    if 2 * here > fp32:
+        return None
+    name, flag = str(dtype).removeprefix("torch."), "bf16" if dtype == torch.bfloat16 else "fp16"
+    return f"{here / 1e9:,.0f} GFLOP/s in {name} and {fp32 / 1e9:,.0f} in fp32: this CPU emulates {name}, leave --{flag} out"
 
 
 class RunLog:

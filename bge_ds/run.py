@@ -24,7 +24,7 @@ from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
-from bge_ds.metrics import RunLog, peak_memory, peak_rate
+from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
 
 _OURS = ("metrics.jsonl", "runs")
 
@@ -255,6 +255,8 @@ def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, f
         ("memory a rank", f"{sum(memory.values()) / 2**20:,.0f} MiB and activations ("
                           + ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in memory.items()) + ")"),
     ]  # fmt: skip
+    if collectives.rank() == 0 and (words := slow_precision(next(model.parameters()).device, engines.precision(engine))):
+        rows.insert(2, ("warning", words))
     differing = changed(args)
     lines = [f"  {name:<18}{value}" for name, value in rows]
     lines += ["settings that differ from the default"]

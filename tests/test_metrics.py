@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from bge_ds import metrics
 from bge_ds.metrics import Meter, RunLog, peak_rate
 
 
@@ -70,3 +71,15 @@ def test_the_peak_that_utilisation_is_a_share_of():
     rate = peak_rate(torch.device("cpu"), torch.float32)
     assert 1e8 < rate < 1e15
     assert peak_rate(torch.device("cpu"), torch.float32) == rate  # once a run: a moving yardstick measures nothing
+
+
+def test_warning_of_emulated_precision(monkeypatch):
+    """A CPU without 16-bit instructions trains 25 times slower with --bf16 than without; nothing else would tell the user."""
+    rates = {torch.float32: 100e9, torch.bfloat16: 4e9, torch.float16: 90e9}
+    monkeypatch.setattr(metrics, "peak_rate", lambda device, dtype: rates[dtype])
+    cpu = torch.device("cpu")
+    assert "4 GFLOP/s in bfloat16 and 100 in fp32" in metrics.slow_precision(cpu, torch.bfloat16)
+    assert "leave --bf16 out" in metrics.slow_precision(cpu, torch.bfloat16)
+    assert metrics.slow_precision(cpu, torch.float16) is None
+    assert metrics.slow_precision(cpu, torch.float32) is None
+    assert metrics.slow_precision(torch.device("cuda"), torch.bfloat16) is None
