@@ -85,7 +85,7 @@ def _only_one(output: Path) -> Iterator[None]:
 
     lock = FileLock(output.with_name(f".{output.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # a killed run's workers may take a moment to end
     except Timeout:
         raise ValueError(f"{output}: another process is writing it: wait for its end, or name another folder") from None
     try:
