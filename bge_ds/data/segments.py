@@ -12,7 +12,6 @@ segments, or a run that goes on after a kill, writes the same bytes as one that 
 """
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,6 @@ class SegmentWriter:
     def finish(self) -> None:
         """Closes the tables and writes the record: from here on the segment is finished."""
         files = [entry for writer in self.writers.values() for entry in writer.close()]
-        sync_folder(self.folder)
         name = f"{stage_of(self.settings)}-{self.source:05d}-{self.segment:06d}"
         if self.skipped:
             lines = (orjson.dumps({"line": line, "reason": reason}) + b"\n" for line, reason in self.skipped)
@@ -112,8 +110,8 @@ class SegmentWriter:
             record |= {"passages": len(self.rows), "only_passage": only}
         if self.settings.form in ("finetune", "by_id"):
             record |= {"named": self.named, "alone": self.alone}
-        write_whole(self.folder / JOURNAL / f"{name}.json", orjson.dumps(record))
-        sync_folder(self.folder / JOURNAL)
+        # The shards are on the disk by now; a record that a power cut empties is one segment to make again.
+        write_whole(self.folder / JOURNAL / f"{name}.json", orjson.dumps(record), sync=False)
 
     def abort(self) -> None:
         """Closes the open files of a failed run."""
@@ -125,16 +123,6 @@ def stage_of(settings: Settings) -> str:
     return "corpus" if settings.stage == "corpus" else "rows"
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder outlast a power cut, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
 # ---------------------------------------------------------------------------------------------------------- journal
 
 
@@ -142,18 +130,32 @@ def finished(folder: Path, stage: str, source: int, clean: bool = False) -> set[
     """The finished segments of a source in a folder that is being written; `clean`: those without a skipped line."""
     names = {path.name for path in (folder / JOURNAL).glob(f"{stage}-{source:05d}-*")}
     found = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    return {int(name.rpartition("-")[2]) for name in found if not clean or f"{name}.skipped.jsonl" not in names}
+    if clean:
+        found = {name for name in found if f"{name}.skipped.jsonl" not in names}
+    return {int(name.rpartition("-")[2]) for name in found if _is_whole(folder, folder / JOURNAL / f"{name}.json")}
+
+
+def _is_whole(folder: Path, path: Path) -> bool:
+    """Whether a record and the files that it names are there, in their sizes."""
+    try:
+        files = orjson.loads(path.read_bytes())["files"]
+        return all((folder / entry["file"]).stat().st_size == entry["bytes"] for entry in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def end_source(folder: Path, stage: str, source: int, segments: int) -> None:
     """Notes how many segments a source has."""
-    write_whole(folder / JOURNAL / f"{stage}-{source:05d}.json", orjson.dumps({"segments": segments}))
+    write_whole(folder / JOURNAL / f"{stage}-{source:05d}.json", orjson.dumps({"segments": segments}), sync=False)
 
 
 def count_segments(folder: Path, stage: str, source: int) -> int | None:
     """How many segments a source has, None where its end was not reached yet."""
     path = folder / JOURNAL / f"{stage}-{source:05d}.json"
-    return orjson.loads(path.read_bytes())["segments"] if path.exists() else None
+    try:
+        return orjson.loads(path.read_bytes())["segments"]
+    except (OSError, ValueError):
+        return None
 
 
 def read_record(folder: Path, stage: str, source: int, segment: int) -> dict[str, Any]:

@@ -60,13 +60,16 @@ class TableWriter:
         self._pending, self._pending_bytes = [], 0
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a small file so that, killed at any moment, there is all of it or nothing under its name."""
+def write_whole(path: Path, content: bytes, sync: bool = True) -> None:
+    """Writes a small file so that, killed at any moment, there is all of it or nothing under its name.
+
+    With `sync` a power cut changes nothing of that; without it, the file may then be there and empty."""
     draft = path.with_name(f".{path.name}.draft")
     with open(draft, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(draft, path)
 
 
