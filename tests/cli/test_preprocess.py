@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import records, shards, sources, workers
+from bge_ds.data import digests, records, shards, sources, workers
 
 WHOLE = ["pretrain", "--input", "nowhere.jsonl", "--output", "o", "--tokenizer", "t"]
 GROUPS = [
@@ -285,6 +285,21 @@ def test_json_lines_are_preprocessed_once(tmp_path, tokenizer):
     os.utime(given, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time, other bytes
     others.append(preprocess.prepare("finetune", given, tokenizer, **how))
     assert len({first, *others}) == 5
+
+
+def test_a_file_is_hashed_once(tmp_path, tokenizer, monkeypatch):
+    """The processes of a host must not each read all of a large input to name its cache; a changed file is read again."""
+    given, read = write(tmp_path / "a.jsonl", GROUPS), []
+    original = digests.hash_file
+    monkeypatch.setattr(digests, "hash_file", lambda path: (read.append(path), original(path))[1])
+    how = {"cache_dir": str(tmp_path / "cache"), "say": lambda line: None}
+    first = preprocess.prepare("finetune", given, tokenizer, **how)
+    assert preprocess.prepare("finetune", given, tokenizer, **how) == first and len(read) == 1
+    write(tmp_path / "a.jsonl", GROUPS[:-1])
+    assert preprocess.prepare("finetune", given, tokenizer, **how) != first and len(read) == 2
+    (tmp_path / "cache" / "bge_ds" / digests.NAME).write_bytes(b"{")  # a hand or a full disk
+    preprocess.prepare("finetune", given, tokenizer, **how)
+    assert len(read) == 3
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
