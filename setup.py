@@ -64,6 +64,7 @@ setup(
         "numpy",
         "orjson",
         "xxhash",
+        "zstandard",
         "filelock",
         "tqdm",
         "safetensors",

@@ -41,3 +41,9 @@ def tiny_bert_path(tmp_path_factory, tiny_tokenizer_path) -> Path:
     folder = helpers.make_model("bert", tmp_path_factory.mktemp("bert"))
     helpers.make_tokenizer("wordpiece", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """No test cuts the power, and on a busy disk each fsync takes a tenth of a second."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
