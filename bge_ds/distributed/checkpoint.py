@@ -46,16 +46,19 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
 
 
 def read_state(path: Path, expected: dict) -> dict:
-    """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name."""
+    """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name.
+
+    What an older version's checkpoint does not hold is not compared: there was no such setting.
+    """
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error}); resume from another checkpoint") from error
     differing = [
-        f"{key}: {state['agreement'].get(key)!r} there, {value!r} now"
+        f"{key}: {state['agreement'][key]!r} there, {value!r} now"
         for key, value in expected.items()
-        if state["agreement"].get(key) != value
+        if key in state["agreement"] and state["agreement"][key] != value
     ]
     if differing:
         raise ValueError(
