@@ -77,6 +77,8 @@ def train(args: FinetuneArguments) -> None:
         ("negatives", f"{'' if uniform else 'up to '}{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
     ]  # fmt: skip
     log.say(f"fine-tuning\n{run.summary(args, plan, order, engine, config, facts)}")
+    if len(prompts := prompts_of(args, data)) > 2:
+        log.say(f"warning: sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
     if args.gradient_accumulation_steps > 1 and args.use_inbatch_neg:
         log.say("warning: accumulation adds no negatives; a larger batch on each rank does")
     if resume:

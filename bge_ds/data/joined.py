@@ -30,7 +30,7 @@ class Joined:
                     )
         self.starts = _starts([len(reader) for reader in readers])
         self.passage_starts = _starts([getattr(reader, "num_passages", 0) for reader in readers])
-        self.fingerprint: str = xxhash.xxh3_128_hexdigest("\0".join(reader.fingerprint for reader in readers))
+        self.fingerprint: str = xxhash.xxh3_128_hexdigest("\0".join(reader.fingerprint for reader in readers).encode())
         self.manifest = _join_manifests([reader.manifest for reader in readers], self.starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
