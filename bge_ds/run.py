@@ -246,7 +246,7 @@ def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, f
                           + ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in memory.items()) + ")"),
     ]  # fmt: skip
     differing = changed(args)
-    lines = [f"  {name:<18}{value}" for name, value in rows]
+    lines = [f"  {name:<18}{value}".replace("\n", "\n" + " " * 20) for name, value in rows]
     lines += ["settings that differ from the default"]
     lines += [f"  {name} = {value!r} (default {default!r})" for name, value, default in differing]
     others = ", ".join(f"{name}={value!r}" for name, value in describe(args) if name not in {d[0] for d in differing})

@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from bge_ds.data.order import Line, Order, mix64
+from bge_ds.data.order import Line, LinesRows, Order, mix64
 
 CYCLE = 1 << 30  # so that a product of two places fits in 63 bits
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -186,11 +186,11 @@ class Mixture(Line):
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_K, rows_K) at consecutive places; each text's epoch is that of its set."""
         sets_K, turns_K = self.shares.at(int(places_K[0]), int(places_K[-1]) + 1)
-        epochs_K, rows_K = np.empty_like(turns_K), np.empty_like(turns_K)
-        for i in np.unique(sets_K):
-            here = sets_K == i
-            epochs_K[here], rows_K[here] = self.sets[i].rows_at(turns_K[here])
-        return epochs_K, rows_K
+        return self._rows.at(turns_K, sets_K)
+
+    @cached_property
+    def _rows(self) -> LinesRows:
+        return LinesRows(self.sets)
 
     def texts_of_sets(self, texts: int) -> np.ndarray:
         """How many texts of each set the line's first `texts` are."""
