@@ -73,42 +73,47 @@ class Set:
 def sets_of(args: TrainArguments, data) -> list[Set]:
     """The sets of a run, those without rows left out. Raises ValueError where the mixture asked for means nothing."""
     paths, weights = split_weights(args.train_data)
-    if weights and args.mixing_temperature is not None:
+    temperature, same = args.mixing_temperature, getattr(args, "same_dataset_within_batch", False)
+    if weights and temperature is not None:
         raise ValueError("--mixing_temperature and the weights of --train_data exclude each other: both are shares; keep one")
-    most, files = getattr(args, "max_example_num_per_dataset", None), []
+    files = _files(data, getattr(args, "max_example_num_per_dataset", None))
+    if len(data.folders) > 1 and (weights or temperature is not None):  # each entry has a folder of its own
+        sets = [_as_one(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
+        if empty := [of.name for of in sets if not of.kept]:
+            raise ValueError(f"--train_data {empty[0]} holds no rows, so it cannot have a share; leave it out")
+    else:
+        sets = [file for _, file in files if file.kept]
+    if weights:
+        sets = [replace(of, share=weight) for of, weight in zip(sets, weights, strict=True)]
+    elif temperature is not None:
+        sets = [replace(of, share=of.kept ** (1 / temperature)) for of in sets]
+    if same:
+        by_span = {file.spans[0]: file for _, file in files if file.kept}
+        sets = [file for of in sets for file in _apart(of, [by_span[span] for span in of.spans if span in by_span])]
+    for flag, given in (("same_dataset_within_batch", same), ("mixing_temperature", temperature is not None)):
+        if given and len(sets) < 2:
+            raise ValueError(f"--{flag} has no effect: {' '.join(paths)} is a single set; give several, or drop --{flag}")
+    return sets
+
+
+def _files(data, most: int | None) -> list[tuple[int, Set]]:
+    """(number of its folder, the file as a set) of each input file."""
+    found = []
     for source in data.manifest["sources"]:
         rows = source["rows"][1] - source["rows"][0]
         kept = rows if most is None else min(rows, most)
-        file = Set(source["path"], (tuple(source["rows"]),), kept, source.get("skipped"))
-        files.append((source.get("folder", 0), file))
-    by_entry = len(data.folders) > 1 and (weights or args.mixing_temperature is not None)
-    groups = [[file for k, file in files if k == entry] for entry in range(len(paths))] if by_entry else []
-    if by_entry and (empty := next((path for path, group in zip(paths, groups, strict=True) if not _kept(group)), None)):
-        raise ValueError(f"--train_data {empty} holds no rows, so it cannot have a share; leave it out")
-    groups = groups or [[file] for _, file in files if file.kept]
-    names = paths if by_entry else [group[0].name for group in groups]
-    shares: list[float | None] = [None] * len(groups)
-    if weights:
-        shares = list(weights)
-    elif args.mixing_temperature is not None:
-        shares = [_kept(group) ** (1 / args.mixing_temperature) for group in groups]
-    same = getattr(args, "same_dataset_within_batch", False)
-    found = []
-    for name, group, share in zip(names, groups, shares, strict=True):
-        if same:
-            parts = [(file, None if share is None else share * file.kept / _kept(group)) for file in group if file.kept]
-            found += [replace(file, share=part) for file, part in parts]
-        else:
-            skipped = None if any(file.skipped is None for file in group) else sum(file.skipped for file in group)
-            found.append(Set(name, tuple(span for file in group for span in file.spans), _kept(group), skipped, share))
-    for flag, given in (("same_dataset_within_batch", same), ("mixing_temperature", args.mixing_temperature is not None)):
-        if given and len(found) < 2:
-            raise ValueError(f"--{flag} has no effect: {' '.join(paths)} is a single set; give several, or drop --{flag}")
+        found.append((source.get("folder", 0), Set(source["path"], (tuple(source["rows"]),), kept, source.get("skipped"))))
     return found
 
 
-def _kept(group: list[Set]) -> int:
-    return sum(file.kept for file in group)
+def _as_one(name: str, files: list[Set]) -> Set:
+    skipped = None if any(file.skipped is None for file in files) else sum(file.skipped for file in files)
+    return Set(name, tuple(span for file in files for span in file.spans), sum(file.kept for file in files), skipped)
+
+
+def _apart(of: Set, files: list[Set]) -> list[Set]:
+    """The files of a set, each with its part by rows of the set's share."""
+    return [replace(file, share=None if of.share is None else of.share * file.kept / of.kept) for file in files]
 
 
 def make_order(args: TrainArguments, data) -> Line | TokenOrder:

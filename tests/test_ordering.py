@@ -188,6 +188,15 @@ def test_token_budgets_take_mixtures_and_refuse_grouping():
         PretrainArguments.build(output_dir="o", train_data="d", group_by_length=True, per_device_train_tokens=200)
 
 
+def test_texts_are_grouped_by_the_length_that_training_cuts_them_to():
+    """Texts beyond the limit are alike to the model: ordering them by what is cut off would sort noise."""
+    args = PretrainArguments.build(output_dir="o", train_data=["f0", "f1"], group_by_length=True, max_seq_length=20)
+    order = ordering.make_order(args, DATA)
+    assert order.lengths(np.arange(310)).tolist() == np.minimum(LENGTHS[:310], 20).tolist()
+    batches = [np.minimum(LENGTHS[order.step_rows(step)[1]], 20) for step in range(39)]
+    assert sum(batch.max() - batch.min() > 3 for batch in batches) <= 2
+
+
 def test_the_table_says_what_is_taken_and_dropped():
     """A person sees, before the run, what each set brings, what was dropped and why, its share and its epochs."""
     args = arguments("f0=3", "f1=1", max_example_num_per_dataset=70)
