@@ -16,7 +16,7 @@ import numpy as np
 
 from bge_ds.argument_checks import check_token_budget
 from bge_ds.arguments import TrainArguments
-from bge_ds.data.length_order import LengthOrder
+from bge_ds.data.length_order import WINDOW, LengthOrder
 from bge_ds.data.mixture import ByEpoch, ByWeight, Mixture, SetBatches, counts_of
 from bge_ds.data.order import Line, Order, mix64
 from bge_ds.data.token_order import TokenOrder
@@ -136,7 +136,9 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
         lines = [one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets)]
         turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, lines)), batch, lines[0].shuffle)
         if same:
-            lines = [group(line, whole_batches=not weighted) for line in lines] if group else lines
+            # Each set keeps a window, as sets take turns: of many sets, smaller ones.
+            window = max(8, min(WINDOW, 1024 // len(sets)))
+            lines = [group(line, whole_batches=not weighted, window=window) for line in lines] if group else lines
             return SetBatches(seed, tuple(lines), turns, batch)
         line = Mixture(seed, tuple(lines), turns, batch)
     if args.per_device_train_tokens is not None:

@@ -197,6 +197,13 @@ def test_texts_are_grouped_by_the_length_that_training_cuts_them_to():
     assert sum(batch.max() - batch.min() > 3 for batch in batches) <= 2
 
 
+def test_many_sets_keep_small_windows():
+    """With batches of one set each set keeps a window: a thousand full ones would be memory that grows with the sets."""
+    flags = {"group_by_length": True, "same_dataset_within_batch": True}
+    windows = [ordering.make_order(arguments("f0", **flags), Data((20,) * sets)).sets[0].window for sets in (2, 30, 900)]
+    assert windows == [64, 34, 8]
+
+
 def test_the_table_says_what_is_taken_and_dropped():
     """A person sees, before the run, what each set brings, what was dropped and why, its share and its epochs."""
     args = arguments("f0=3", "f1=1", max_example_num_per_dataset=70)

@@ -3,6 +3,7 @@
 A window holds about WINDOW global batches. Its texts are sorted by length and cut into batches, which the window then
 takes in a shuffled order, so that a run does not go from short to long. Windows end where epochs do: at the end of an
 epoch, the texts seen are those that the line without grouping would have shown. The last window is kept, nothing else.
+A mixture's shares hold over a window, not within each of its batches: one set's texts may be the longer ones.
 
 Within a batch the sorted texts are halved again and again, each time 0, 3, 4, 7, 8 ... to the one side and 1, 2, 5, 6 ...
 to the other, so that the ranks' parts, whatever their number, have equal shares of short and long texts.

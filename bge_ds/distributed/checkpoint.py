@@ -19,6 +19,7 @@ from bge_ds.distributed import collectives
 _NAME = re.compile(r"checkpoint-(\d+)")
 PARTIAL = ".partial"
 FROZEN = "frozen_weights"
+_ONCE_UNWRITTEN = ("max_example_num_per_dataset",)  # older checkpoints say nothing of it, though it was in effect
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -48,7 +49,7 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
 def read_state(path: Path, expected: dict) -> dict:
     """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name.
 
-    What an older version's checkpoint does not hold is not compared: there was no such setting.
+    What an older version's checkpoint does not hold was off there, as it must be here.
     """
     file = path / "state.json"
     try:
@@ -56,9 +57,9 @@ def read_state(path: Path, expected: dict) -> dict:
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error}); resume from another checkpoint") from error
     differing = [
-        f"{key}: {state['agreement'][key]!r} there, {value!r} now"
+        f"{key}: {state['agreement'].get(key)!r} there, {value!r} now"
         for key, value in expected.items()
-        if key in state["agreement"] and state["agreement"][key] != value
+        if (state["agreement"][key] != value if key in state["agreement"] else value and key not in _ONCE_UNWRITTEN)
     ]
     if differing:
         raise ValueError(
