@@ -95,7 +95,7 @@ def batches_of(asked: dict) -> Iterator[batches.PretrainBatch]:
             yield batches.collate_texts(data, *line.step_rows(step), **options)
             step += 1
     steps = loader.steps(
-        Path(asked["shards"]), line, batches.collate_texts, first_step=0, end_step=asked["steps"] * asked["rounds"],
+        data.folders, line, batches.collate_texts, first_step=0, end_step=asked["steps"] * asked["rounds"],
         accumulation=1, rank=0, world=1, workers=1, pin_memory=False, **options,
     )  # fmt: skip
     for (batch,) in steps:

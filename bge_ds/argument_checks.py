@@ -43,7 +43,7 @@ _RANGES: dict[str, _Rule] = {
     "per_device_train_tokens": _WHOLE,
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
     "bow_loss_weight": _NOT_NEGATIVE,
-    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha"), _POSITIVE),
+    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha", "mixing_temperature"), _POSITIVE),
     "lora_rank": _WHOLE,
     "per_device_eval_batch_size": _WHOLE,
     "eval_delay": _NOT_NEGATIVE,
@@ -111,6 +111,27 @@ def _json_object(name: str, value: dict | str | None) -> dict:
             raise ValueError(f"--{name} {value} is not JSON ({error}); give an object such as '{{\"key\": 1}}'") from None
     require(value is None or isinstance(value, dict), f"--{name} {value!r} is not a JSON object")
     return value or {}
+
+
+def check_data(args: Any) -> None:
+    """Check what is trained on and in which order; `train_data` becomes a list, `train_sampling_strategy` what is in effect."""
+    entries = [args.train_data] if isinstance(args.train_data, str | Path) else args.train_data
+    args.train_data = [str(Path(entry).expanduser()) if str(entry).startswith("~") else str(entry) for entry in entries]
+    require(args.train_data and all(args.train_data), "--train_data is empty; give a path")
+    if args.group_by_length:
+        require(
+            args.train_sampling_strategy == "group_by_length" or "train_sampling_strategy" not in args.explicit,
+            f"--group_by_length and --train_sampling_strategy {args.train_sampling_strategy} exclude each other; keep one",
+        )
+        args.train_sampling_strategy = "group_by_length"
+    evenness = "ranks already get equal shares of short and long texts; group_by_length evens out whole batches"
+    choices = ("random", "sequential", "group_by_length")
+    choose(args, "train_sampling_strategy", choices, {"batch_rebalance": evenness})
+    require(
+        args.train_sampling_strategy != "group_by_length" or args.per_device_train_tokens is None,
+        "--group_by_length and --per_device_train_tokens exclude each other: micro batches of so many tokens are even as they "
+        "are, and grouped ones would hold few long or many short texts; drop one of them",
+    )
 
 
 def check_optimizer(args: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from bge_ds.argument_checks import (
     SCHEDULES,
     check_conflicts,
+    check_data,
     check_evaluation,
     check_lora,
     check_objective,
@@ -48,8 +49,12 @@ class TrainArguments:
 
     # Model and data
     output_dir: str = field(metadata={"help": "folder for the model, checkpoint-N/ and metrics.jsonl"})
-    train_data: str = field(
-        metadata={"help": "shards made by bge_ds.preprocess, or JSON lines (file, folder or glob) to preprocess into a cache"}
+    train_data: list[str] = field(
+        metadata={"help": "shards made by bge_ds.preprocess, or JSON lines (file, folder or glob) to preprocess into a cache; "
+                  "several may be given, each as PATH or, for a share of the texts other than by its rows, PATH=WEIGHT"}
+    )  # fmt: skip
+    mixing_temperature: float | None = _flag(
+        None, "share of a set ~ rows ** (1 / this): 1 by rows, more favours small sets; unset: all texts once an epoch"
     )
     config_name: str | None = _flag(None, "model configuration: name or folder, where it is not the model's own")
     tokenizer_name: str | None = _flag(None, "tokenizer: name or folder, where it is not the model's own")
@@ -153,7 +158,12 @@ class TrainArguments:
     seed: int = _flag(42, "seed of initial weights, dropout and masks")
     data_seed: int | None = _flag(None, "seed of the order and choice of texts; unset: seed")
     full_determinism: bool = _flag(False, "deterministic kernels only: slower, repeats to the bit")
-    train_sampling_strategy: str = _flag("random", "random (shuffled each epoch) or sequential (the order of the data)")
+    train_sampling_strategy: str = _flag(
+        "random", "random (shuffled each epoch), sequential (the order of the data) or group_by_length"
+    )
+    group_by_length: bool = _flag(
+        False, "batches of texts of similar length; the same as train_sampling_strategy group_by_length"
+    )
 
     # Loading
     dataloader_drop_last: bool = _flag(False, "drop an epoch's last step where it is not full")
@@ -195,19 +205,12 @@ class TrainArguments:
     def check(self) -> None:
         """Bring values into their final form and raise ValueError for any that is wrong or contradicts another."""
         check_ranges(self)
-        for name in ("output_dir", "train_data", "cache_dir", "logging_dir", "deepspeed", "resume_from_checkpoint"):
+        for name in ("output_dir", "cache_dir", "logging_dir", "deepspeed", "resume_from_checkpoint"):
             if isinstance(value := getattr(self, name), str) and value.startswith("~"):
                 setattr(self, name, str(Path(value).expanduser()))
-        for name in ("output_dir", "train_data"):
-            require(getattr(self, name), f"--{name} is empty; give a path")
+        require(self.output_dir, "--output_dir is empty; give a path")
+        check_data(self)
         choose(self, "save_strategy", ("no", "steps", "epoch", "best"))
-        lengths = "no forward pass is padded, so texts of like length need no grouping"
-        choose(
-            self,
-            "train_sampling_strategy",
-            ("random", "sequential"),
-            dict.fromkeys(("group_by_length", "batch_rebalance"), lengths),
-        )
         for name in ("warmup_steps", "logging_steps", "save_steps"):
             setattr(self, name, count_or_share(name, getattr(self, name)))
         seen = str(self.include_num_input_tokens_seen).lower()
@@ -291,6 +294,9 @@ class FinetuneArguments(TrainArguments):
     passage_max_len: int = _flag(128, "tokens a passage keeps, instruction and special tokens included")
     max_example_num_per_dataset: int = _flag(
         100_000_000, "groups taken from each input file, a random subsample of a longer one"
+    )
+    same_dataset_within_batch: bool = _flag(
+        False, "all queries of a step, on all ranks, come from one input file, so that negatives are of the same kind"
     )
     query_instruction_for_retrieval: str | None = _flag(None, "prefix of every query, saved as the model's query prompt")
     passage_instruction_for_retrieval: str | None = _flag(None, "prefix of every passage, saved as the model's passage prompt")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from bge_ds import evaluation, preprocess, run
+from bge_ds import evaluation, ordering, preprocess, run
 from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives, gradcache
@@ -26,7 +26,8 @@ _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cro
           "temperature", "normalize_embeddings", "sentence_pooling_method", "mask_false_negatives", "sub_batch_size",
           "sub_batch_tokens", "bidirectional", "false_negative_margin", "false_negative_margin_type", "learnable_temperature",
           "knowledge_distillation", "kd_loss_type", "mrl_dims", "bidirectional_attention", "use_lora", "lora_rank",
-          "lora_alpha", "lora_dropout", "target_modules")  # fmt: skip
+          "lora_alpha", "lora_dropout", "target_modules", "same_dataset_within_batch",
+          "max_example_num_per_dataset")  # fmt: skip
 
 
 def train(args: FinetuneArguments) -> None:
@@ -50,7 +51,7 @@ def train(args: FinetuneArguments) -> None:
     if args.learnable_temperature:
         model.temperature = contrastive.Temperature(args.temperature)
     freeze_and_checkpoint(model.backbone, args)
-    order = run.make_order(args, data, args.max_example_num_per_dataset)
+    order = ordering.make_order(args, data)
     plan = run.StepPlan.make(args, order)
     uniform = not has_bare_groups(data)
     check_comparable(args, data, order, uniform)
@@ -71,10 +72,13 @@ def train(args: FinetuneArguments) -> None:
     facts = [
         ("model", f"{args.model_name_or_path}, runs {say_how(model_config)}"),
         ("data", f"{len(data)} groups, {data.num_passages} passages"),
+        ("sets", ordering.table(args, data, order, plan.total)),
         ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),
         ("negatives", f"{'' if uniform else 'up to '}{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
     ]  # fmt: skip
     log.say(f"fine-tuning\n{run.summary(args, plan, order, engine, config, facts)}")
+    if len(prompts := prompts_of(args, data)) > 2:
+        log.say(f"warning: sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
     if args.gradient_accumulation_steps > 1 and args.use_inbatch_neg:
         log.say("warning: accumulation adds no negatives; a larger batch on each rank does")
     if resume:
@@ -158,17 +162,36 @@ def train(args: FinetuneArguments) -> None:
 def open_data(args: FinetuneArguments, tokenizer) -> shards.FinetuneShards:
     """The shards, made from JSON lines where they must be; lengths and instructions not given are the shards'."""
     say = print if run.is_first_on_host() else run.silent
-    folder = preprocess.prepare(
-        "finetune", args.train_data, tokenizer,
+    paths, weights = ordering.split_weights(args.train_data)
+    folders = preprocess.prepare_all(
+        "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
         explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error, say=say,
     )  # fmt: skip
-    data = shards.open_folder(folder)
+    data = shards.open_folders(folders)
     for name in ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
         if name not in args.explicit:
             setattr(args, name, data.manifest[name])
     return data
+
+
+def prompts_of(args: FinetuneArguments, data: shards.FinetuneShards) -> dict[str, str]:
+    """The instructions of training under the names that they are saved by.
+
+    Where the folders of shards have different ones, each is saved as `query_SET` or `passage_SET`, SET being the name of its
+    first input file, and `query` or `passage` is empty.
+    """
+    prompts = {}
+    for kind in ("query", "passage"):
+        name = f"{kind}_instruction_for_retrieval"
+        prompts[kind] = getattr(args, name) or ""
+        if data.manifest[name] is None:
+            manifests = [reader.manifest for reader in data.readers]
+            sets = [Path(manifest["sources"][0]["path"]).name.split(".")[0] for manifest in manifests]
+            names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
+            prompts |= {f"{kind}_{of}": manifest[name] for of, manifest in zip(names, manifests, strict=True)}
+    return prompts
 
 
 def has_bare_groups(data: shards.FinetuneShards) -> bool:
@@ -181,13 +204,13 @@ def check_comparable(args: FinetuneArguments, data: shards.FinetuneShards, order
     bare = data.manifest["counts"]["groups_without_negatives"]
     if not uniform and not args.use_inbatch_neg:
         raise ValueError(
-            f"{args.train_data}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing to compare "
-            "their queries against; add negatives, drop those groups, or use in-batch negatives"
+            f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
+            "to compare their queries against; add negatives, drop those groups, or use in-batch negatives"
         )
     others = args.per_device_train_batch_size * (collectives.world_size() if args.negatives_cross_device else 1)
     if args.use_inbatch_neg and others == 1 and (args.train_group_size == 1 or not uniform):
         raise ValueError(
-            f"{args.train_data}: one query a batch and groups without negatives leave nothing to compare against; "
+            f"{' '.join(args.train_data)}: one query a batch and groups without negatives leave nothing to compare against; "
             "raise --per_device_train_batch_size, or use several ranks with --negatives_cross_device"
         )
 
@@ -200,7 +223,7 @@ def own_only_spans(data: shards.FinetuneShards) -> tuple[tuple[int, int], ...]:
 
 def check_teacher(args: FinetuneArguments, data: shards.FinetuneShards, uniform: bool) -> None:
     """Refuse distillation from groups that lack a score or have nothing to distil from."""
-    what = f"{args.train_data}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
+    what = f"{' '.join(args.train_data)}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
     if (row := data.first_without_scores()) is not None:
         raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
     if not uniform:
@@ -317,16 +340,12 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
 
     def write() -> float:
         own = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
-        prompts = {
-            "query": args.query_instruction_for_retrieval or "",
-            "passage": args.passage_instruction_for_retrieval or "",
-        }
         pooling, normalize = args.sentence_pooling_method, args.normalize_embeddings
         if args.use_lora:
             lora.save_adapter(encoder.backbone, own, folder / lora.FOLDER)
             own = lora.merge(encoder.backbone, own)
         export.save_model(encoder.backbone, own, tokenizer, folder)
-        export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
+        export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts_of(args, data))
         return export.check_saved(folder, ids, live_ND, pooling, normalize, engines.precision(engine))
 
     return run.on_first_rank(write)

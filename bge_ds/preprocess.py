@@ -79,6 +79,14 @@ def prepare(
     return _build_once(base / f"{kind}-{digest}", found, (settings, core), say)
 
 
+def prepare_all(kind: str, paths: list[str], tokenizer: Any, apart: bool = False, **how: Any) -> list[Path]:
+    """The folders of shards for several entries: one each; all of them as one input where none is a folder of shards.
+
+    apart: one each in any case, as weights need it. how: see `prepare`."""
+    apart = apart or any((Path(path) / shards.MANIFEST).is_file() for path in paths)
+    return [prepare(kind, part, tokenizer, **how) for part in (paths if apart else [paths])]
+
+
 def _build_once(folder: Path, inputs: list[sources.Source], job: Job, say: Callable[[str], None]) -> Path:
     from filelock import FileLock, Timeout
 

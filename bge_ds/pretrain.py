@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from bge_ds import evaluation, preprocess, run
+from bge_ds import evaluation, ordering, preprocess, run
 from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives
@@ -45,7 +45,7 @@ def train(args: PretrainArguments) -> None:
     choose(args.kernels, device.type)  # what cannot run here is said before anything is loaded
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
-    order = run.make_order(args, data)
+    order = ordering.make_order(args, data)
     plan = run.StepPlan.make(args, order)
     engine, config = run.build_engine(args, model, plan)
     agreement = run.agreement(args, data, config, plan, _AGREE)
@@ -56,6 +56,7 @@ def train(args: PretrainArguments) -> None:
         ("model", f"{source}, runs {say_how(model_config)}"),
         ("objective", say_objective(args, model)),
         ("data", f"{len(data)} texts to {args.max_seq_length} tokens"),
+        ("sets", ordering.table(args, data, order, plan.total)),
     ]
     log.say(f"pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
     if resume:
@@ -140,11 +141,13 @@ def train(args: PretrainArguments) -> None:
 
 def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
     """The shards, made from JSON lines where they must be; a length not given is the shards'."""
-    folder = preprocess.prepare(
-        "pretrain", args.train_data, tokenizer, max_seq_length=args.max_seq_length, explicit=args.explicit,
+    paths, weights = ordering.split_weights(args.train_data)
+    folders = preprocess.prepare_all(
+        "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
+        max_seq_length=args.max_seq_length, explicit=args.explicit,
         cache_dir=args.cache_dir, on_error=args.on_error, say=print if run.is_first_on_host() else run.silent,
     )  # fmt: skip
-    data = shards.open_folder(folder)
+    data = shards.open_folders(folders)
     if "max_seq_length" not in args.explicit:
         args.max_seq_length = data.manifest["max_seq_length"]
     return data

@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 import transformers
 
-from bge_ds.argument_checks import check_token_budget
 from bge_ds.arguments import TrainArguments, changed, describe, steps_from
 from bge_ds.data import loader
-from bge_ds.data.order import Order, mix64
+from bge_ds.data.mixture import SetBatches
+from bge_ds.data.order import Line, mix64
 from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
+from bge_ds.ordering import split_weights
 
 _OURS = ("metrics.jsonl", "runs")
 
@@ -111,11 +112,16 @@ class StepPlan:
     eval_after: float = 0.0
 
     @classmethod
-    def make(cls, args: TrainArguments, order: Order | TokenOrder) -> StepPlan:
+    def make(cls, args: TrainArguments, order: Line | TokenOrder) -> StepPlan:
         if args.max_steps > 0:
             total, epochs = args.max_steps, order.epochs(args.max_steps)
         else:
             total, epochs = order.steps(args.num_train_epochs, args.dataloader_drop_last), args.num_train_epochs
+        if total < 1 and isinstance(order, SetBatches):
+            raise ValueError(
+                f"no set's rows fill a batch of {order.global_batch} in {args.num_train_epochs:g} epochs; lower "
+                "--per_device_train_batch_size or raise --num_train_epochs, or drop --same_dataset_within_batch"
+            )
         if total < 1:
             flag = "per_device_train_tokens" if args.per_device_train_tokens else "per_device_train_batch_size"
             raise ValueError(f"{len(order)} rows do not fill one step with --dataloader_drop_last; lower --{flag}")
@@ -171,22 +177,6 @@ class StepPlan:
             return False
         due = self._ends_epoch(step) if self.eval_epochs else step % self.eval_every == 0
         return step == self.total or (due and step >= self.eval_after - 1e-9)
-
-
-def make_order(args: TrainArguments, data, max_per_source: int | None = None) -> Order | TokenOrder:
-    """What each step takes of the shards `data`: a number of texts, or of tokens where --per_device_train_tokens is given."""
-    micro_batches = args.gradient_accumulation_steps * collectives.world_size()
-    order = Order(
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        spans=tuple(tuple(source["rows"]) for source in data.manifest["sources"]),
-        global_batch=args.per_device_train_batch_size * micro_batches,
-        max_per_span=max_per_source,
-        shuffle=args.train_sampling_strategy == "random",
-    )
-    if args.per_device_train_tokens is None:
-        return order
-    check_token_budget(args)
-    return TokenOrder(order, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
 
 
 def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
@@ -258,7 +248,7 @@ def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, f
     if collectives.rank() == 0 and (words := slow_precision(next(model.parameters()).device, engines.precision(engine))):
         rows.insert(2, ("warning", words))
     differing = changed(args)
-    lines = [f"  {name:<18}{value}" for name, value in rows]
+    lines = [f"  {name:<18}{value}".replace("\n", "\n" + " " * 20) for name, value in rows]
     lines += ["settings that differ from the default"]
     lines += [f"  {name} = {value!r} (default {default!r})" for name, value, default in differing]
     others = ", ".join(f"{name}={value!r}" for name, value in describe(args) if name not in {d[0] for d in differing})
@@ -270,11 +260,12 @@ def agreement(args: TrainArguments, shards, config: dict, plan: StepPlan, names:
     """What a resumed run must share with the stopped one to go on exactly as if it had not stopped."""
     common = (
         "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "bf16", "fp16",
-        "train_sampling_strategy", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+        "train_sampling_strategy", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "mixing_temperature",
     )  # fmt: skip
     return {
         "command": args.command,
         "data_fingerprint": shards.fingerprint,
+        "train_weights": split_weights(args.train_data)[1],
         "total_steps": plan.total,
         "ranks": collectives.world_size(),
         "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
@@ -307,7 +298,7 @@ def open_log(args: TrainArguments, engine, first_step: int, plan: StepPlan) -> R
 def load_steps(args: TrainArguments, data, order, collate: Callable, device: torch.device, first: int, end: int, **more):
     """This rank's batches of steps first..end-1, each a list over the accumulation steps; `more` goes to `collate`."""
     return loader.steps(
-        data.folder,
+        data.folders,
         order,
         collate,
         first_step=first,

@@ -32,7 +32,7 @@ _OPTIMIZER = '--optim takes AdamW only; for another optimizer write the "optimiz
 _FULL_EVAL = "texts are encoded for an evaluation in the precision of the run; see --bf16 and --fp16"
 _APEX = "apex is not used: --fp16 or --bf16 chooses the precision and DeepSpeed keeps the fp32 master weights"
 _TPU = "TPUs are not supported: DeepSpeed runs on GPUs and CPUs"
-_LENGTH = "no forward pass is padded, so grouping texts by length would save nothing"
+_LENGTH = "lengths are read from the shards, which have no columns besides; --group_by_length needs no more"
 _BATCHES = "batches are built from the shards and hold exactly what the model takes"
 
 # A group of names that share a reason -> the reason.
@@ -52,7 +52,7 @@ _GROUPS: dict[str, str] = {
     "optim_args optim_target_modules adafactor": _OPTIMIZER,
     "fp16_opt_level half_precision_backend fp16_backend": _APEX,
     "tpu_num_cores tpu_metrics_debug": _TPU,
-    "group_by_length length_column_name": _LENGTH,
+    "length_column_name": _LENGTH,
     "remove_unused_columns label_names": _BATCHES,
     "parallelism_config tp_size mp_parameters": "only data parallelism is offered: an encoder fits on one device, and "
     "--deepspeed zero3 shards one that does not",

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from bge_ds.data import shards
-from bge_ds.data.order import Order
+from bge_ds.data.order import Line
 from bge_ds.data.token_order import TokenOrder
 
 
@@ -20,8 +20,8 @@ class StepDataset(Dataset):
     that reads them.
     """
 
-    def __init__(self, folder: Path, order: Order | TokenOrder, place: tuple[int, int, int], collate: Callable):
-        self.folder, self.order, self.place, self.collate = folder, order, place, collate
+    def __init__(self, folders: list[Path], order: Line | TokenOrder, place: tuple[int, int, int], collate: Callable):
+        self.folders, self.order, self.place, self.collate = folders, order, place, collate
         self._shards = None
 
     def __getstate__(self):
@@ -29,13 +29,13 @@ class StepDataset(Dataset):
 
     def __getitem__(self, step: int) -> list:
         if self._shards is None:
-            self._shards = shards.open_folder(self.folder)
+            self._shards = shards.open_folders(self.folders)
         return [self.collate(self._shards, epochs, rows) for epochs, rows in self.order.micro_batches(step, *self.place)]
 
 
 def steps(
-    folder: Path,
-    order: Order | TokenOrder,
+    folders: list[Path],
+    order: Line | TokenOrder,
     collate: Callable,
     *,
     first_step: int,
@@ -50,7 +50,7 @@ def steps(
     **collate_options,
 ) -> DataLoader:
     """An iterator over the rank's batches of steps first_step..end_step-1, in order; each item a list of batches."""
-    dataset = StepDataset(folder, order, (accumulation, rank, world), partial(collate, **collate_options))
+    dataset = StepDataset(folders, order, (accumulation, rank, world), partial(collate, **collate_options))
     return DataLoader(
         dataset,
         sampler=range(first_step, end_step),

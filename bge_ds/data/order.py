@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,62 +25,87 @@ _ROUNDS = 6
 
 def mix64(*keys: int | np.ndarray) -> np.ndarray:
     """Hash integers (arrays broadcast) to uniform uint64, splitmix64's finaliser chained over the keys."""
-    with np.errstate(over="ignore"):
-        state = np.zeros(np.broadcast_shapes(*(np.shape(key) for key in keys)), np.uint64)
-        for key in keys:
-            if isinstance(key, int):
-                key = key % (1 << 64)
-            state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
-            state = (state ^ (state >> np.uint64(30))) * _MUL_1
-            state = (state ^ (state >> np.uint64(27))) * _MUL_2
-            state = state ^ (state >> np.uint64(31))
+    state = np.zeros(np.broadcast_shapes(*(np.shape(key) for key in keys)), np.uint64)
+    for key in keys:
+        state = _absorb(state, key)
     return state
 
 
-def permute(places_K: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
+def _absorb(state: np.ndarray, key: int | np.ndarray) -> np.ndarray:
+    """One more key of `mix64`."""
+    if isinstance(key, int):
+        key = key % (1 << 64)
+    with np.errstate(over="ignore"):
+        state = (state ^ np.asarray(key).astype(np.uint64, copy=False)) + _GOLDEN
+        state = (state ^ (state >> np.uint64(30))) * _MUL_1
+        state = (state ^ (state >> np.uint64(27))) * _MUL_2
+        return state ^ (state >> np.uint64(31))
+
+
+def permute(places_K: np.ndarray, size: int | np.ndarray, *key: int | np.ndarray) -> np.ndarray:
     """The images (int64, shape K) of places in 0..size-1 under the permutation of 0..size-1 that `key` names.
 
-    Parts of the key may be arrays of shape K: each place then goes through its own permutation.
+    `size` and parts of the key may be arrays of shape K: each place then goes through its own permutation.
     """
-    half = np.uint64(max(1, math.ceil(max(1, size - 1).bit_length() / 2)))
-    low = np.uint64((1 << int(half)) - 1)
-    values = np.array(places_K, np.uint64)
-    seeds = np.broadcast_to(mix64(*key), values.shape)
+    values, seeds = np.array(places_K, np.uint64), mix64(*key)
+    if seeds.size > 1 and (seeds == seeds[0]).all():
+        seeds = seeds[:1]  # one permutation, as nearly always: its round keys are hashed once, not for each place
+    # The rounds hash (seed, round, half of the value).
+    rounds = [_absorb(_absorb(np.zeros_like(seeds), seeds), number) for number in range(_ROUNDS)]
+    half, size = _half_bits(size), np.asarray(size, np.uint64)
+    low = (np.uint64(1) << half) - np.uint64(1)
     walking = np.arange(values.size)
+
+    def of_walking(values: np.ndarray) -> np.ndarray:
+        return values if values.size == 1 else values[walking]
+
     while walking.size:
-        value, seed = values[walking], seeds[walking]
-        left, right = value >> half, value & low
-        for round_ in range(_ROUNDS):
-            left, right = right, left ^ (mix64(seed, round_, right) & low)
-        value = (left << half) | right
+        value, half_here, low_here = values[walking], of_walking(half), of_walking(low)
+        left, right = value >> half_here, value & low_here
+        for state in rounds:
+            left, right = right, left ^ (_absorb(of_walking(state), right) & low_here)
+        value = (left << half_here) | right
         values[walking] = value
-        walking = walking[value >= size]
+        walking = walking[value >= of_walking(size)]
     return values.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Order:
-    """The line of rows that a run walks along.
+def _half_bits(size: int | np.ndarray) -> np.ndarray:
+    """Half the bits of the smallest power of 4 that holds `size` places, uint64 of its shape."""
+    sizes, which = np.unique(np.asarray(size, np.int64), return_inverse=True)
+    bits = [max(1, -(-max(1, each - 1).bit_length() // 2)) for each in sizes.tolist()]
+    return np.array(bits, np.uint64)[which].reshape(np.shape(size))
 
-    spans: (first row, end row) of each input file of the shards, in order.
-    global_batch: texts (or groups) an optimizer step consumes, over all ranks and accumulation steps.
-    max_per_span: rows kept of each span, drawn once for the run (None: all).
+
+class Line:
+    """An endless line of texts, cut into global batches: what every order answers to the loops and the loader.
+
+    A line has a `seed`, a `global_batch` (texts an optimizer step consumes, over all ranks and accumulation steps), a
+    length (the texts of an epoch) and `rows_at`; the rest follows.
     """
 
     seed: int
-    spans: tuple[tuple[int, int], ...]
     global_batch: int
-    max_per_span: int | None = None
-    shuffle: bool = True
-
-    @property
-    def _kept(self) -> np.ndarray:
-        sizes = np.array([end - start for start, end in self.spans], np.int64)
-        return sizes if self.max_per_span is None else np.minimum(sizes, self.max_per_span)
 
     def __len__(self) -> int:
-        """Rows an epoch sees."""
-        return int(self._kept.sum())
+        raise NotImplementedError
+
+    def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs_K, rows_K) at consecutive places along the line."""
+        raise NotImplementedError
+
+    def texts_of_sets(self, texts: int) -> np.ndarray:
+        """How many texts of each set the line's first `texts` are."""
+        raise NotImplementedError
+
+    def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
+        return self.rows_at(np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64))
+
+    def micro_batches(self, step: int, accumulation: int, rank: int, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(epochs_N, rows_N) of each accumulation step of one rank in one optimizer step."""
+        epochs, rows = self.step_rows(step)
+        return [(epochs[part], rows[part]) for part in rank_slice(self.global_batch, accumulation, rank, world)]
 
     def filled_steps(self, epochs: float) -> float:
         """Optimizer steps that the texts of `epochs` (may be a fraction) fill: a fraction in general."""
@@ -93,33 +119,74 @@ class Order:
         """How many epochs the first `steps` steps walk through."""
         return steps * self.global_batch / len(self)
 
-    def micro_batches(self, step: int, accumulation: int, rank: int, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(epochs_N, rows_N) of each accumulation step of one rank in one optimizer step."""
-        epochs, rows = self.step_rows(step)
-        return [(epochs[part], rows[part]) for part in rank_slice(self.global_batch, accumulation, rank, world)]
 
-    def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
-        return self.rows_at(np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64))
+@dataclass(frozen=True)
+class Order(Line):
+    """The line of rows that a run walks along.
+
+    spans: (first row, end row) of each input file of the shards, in order.
+    global_batch: texts (or groups) an optimizer step consumes, over all ranks and accumulation steps.
+    max_per_span: rows kept of each span, drawn once for the run (None: all).
+    """
+
+    seed: int
+    spans: tuple[tuple[int, int], ...]
+    global_batch: int
+    max_per_span: int | None = None
+    shuffle: bool = True
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Rows kept of each span."""
+        sizes = np.array([end - start for start, end in self.spans], np.int64)
+        return sizes if self.max_per_span is None else np.minimum(sizes, self.max_per_span)
+
+    def __len__(self) -> int:
+        """Rows an epoch sees."""
+        return int(self.kept.sum())
+
+    def texts_of_sets(self, texts: int) -> np.ndarray:
+        """How many texts of each span the line's first `texts` are, on average."""
+        return self.kept * (texts / len(self))
 
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs_K, rows_K) at places along the line of all epochs laid end to end."""
-        epochs_K, index_K = np.divmod(places_K, len(self))
+        """(epochs_K, rows_K) at any places along the line of all epochs laid end to end."""
+        return self._rows.at(places_K, 0)
+
+    @cached_property
+    def _rows(self) -> LinesRows:
+        return LinesRows((self,))
+
+
+class LinesRows:
+    """The rows of many lines at once: what `Order.rows_at` gives, with as many numpy calls for a thousand lines as for one."""
+
+    def __init__(self, lines: tuple[Order, ...]) -> None:
+        self.shuffle = lines[0].shuffle
+        self.sizes = np.array([len(line) for line in lines], np.int64)
+        self.seeds = np.array([line.seed for line in lines], np.uint64)
+        self.begin = np.cumsum(self.sizes) - self.sizes  # of each line's kept rows among those of all lines
+        self.kept = np.concatenate([line.kept for line in lines])
+        self.ends = np.cumsum(self.kept)
+        self.starts, span_ends = np.array([span for line in lines for span in line.spans], np.int64).reshape(-1, 2).T
+        self.span_sizes = span_ends - self.starts
+        self.numbers = np.concatenate([np.arange(len(line.spans)) for line in lines])  # each span's, within its line
+
+    def at(self, places_K: np.ndarray, lines_K: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs_K, rows_K) at places of the lines `lines_K` (one for all, or one each)."""
+        sizes_K, seeds_K = self.sizes[lines_K], self.seeds[lines_K]
+        epochs_K, index_K = np.divmod(places_K, sizes_K)
         if self.shuffle:
-            index_K = permute(index_K, len(self), self.seed, 1, epochs_K)
-        kept = self._kept
-        ends = np.cumsum(kept)
-        span_K = np.searchsorted(ends, index_K, side="right")
-        within_K = index_K - (ends - kept)[span_K]
-        rows_K = np.empty_like(index_K)
-        for span in np.unique(span_K):
-            start, end = self.spans[span]
-            here = span_K == span
-            inside = within_K[here]
-            if kept[span] < end - start:
-                inside = permute(inside, end - start, self.seed, 2, int(span))
-            rows_K[here] = start + inside
-        return epochs_K, rows_K
+            index_K = permute(index_K, sizes_K, seeds_K, 1, epochs_K)
+        index_K = index_K + self.begin[lines_K]
+        span_K = np.searchsorted(self.ends, index_K, side="right")
+        within_K = index_K - (self.ends - self.kept)[span_K]
+        cut = (self.kept < self.span_sizes)[span_K]
+        if cut.any():  # the same subsample of a span in every epoch
+            seeds_K = np.broadcast_to(seeds_K, span_K.shape)[cut]
+            span = span_K[cut]
+            within_K[cut] = permute(within_K[cut], self.span_sizes[span], seeds_K, 2, self.numbers[span])
+        return epochs_K, self.starts[span_K] + within_K
 
 
 def whole_steps(filled: float, drop_last: bool) -> int:

@@ -20,6 +20,7 @@ The manifest is written last, into a folder that gets its final name by one rena
 """
 
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import xxhash
+
+from bge_ds.data.joined import Joined
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -105,6 +108,9 @@ class _Lists(NamedTuple):
     def row(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
+    def lengths(self, rows_K: np.ndarray) -> np.ndarray:
+        return self.offsets[rows_K + 1] - self.offsets[rows_K]
+
     def row_or_none(self, i: int) -> np.ndarray | None:
         return self.row(i) if self.column.null_count == 0 or self.column[i].is_valid else None
 
@@ -141,6 +147,14 @@ class _Table:
 
     def lengths(self, column: str, rows_K: np.ndarray) -> np.ndarray:
         """Values in a list column's rows, int64, shape K: differences of offsets, no value is read."""
+        return self._gather(rows_K, lambda batch, rows: batch[column].lengths(rows))
+
+    def firsts(self, column: str, rows_K: np.ndarray) -> np.ndarray:
+        """The first value in each of a list column's rows, none of which is empty, int64, shape K."""
+        return self._gather(rows_K, lambda batch, rows: batch[column].values[batch[column].offsets[rows]])
+
+    def _gather(self, rows_K: np.ndarray, read: Callable[[dict[str, Any], np.ndarray], np.ndarray]) -> np.ndarray:
+        """`read`(a record batch's columns, rows inside it) of all rows, int64, in the order asked."""
         order_K = np.argsort(rows_K)
         sorted_K, found_K = rows_K[order_K], np.empty(len(rows_K), np.int64)
         if len(rows_K) and not 0 <= sorted_K[0] <= sorted_K[-1] < self.rows:
@@ -151,9 +165,8 @@ class _Table:
             starts = self.starts[k] + np.array(starts)
             bounds = np.searchsorted(sorted_K, [*starts, self.starts[k] + self.entries[k]["rows"]])
             for b in np.flatnonzero(np.diff(bounds)):
-                part, offsets = slice(bounds[b], bounds[b + 1]), batches[b][column].offsets
-                inside = sorted_K[part] - starts[b]
-                found_K[order_K[part]] = offsets[inside + 1] - offsets[inside]
+                part = slice(bounds[b], bounds[b + 1])
+                found_K[order_K[part]] = read(batches[b], sorted_K[part] - starts[b])
         return found_K
 
     def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
@@ -218,6 +231,11 @@ class _Shards:
     def __reduce__(self) -> tuple[Any, ...]:
         return open_folder, (self.folder,)
 
+    @property
+    def folders(self) -> list[Path]:
+        """What `open_folders` opens this reader from."""
+        return [self.folder]
+
 
 class PretrainShards(_Shards):
     """Texts as token ids and word numbers."""
@@ -269,6 +287,17 @@ class FinetuneShards(_Shards):
         if first:
             pos, neg = pos + first, neg + first
         return Group(batch["query"].row(i), pos, neg, *(batch[name].row_or_none(i) for name in ("pos_scores", "neg_scores")))
+
+    def lengths(self, rows_K: np.ndarray, query_max_len: int, passage_max_len: int) -> np.ndarray:
+        """Tokens of each group's query and first positive, each cut to its length, int64, shape (K,).
+
+        A stand-in for what a visit computes, whose passages are drawn anew each time; nothing but offsets and rows is read.
+        """
+        groups = self._tables["groups"]
+        shard_K = np.searchsorted(groups.starts, rows_K, side="right") - 1
+        passages_K = groups.firsts("pos", rows_K) + np.array(self._first_passage, np.int64)[shard_K]
+        queries_K, positives_K = groups.lengths("query", rows_K), self._tables["passages"].lengths("ids", passages_K)
+        return np.minimum(queries_K, query_max_len) + np.minimum(positives_K, passage_max_len)
 
     def notes(self, row: int) -> tuple[str | None, str | None]:
         """(type, prompt) of a group: None where its line gave none."""
@@ -326,6 +355,12 @@ def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
     folder = Path(folder)
     manifest = read_manifest(folder)
     return (PretrainShards if manifest["kind"] == "pretrain" else FinetuneShards)(folder, manifest)
+
+
+def open_folders(folders: Sequence[str | Path]) -> PretrainShards | FinetuneShards | Joined:
+    """One reader over folders of one kind and tokenizer, as if made as one. Raises ValueError where they do not fit."""
+    readers = [open_folder(folder) for folder in folders]
+    return readers[0] if len(readers) == 1 else Joined(readers, open_folders)
 
 
 def verify_folder(folder: str | Path) -> list[str]:

@@ -126,7 +126,7 @@ def _sort_in(path: Path, sources: list[Source], unknown: list[Path], is_folder_g
     elif (path / "state.json").exists() and (path / "dataset_info.json").exists():
         sources.append(Source(path, is_dataset=True))
     elif (path / "manifest.json").exists():
-        raise ValueError(f"{path} is a folder of shards already: give it to the trainer, alone, as --train_data")
+        raise ValueError(f"{path} is a folder of shards already: give it to the trainer as --train_data, or as an entry of it")
     elif is_folder_given:
         for inner in sorted(path.iterdir()):
             if not inner.name.startswith("."):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bge_ds.data.order import Order, whole_steps
+from bge_ds.data.order import Line, whole_steps
 
 CHUNK = 1 << 16  # texts; one bin in hundreds is closed early
 
@@ -42,7 +42,7 @@ class TokenOrder:
     accumulation steps.
     """
 
-    line: Order
+    line: Line
     lengths: Callable[[np.ndarray], np.ndarray]
     max_seq_length: int
     budget: int

@@ -19,6 +19,7 @@ from bge_ds.distributed import collectives
 _NAME = re.compile(r"checkpoint-(\d+)")
 PARTIAL = ".partial"
 FROZEN = "frozen_weights"
+_ONCE_UNWRITTEN = ("max_example_num_per_dataset",)  # older checkpoints say nothing of it, though it was in effect
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -46,7 +47,10 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
 
 
 def read_state(path: Path, expected: dict) -> dict:
-    """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name."""
+    """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name.
+
+    What an older version's checkpoint does not hold was off there, as it must be here.
+    """
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -55,7 +59,7 @@ def read_state(path: Path, expected: dict) -> dict:
     differing = [
         f"{key}: {state['agreement'].get(key)!r} there, {value!r} now"
         for key, value in expected.items()
-        if state["agreement"].get(key) != value
+        if (state["agreement"][key] != value if key in state["agreement"] else value and key not in _ONCE_UNWRITTEN)
     ]
     if differing:
         raise ValueError(

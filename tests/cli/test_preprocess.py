@@ -337,6 +337,18 @@ def test_processes_of_a_host_build_once(tmp_path, tokenizer, monkeypatch):
     assert sum("waiting for another process" in line for line in said) == 3
 
 
+def test_several_entries_are_one_cache_or_one_each(tmp_path, tokenizer, tiny_tokenizer_path):
+    """JSON lines alone go into one cache, as ever; beside a folder of shards, or where weights need it, each into its own."""
+    given = [write(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": "more"}]) for name in "abc"]
+    shared = preprocess.prepare_all("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")
+    assert shared == [preprocess.prepare("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")]
+    apart = preprocess.prepare_all("pretrain", given, tokenizer, True, cache_dir=tmp_path / "cache")
+    assert len(set(apart)) == 3 and all(len(shards.open_folder(folder)) == 2 for folder in apart)
+    assert run("pretrain", given[1], tmp_path / "s", tiny_tokenizer_path, "--max_seq_length", "512") == 0
+    beside = preprocess.prepare_all("pretrain", [given[0], str(tmp_path / "s")], tokenizer, cache_dir=tmp_path / "cache")
+    assert beside == [apart[0], tmp_path / "s"]
+
+
 def test_an_error_while_building_leaves_no_cache(tmp_path, tokenizer):
     """A bad line must be reported again by the next run, not be hidden by a cache that holds half the data."""
     given = write(tmp_path / "a.jsonl", [*GROUPS, b"{oops\n"])

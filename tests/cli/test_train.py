@@ -125,6 +125,53 @@ def test_pretrain_by_tokens(setting):
     assert 2 <= records[-1]["epoch"] < 2 + 1 / 4 and len(list(out.glob("checkpoint-*"))) == 2
 
 
+def test_a_mixture_of_sets_resumed(setting):
+    """Two ranks, two sets by weight, batches of one set and of similar length, loader workers: the table says what is taken,
+    a resumed run ends in the same weights as an undisturbed one, and another mixture is refused."""
+    lines = (setting / "groups.jsonl").read_text().splitlines(keepends=True)
+    (setting / "few_no_in_batch_neg.jsonl").write_text("".join(lines[:6]))
+    common = {"save_steps": 3, "dataloader_num_workers": 2, "per_device_train_batch_size": 2, "max_steps": 6,
+              "train_sampling_strategy": "group_by_length", "max_example_num_per_dataset": 15}  # fmt: skip
+    weights = [f"{setting / 'groups.jsonl'}=3", f"{setting / 'few_no_in_batch_neg.jsonl'}=1"]
+
+    def start(out, *more) -> str:
+        flags = finetune_flags(setting, out, **common)
+        at = flags.index("--train_data")
+        flags[at + 1 : at + 2] = weights
+        port = ["--master_port", str(helpers.free_port())]
+        program = ["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"]
+        return launch(program, *flags, "--same_dataset_within_batch", *more)
+
+    said = start("mixed")
+    assert "5 above max_example_num_per_dataset" in said and "0.7500" in said and "few_no_in_batch_neg.jsonl" in said
+    shutil.copytree(setting / "mixed" / "checkpoint-3", setting / "mixed_on" / "checkpoint-3")
+    assert "at step 3" in start("mixed_on", "--resume_from_checkpoint", setting / "mixed_on" / "checkpoint-3")
+    ours, theirs = (AutoModel.from_pretrained(setting / name).state_dict() for name in ("mixed", "mixed_on"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    weights[0] = f"{setting / 'groups.jsonl'}=4"
+    with pytest.raises(AssertionError, match=r"train_weights: \[3.0, 1.0\] there, \[4.0, 1.0\] now"):
+        start("mixed_on", "--resume_from_checkpoint", setting / "mixed_on" / "checkpoint-3")
+
+
+def test_sets_with_instructions_of_their_own(setting):
+    """Folders of shards made with different query instructions train together; each is saved as a prompt named by its set."""
+    folders = []
+    for name in ("first", "second"):
+        shutil.copy(setting / "groups.jsonl", setting / f"{name}.jsonl")
+        folders.append(setting / f"{name}_shards")
+        launch(
+            ["python", "-m", "bge_ds.preprocess", "finetune"], "--input", setting / f"{name}.jsonl", "--output", folders[-1],
+            "--tokenizer", setting / "model", "--query_instruction_for_retrieval", f"the {name}: ",
+            "--query_max_len", 16, "--passage_max_len", 40, "--num_proc", 1,
+        )  # fmt: skip
+    flags = finetune_flags(setting, "instructed", max_steps=1, train_data=folders[0])
+    flags.insert(flags.index("--train_data") + 2, folders[1])
+    said = launch(["python", "-m", "bge_ds.finetune"], *flags, "--mixing_temperature", 2)
+    assert "warning: sets have different instructions" in said
+    prompts = json.loads((setting / "instructed" / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"query": "", "query_first": "the first: ", "query_second": "the second: ", "passage": ""}
+
+
 def test_a_run_without_negatives_of_its_own(setting):
     """Groups without `neg`: ranks bring different numbers of passages, in-batch negatives serve, nothing hangs."""
     lines = (setting / "groups.jsonl").read_text().splitlines()

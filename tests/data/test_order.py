@@ -10,11 +10,42 @@ from hypothesis import strategies as st
 from bge_ds.data.order import Order, mix64, permute
 
 
-@given(size=st.integers(1, 5000), key=st.integers(0, 2**63))
+@given(size=st.integers(1, 10_000), key=st.integers(0, 2**63))
 @settings(max_examples=60, deadline=None)
 def test_permute_is_a_permutation(size, key):
     """Every row once, whatever the size: else texts would be lost or doubled."""
     assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permute_is_a_permutation_of_every_small_size():
+    """Sizes around the powers of 4, where the network's domain changes, are all among them."""
+    for size in range(1, 300):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, 9, size)), np.arange(size))
+
+
+@given(size=st.integers(10_001, 10**12), key=st.integers(0, 2**63), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_permute_of_a_large_size_takes_no_row_twice(size, key, data):
+    """No two places of a stretch anywhere have the same row, and every row is one of the size's."""
+    first = data.draw(st.integers(0, size - 2000))
+    rows = permute(np.arange(first, first + 2000), size, key)
+    assert len(np.unique(rows)) == 2000 and rows.min() >= 0 and rows.max() < size
+
+
+def test_one_key_for_all_places_and_a_key_each_agree():
+    """The round keys of a single permutation are hashed once: the rows must be those of the general way."""
+    places = np.arange(500)
+    keys = np.arange(500) % 3
+    mixed = permute(places, 500, 1, keys)
+    for key in range(3):
+        assert np.array_equal(permute(places, 500, 1, np.full(500, key))[keys == key], mixed[keys == key])
+        assert np.array_equal(permute(places, 500, 1, key), permute(places, 500, 1, np.full(500, key)))
+
+
+def test_the_order_of_earlier_versions_is_kept():
+    """A run that an earlier version began goes on with the same rows: the arithmetic must never change."""
+    order = Order(3, ((0, 100), (100, 103), (103, 900)), 8, max_per_span=20)
+    assert order.step_rows(5)[1].tolist() == [87, 94, 64, 642, 38, 560, 42, 873]
 
 
 def test_permute_looks_shuffled():
@@ -64,6 +95,24 @@ def test_subsample_of_each_file():
     assert set(rows[:13]) == set(rows[13:]) and len(set(rows[:13])) == 13
     assert {100, 101, 102} <= set(rows[:13].tolist())
     assert set(rows[:13].tolist()) != {*range(10), 100, 101, 102}
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    batch=st.sampled_from([8, 16, 24]),
+    most=st.none() | st.integers(1, 30),
+    step=st.integers(0, 300),
+)
+@settings(max_examples=60, deadline=None)
+def test_1_2_4_and_8_ranks_see_equal_global_batches(sizes, batch, most, step):
+    """Rank slices cut the same line, whatever the files and wherever the run is: a resumed run may change its ranks."""
+    ends = np.cumsum(sizes).tolist()
+    order = Order(11, tuple(zip([0, *ends], ends, strict=False)), batch, most)
+    expected = order.step_rows(step)
+    for world in (1, 2, 4, 8):
+        parts = [order.micro_batches(step, 1, rank, world)[0] for rank in range(world)]
+        for found, wanted in zip(zip(*parts, strict=True), expected, strict=True):
+            assert np.array_equal(np.concatenate(found), wanted)
 
 
 def test_mix64_depends_on_every_key():

@@ -125,10 +125,10 @@ def test_only_needed_chunks_are_counted():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_asks_for_a_rank_s_bins(tmp_path, workers, monkeypatch):
     """Loader workers, each with its own place in the line, give the steps in order: the bins of this rank and no other."""
-    monkeypatch.setattr(loader.shards, "open_folder", lambda folder: None)
+    monkeypatch.setattr(loader.shards, "open_folders", lambda folders: None)
     order = token_order(step_bins=6)
     found = loader.steps(
-        tmp_path, order, lambda shards, epochs, rows: (epochs, rows), first_step=5, end_step=12, accumulation=3, rank=1,
+        [tmp_path], order, lambda shards, epochs, rows: (epochs, rows), first_step=5, end_step=12, accumulation=3, rank=1,
         world=2, workers=workers, pin_memory=False, context="fork",
     )  # fmt: skip
     for step, batches in enumerate(found, start=5):

@@ -41,6 +41,11 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     assert checkpoint.read_state(path, {"ranks": 2, "data_fingerprint": "a"}) == {"step": 5, "tokens_seen": 7}
     with pytest.raises(ValueError, match="ranks: 2 there, 3 now"):
         checkpoint.read_state(path, {"ranks": 3, "data_fingerprint": "a"})
+    # Of a version that had no mixtures: it goes on without one, and is refused where one is asked for.
+    later = {"ranks": 2, "train_weights": None, "same_dataset_within_batch": False, "max_example_num_per_dataset": 9}
+    assert checkpoint.read_state(path, later)["step"] == 5
+    with pytest.raises(ValueError, match=r"train_weights: None there, \[1.0, 2.0\] now"):
+        checkpoint.read_state(path, later | {"train_weights": [1.0, 2.0]})
     (path / "state.json").write_text('{"step": 5')
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.read_state(path, {})

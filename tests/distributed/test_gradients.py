@@ -53,7 +53,7 @@ RANK_SCRIPT = """
 import json, sys
 import numpy as np, torch
 from transformers import AutoModelForMaskedLM
-from bge_ds import finetune, pretrain, run
+from bge_ds import finetune, ordering, pretrain, run
 from bge_ds.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import batches, shards
 from bge_ds.distributed import collectives, engine as engines
@@ -102,7 +102,7 @@ for case, flags in cases.items():
         data, collate, options = shards.open_folder(data_path), batches.collate_groups, dict(
             group_size=3, query_max_len=16, passage_max_len=40, distill=args.knowledge_distillation,
             own_only_spans=((0, 5),) if case == "own_only_set" else ())
-    order = run.make_order(args, data)
+    order = ordering.make_order(args, data)
     engine = engine_of(args, model, order)
     parts = [collate(data, *rows, seed=order.seed, **options) for rows in order.micro_batches(0, accumulation, rank, world)]
     targets = pretrain.count_targets(model, parts, True) if "pretrain" in case else None
