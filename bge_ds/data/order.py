@@ -1,8 +1,8 @@
 """Which rows a step sees, as arithmetic on (seed, epoch, step).
 
-Nothing here is stored: an epoch's order is a keyed permutation evaluated where it is needed (a Feistel network over
-the smallest 4^k that holds N, walked until the value falls below N), so that memory does not grow with the data, a
-resumed run costs nothing, and any number of ranks cuts the same global batches from the same line.
+An epoch's order is a keyed permutation evaluated where it is needed (a Feistel network over the smallest 4^k that holds
+N, walked until the value falls below N), so that memory does not grow with the data, a resumed run costs nothing, and
+any number of ranks cuts the same global batches from the same line. Nothing is stored but the rows near the last step.
 
 The rule at an epoch's end: epochs are laid end to end, and step s takes places [s G, (s+1) G) of that line, G texts a
 global batch. Every text is seen exactly once an epoch, no batch is short, and only the last step of a run may take
@@ -13,26 +13,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MUL_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MUL_1, _MUL_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_LAST = (1 << 64) - 1
 _ROUNDS = 6
+_STRETCH = 4096  # places that are looked up together
 
 
 def mix64(*keys: int | np.ndarray) -> np.ndarray:
     """Hash integers (arrays broadcast) to uniform uint64, splitmix64's finaliser chained over the keys."""
-    with np.errstate(over="ignore"):
-        state = np.zeros(np.broadcast_shapes(*(np.shape(key) for key in keys)), np.uint64)
-        for key in keys:
-            if isinstance(key, int):
-                key = key % (1 << 64)
-            state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
-            state = (state ^ (state >> np.uint64(30))) * _MUL_1
-            state = (state ^ (state >> np.uint64(27))) * _MUL_2
-            state = state ^ (state >> np.uint64(31))
+    return np.uint64(_absorb(0, *keys))
+
+
+def _absorb(state: int | np.ndarray, *keys: int | np.ndarray) -> int | np.ndarray:
+    """The state after more keys. Numbers stay Python's until an array comes: numpy costs a microsecond an operation."""
+    for key in keys:
+        if np.ndim(key) == 0 and isinstance(state, int):
+            state = ((state ^ (int(key) & _LAST)) + _GOLDEN) & _LAST
+            state = ((state ^ (state >> 30)) * _MUL_1) & _LAST
+            state = ((state ^ (state >> 27)) * _MUL_2) & _LAST
+            state ^= state >> 31
+            continue
+        key = np.uint64(int(key) & _LAST) if np.ndim(key) == 0 else np.asarray(key).astype(np.uint64, copy=False)
+        state = key ^ (np.uint64(state) if isinstance(state, int) else state)  # an array of its own: changed in place
+        state += np.uint64(_GOLDEN)
+        state ^= (shifted := state >> np.uint64(30))
+        state *= np.uint64(_MUL_1)
+        state ^= np.right_shift(state, np.uint64(27), out=shifted)
+        state *= np.uint64(_MUL_2)
+        state ^= np.right_shift(state, np.uint64(31), out=shifted)
     return state
 
 
@@ -44,13 +56,13 @@ def permute(places_K: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarr
     half = np.uint64(max(1, math.ceil(max(1, size - 1).bit_length() / 2)))
     low = np.uint64((1 << int(half)) - 1)
     values = np.array(places_K, np.uint64)
-    seeds = np.broadcast_to(mix64(*key), values.shape)
+    rounds = [_absorb(0, mix64(*key), round_) for round_ in range(_ROUNDS)]  # what hashing a round's half begins with
     walking = np.arange(values.size)
     while walking.size:
-        value, seed = values[walking], seeds[walking]
+        value = values[walking]
         left, right = value >> half, value & low
-        for round_ in range(_ROUNDS):
-            left, right = right, left ^ (mix64(seed, round_, right) & low)
+        for state in rounds:
+            left, right = right, left ^ (_absorb(state if isinstance(state, int) else state[walking], right) & low)
         value = (left << half) | right
         values[walking] = value
         walking = walking[value >= size]
@@ -100,7 +112,10 @@ class Order:
 
     def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
-        return self.rows_at(np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64))
+        stretch, inside = divmod(step, max(1, _STRETCH // self.global_batch))
+        epochs, rows = _rows_of_stretch(self, stretch)
+        part = slice(inside * self.global_batch, (inside + 1) * self.global_batch)
+        return epochs[part].copy(), rows[part].copy()
 
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_K, rows_K) at places along the line of all epochs laid end to end."""
@@ -120,6 +135,13 @@ class Order:
                 inside = permute(inside, end - start, self.seed, 2, int(span))
             rows_K[here] = start + inside
         return epochs_K, rows_K
+
+
+@lru_cache(maxsize=2)
+def _rows_of_stretch(order: Order, stretch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, rows) of as many whole steps as come near _STRETCH places: hashing 16 places costs as much as hashing 4,096."""
+    size = order.global_batch * max(1, _STRETCH // order.global_batch)
+    return order.rows_at(np.arange(stretch * size, (stretch + 1) * size, dtype=np.int64))
 
 
 def whole_steps(filled: float, drop_last: bool) -> int:
