@@ -1,6 +1,7 @@
-"""Preprocessing: JSON lines -> Arrow shards, once. Also what a trainer calls when it is given JSON lines.
+"""Preprocessing: texts -> Arrow shards, once. Also what a trainer calls when it is given JSON lines.
 
 python -m bge_ds.preprocess finetune --input train.jsonl --output shards --tokenizer BAAI/bge-small-en
+python -m bge_ds.preprocess merge part1 part2 --output shards
 python -m bge_ds.preprocess inspect shards
 python -m bge_ds.preprocess verify shards
 """
@@ -12,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import orjson
 import xxhash
 
-from .data import folders, records, shards
-from .data.build import INSTRUCTIONS, LENGTHS, Job, Settings, build
+from .data import digests, folders, parts, records, shards, sources, tables
+from .data.build import Share, build, tell
+from .data.workers import INSTRUCTIONS, LENGTHS, Job, Settings
 
 # ----------------------------------------------------------------------------------------------- what a trainer calls
 
@@ -69,17 +71,15 @@ def prepare(
         check_fits(Path(inputs[0]), settings, core, explicit)
         return Path(inputs[0])
     settings.check(records.Encoder(core))
-    sources = records.find_sources(inputs)
-    digest = xxhash.xxh3_128(orjson.dumps([shards.SCHEMA_VERSION, core.fingerprint, asdict(settings)]))
-    for path in itertools.chain.from_iterable(source.files() for source in sources):
-        digest.update(f"\0{path.suffix}\0{path.stat().st_size}\0".encode())
-        shards.hash_file(path, digest)
+    found = sources.find_sources(inputs)
     base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
-    folder = base.expanduser() / f"{kind}-{digest.hexdigest()}"
-    return _build_once(folder, sources, (settings, core), say)
+    base = base.expanduser()
+    held = digests.of_sources(found, base)
+    digest = xxhash.xxh3_128_hexdigest(orjson.dumps([shards.SCHEMA_VERSION, core.fingerprint, asdict(settings), held]))
+    return _build_once(base / f"{kind}-{digest}", found, (settings, core), say)
 
 
-def _build_once(folder: Path, sources: list[records.Source], job: Job, say: Callable[[str], None]) -> Path:
+def _build_once(folder: Path, inputs: list[sources.Source], job: Job, say: Callable[[str], None]) -> Path:
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _build_once(folder: Path, sources: list[records.Source], job: Job, say: Call
                 shards.open_folder(folder)
                 say(f"using the cache {folder}")
                 return folder
-        manifest = build(folder, sources, job, overwrite=True, say=say)
+        manifest = build(folder, inputs, job, overwrite=True, say=say)
     finally:
         lock.release()
     rows = manifest["counts"]["texts" if job[0].kind == "pretrain" else "groups"]
@@ -197,7 +197,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m bge_ds.preprocess", description="JSON lines to Arrow shards.", allow_abbrev=False)
+    parser = _Parser(prog="python -m bge_ds.preprocess", description="Texts to Arrow shards.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for kind, lengths in LENGTHS.items():
         one = commands.add_parser(kind, allow_abbrev=False, help=f"make shards for bge_ds.{kind}")
@@ -206,19 +206,29 @@ def _parser() -> argparse.ArgumentParser:
             spellings = [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
             one.add_argument(*spellings, **how)
 
-        add("input", nargs="+", required=True, help=f"files ({', '.join(records.ENDINGS)}), folders, quoted globs")
+        kinds = ", ".join(sources.KNOWN)
+        add("input", nargs="+", required=True, help=f"files ({kinds}), folders, quoted globs, {tables.HUB_SYNTAX}")
         add("output", required=True, help="folder to write; it appears when all is done")
         add("tokenizer", required=True, help="folder or hub name; must be the trained model's")
         for name, default in lengths.items():
             add(name, type=int, default=default, help=f"tokens, special tokens included (default {default})")
         for name in INSTRUCTIONS[kind]:
             add(name, default="", help="put before the text as it is, no separator added")
+        add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
+        if kind == "finetune":
+            add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
         add("num_proc", type=int, default=0, help="worker processes (default: one for each core)")
+        add("partition", default="1/1", metavar="I/N", help="make part I of N alone, for merge (I counts from 1)")
+        add("sample", type=int, default=0, metavar="N", help="a quick look: the first N lines of each input alone")
         add("on_error", choices=("raise", "skip"), default="raise", help="what a bad line does (default raise)")
         add("skip_unknown", action="store_true", help="pass over files of unknown kinds in folders")
-        add("shard_bytes", type=int, default=shards.SHARD_BYTES, help="size of a full shard (default 256 MiB)")
+        add("shard_bytes", type=int, default=shards.SHARD_BYTES, help="bytes of input a shard (default 256 MiB)")
         add("overwrite", action="store_true", help="replace the shards in --output")
         add("cache_dir", help="where tokenizers from the hub are kept")
+    one = commands.add_parser("merge", allow_abbrev=False, help="join all parts of a run with --partition, moving no data")
+    one.add_argument("parts", nargs="+", type=Path)
+    one.add_argument("--output", type=Path, required=True, help="folder to write")
+    one.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
     one = commands.add_parser("inspect", help="print what a folder of shards holds")
     one.add_argument("folder", type=Path)
     one.add_argument("--sample", type=int, default=3, help="rows to decode (default 3)")
@@ -227,20 +237,55 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _make(args: argparse.Namespace) -> None:
-    for name, least in (("num_proc", 0), ("shard_bytes", 1), *((name, 1) for name in LENGTHS[args.command])):
+    for name, least in (("num_proc", 0), ("shard_bytes", 1), ("sample", 0), *((name, 1) for name in LENGTHS[args.command])):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more")
+    corpus = getattr(args, "corpus", [])
+    columns = _columns(args.columns, args.command, bool(corpus))
+    share = _share(args.partition, args.sample)
     folders.check_output(Path(args.output), args.overwrite)
-    sources = records.find_sources(args.input, args.skip_unknown)
+    found = sources.find_sources(args.input, args.skip_unknown)
+    entries = sources.find_sources(corpus, args.skip_unknown) if corpus else []
     core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir))
     names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command])
     settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
-    manifest = build(
-        Path(args.output), sources, (settings, core),
+    made = build(
+        Path(args.output), found, (replace(settings, columns=columns), core), corpus_inputs=entries, share=share,
         num_proc=args.num_proc, shard_bytes=args.shard_bytes, overwrite=args.overwrite,
     )  # fmt: skip
+    if share.of > 1:
+        print(f"wrote {args.output}: part {share.part} of {share.of}, to be merged when all are made")
+    else:
+        _say_written(Path(args.output), made)
+
+
+def _columns(given: list[str], kind: str, by_id: bool) -> tuple[tuple[str, str], ...]:
+    fields = (*records.KEYS["by_id"], *records.KEYS["corpus"]) if by_id else records.KEYS[kind]
+    pairs = [tuple(pair.split("=", 1)) for pair in given]
+    for pair, text in zip(pairs, given, strict=True):
+        if len(pair) != 2 or pair[0] not in fields or not pair[1]:
+            raise ValueError(f"--columns {text}: give FIELD=COLUMN, FIELD one of {', '.join(fields)}")
+    if len({field for field, _ in pairs}) < len(pairs):
+        raise ValueError(f"--columns {' '.join(given)}: each field once")
+    return tuple(sorted(pairs))
+
+
+def _share(partition: str, sample: int) -> Share:
+    part, _, of = partition.partition("/")
+    if not (part.isdecimal() and of.isdecimal()):
+        raise ValueError(f"--partition {partition}: give i/n with i from 1 to n, e.g. 1/4")
+    return Share(int(part), int(of), sample)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    manifest = parts.merge(args.parts, args.output, args.overwrite)
+    tell(args.output, manifest, manifest["tokenizer"]["name"], print)
+    _say_written(args.output, manifest)
+
+
+def _say_written(output: Path, manifest: dict[str, Any]) -> None:
     counts = ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
-    print(f"wrote {args.output}: {counts}, {len(manifest['shards'])} shards")
+    print(f"wrote {output}: {counts}, {len(manifest['shards'])} shards")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,13 +298,15 @@ def main(argv: list[str] | None = None) -> int:
             if problems := shards.verify_folder(args.folder):
                 raise ValueError("; ".join(problems))
             print(f"{args.folder}: every shard is as it was written")
+        elif args.command == "merge":
+            _merge(args)
         else:
             _make(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted: nothing was written", file=sys.stderr)
+        print("error: interrupted: the same command goes on with the segments that are finished", file=sys.stderr)
         return 130
     return 0
 

@@ -20,7 +20,7 @@ import orjson
 import torch
 import xxhash
 
-from bge_ds.data import records
+from bge_ds.data import sources
 
 MEASURES = (ir_measures.nDCG @ 10, ir_measures.RR @ 10, ir_measures.R @ 100)
 NAMES = ("nDCG@10", "MRR@10", "Recall@100")
@@ -72,7 +72,7 @@ def find_file(folder: Path, *names: str) -> Path:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not blank; the place is `file:line`."""
-    for block in records.read_blocks(records.Source(path), 0):
+    for block in sources.read_blocks(sources.Source(path), 0):
         for number, raw in enumerate(block.data.split(b"\n"), block.first):
             try:
                 line = raw.decode("utf-8").rstrip("\r")

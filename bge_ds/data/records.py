@@ -1,4 +1,4 @@
-"""Input lines: finding the files, reading them in blocks, checking each line, turning texts into token ids.
+"""Input lines: checking each, turning its texts into token ids.
 
 Nothing here knows about ranks, shards or torch. The tokenizer is used through its Rust core alone: the core can be sent
 to a worker process as text, and Python-side settings (truncation, padding, `model_max_length`) cannot change an id.
@@ -10,13 +10,9 @@ tokens that share one character stay together. And a tokenizer without a pre-tok
 there white space parts the words.
 """
 
-import glob
-import gzip
 import json
 import math
 import re
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +23,12 @@ import orjson
 import xxhash
 from tokenizers import Encoding, Tokenizer
 
-BLOCK_BYTES = 1 << 20
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-KEYS = {"pretrain": ("text",), "finetune": ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type")}
+KEYS = {
+    "pretrain": ("text",),
+    "finetune": ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type"),
+    "by_id": ("query", "pos_ids", "neg_ids", "pos_scores", "neg_scores", "prompt", "type"),  # texts are in a corpus
+    "corpus": ("_id", "title", "text"),
+}
 # Scripts whose words are not parted by spaces: Thai to Tibetan, Myanmar, Khmer, kana, ideographs and their extensions.
 UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
@@ -194,125 +193,11 @@ def _starts_word(text: str, span: tuple[int, int], last: tuple[int, int]) -> boo
     return bool(UNSPACED.match(text, start) or (end and UNSPACED.match(text, end - 1)))
 
 
-# ------------------------------------------------------------------------------------------------------ input files
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input: a file of JSON lines, or a folder written by `datasets.save_to_disk`."""
-
-    path: Path
-    is_dataset: bool = False
-
-    def files(self) -> list[Path]:
-        return sorted(p for p in self.path.rglob("*") if p.is_file()) if self.is_dataset else [self.path]
-
-    def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files())
-
-
-def find_sources(inputs: list[str], skip_unknown: bool = False) -> list[Source]:
-    """Files, folders and globs -> the sources, in the order given, a folder's or glob's sorted by name.
-
-    Raises ValueError for a path that does not exist, an unknown kind of file (unless skipped), or nothing at all."""
-    sources: list[Source] = []
-    unknown: list[Path] = []
-    for name in inputs:
-        paths = [Path(name)] if Path(name).exists() else list(map(Path, sorted(glob.glob(name, recursive=True))))
-        if not paths:
-            raise ValueError(f"no file {name}: give a file ({', '.join(ENDINGS)}), a folder or a quoted glob")
-        for path in paths:
-            _sort_in(path, sources, unknown, is_folder_given=True)
-    if unknown and not skip_unknown:
-        shown = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise ValueError(
-            f"unknown kind of file: {shown}. Read are {', '.join(ENDINGS)} and folders written by"
-            " datasets.save_to_disk; --skip_unknown passes over all others"
-        )
-    if not sources:
-        raise ValueError(f"no file of a known kind ({', '.join(ENDINGS)}) in {', '.join(inputs)}")
-    return sources
-
-
-def _sort_in(path: Path, sources: list[Source], unknown: list[Path], is_folder_given: bool) -> None:
-    if path.is_file():
-        if path.name.endswith(ENDINGS):
-            sources.append(Source(path))
-        else:
-            unknown.append(path)
-    elif (path / "dataset_dict.json").exists():
-        raise ValueError(f"{path} is a DatasetDict of several splits: name the folder of one, e.g. {path / 'train'}")
-    elif (path / "state.json").exists() and (path / "dataset_info.json").exists():
-        sources.append(Source(path, is_dataset=True))
-    elif (path / "manifest.json").exists():
-        raise ValueError(f"{path} is a folder of shards already: give it to the trainer, alone, as --train_data")
-    elif is_folder_given:
-        for inner in sorted(path.iterdir()):
-            if not inner.name.startswith("."):
-                _sort_in(inner, sources, unknown, is_folder_given=False)
-    else:
-        unknown.append(path)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some whole lines of one source, undecoded."""
-
-    source: int  # index of the source
-    first: int  # number of the first line: from 1 in a file, from 0 (the row) in a datasets folder
-    data: bytes = field(repr=False)
-    advance: int  # bytes of the file that reading this block took
-
-
-def read_blocks(source: Source, index: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Cuts a source into blocks of whole lines, of about `block_bytes`. Raises ValueError for a broken gzip stream."""
-    if source.is_dataset:
-        yield from _read_dataset(source, index)
-        return
-    line, rest, at = 1, [], 0
-    with open(source.path, "rb") as raw, gzip.open(raw) if source.path.suffix == ".gz" else raw as stream:
-        while True:
-            try:
-                chunk = stream.read(block_bytes)
-            except gzip.BadGzipFile as error:
-                raise ValueError(f"{source.path}:{line}: not gzip, though its name ends in .gz: {error}") from error
-            except (EOFError, zlib.error) as error:
-                raise ValueError(f"{source.path}:{line}: the gzip stream breaks off near this line: {error}") from error
-            cut = chunk.rfind(b"\n") + 1
-            if chunk and not cut:
-                rest.append(chunk)
-                continue
-            data = b"".join([*rest, chunk[:cut]])
-            rest = [chunk[cut:]]
-            if data:
-                here = raw.tell()
-                yield Block(index, line, data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data, here - at)
-                line, at = line + data.count(b"\n"), here
-            if not chunk:
-                return
-
-
-def _read_dataset(source: Source, index: int) -> Iterator[Block]:
-    import datasets  # seconds to import, and most inputs are files
-
-    try:
-        rows = datasets.load_from_disk(str(source.path))
-    except Exception as error:  # whatever the library and Arrow make of a broken folder
-        raise ValueError(f"{source.path}: datasets cannot load this folder: {error}") from error
-    rows = rows.select_columns([name for names in KEYS.values() for name in names if name in rows.column_names])
-    step, done, size = 1000, 0, source.num_bytes()
-    for first in range(0, len(rows), step):
-        batch = [rows[i] for i in range(first, min(first + step, len(rows)))]
-        upto = size * (first + len(batch)) // len(rows)
-        yield Block(index, first, b"".join(orjson.dumps(row) + b"\n" for row in batch), upto - done)
-        done = upto
-
-
 # ------------------------------------------------------------------------------------------------------------ lines
 
 
-def parse_line(raw: bytes, kind: str) -> dict[str, Any]:
-    """Checks one line and returns its object, `neg` filled in where absent.
+def parse_line(raw: bytes, kind: str, columns: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
+    """Checks one line and returns its object, with the field filled in that may be absent (`neg`, `neg_ids`, `title`).
 
     Raises ValueError with the reason alone; the caller knows the file and the line."""
     try:
@@ -321,25 +206,77 @@ def parse_line(raw: bytes, kind: str) -> dict[str, Any]:
         raise ValueError(_why_not_json(raw, error)) from None
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but {_type(record)}: each line holds one object, {{...}}")
+    return check(record, kind, columns)
+
+
+def check(record: dict[str, Any], kind: str, columns: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
+    """`parse_line` for an object; `columns` are (field, the name that it has in this input), see `rename`."""
+    if columns:
+        record = rename(record, columns)
     if kind == "pretrain":
         _check_text(record.get("text"), '"text"', record)
         return record
+    if kind == "corpus":
+        return _check_entry(record)
     _check_text(record.get("query"), '"query"', record)
-    for key in ("pos", "neg"):
-        texts = record.get(key)
-        if texts is None and key == "neg":
-            texts = record["neg"] = []
-        if not isinstance(texts, list):
-            raise ValueError(_wrong(f'"{key}"', texts, "a list of strings", record))
-        for i, text in enumerate(texts):
-            _check_text(text, f'"{key}"[{i}]', record)
-        _check_scores(record.get(f"{key}_scores"), f"{key}_scores", len(texts), key)
-    if not record["pos"]:
-        raise ValueError('"pos" is empty: a query needs at least one positive')
+    if kind == "by_id" and "pos" in record and "pos_ids" not in record:
+        raise ValueError('"pos" holds texts: with --corpus a line names its passages by "pos_ids" and "neg_ids"')
+    if kind == "finetune" and "pos_ids" in record and "pos" not in record:
+        raise ValueError('"pos_ids" names passages of a corpus: give its files by --corpus')
+    for key in ("pos", "neg") if kind == "finetune" else ("pos_ids", "neg_ids"):
+        _check_list(record, key, kind == "by_id")
     for key in ("type", "prompt"):
         if record.get(key) is not None and not isinstance(record[key], str):
             raise ValueError(_wrong(f'"{key}"', record[key], "a string", record))
     return record
+
+
+def rename(record: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The object under our names. A plain string for a field that is a list of texts or ids is a list of one."""
+    found = {name: value for name, value in record.items() if name not in {column for _, column in columns}}
+    for name, column in columns:
+        if column in record:
+            value = record[column]
+            found[name] = [value] if name in ("pos", "neg", "pos_ids", "neg_ids") and isinstance(value, str) else value
+    return found
+
+
+def _check_list(record: dict[str, Any], key: str, by_id: bool) -> None:
+    values, side = record.get(key), key.removesuffix("_ids")
+    if values is None and side == "neg":
+        values = record[key] = []
+    if not isinstance(values, list):
+        raise ValueError(_wrong(f'"{key}"', values, "a list of strings", record))
+    for i, value in enumerate(values):
+        if not by_id:
+            _check_text(value, f'"{key}"[{i}]', record)
+        else:
+            values[i] = _identity(value, f'"{key}"[{i}]', record)
+    _check_scores(record.get(f"{side}_scores"), f"{side}_scores", len(values), key)
+    if not values and side == "pos":
+        raise ValueError(f'"{key}" is empty: a query needs at least one positive')
+
+
+def _check_entry(record: dict[str, Any]) -> dict[str, Any]:
+    """One line of a corpus; its passage is the title, a space and the text, as BEIR has it."""
+    record["_id"] = _identity(record.get("_id"), '"_id"', record)
+    title = record["title"] = record.get("title") or ""
+    for key in ("title", "text"):
+        if not isinstance(record.get(key), str):
+            raise ValueError(_wrong(f'"{key}"', record.get(key), "a string", record))
+    record["text"] = f"{title} {record['text']}".strip()
+    _check_text(record["text"], '"text"', record)
+    return record
+
+
+def _identity(value: Any, name: str, record: dict[str, Any]) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(_wrong(name, value, "a string or a whole number", record))
+    if not value:
+        raise ValueError(f"{name} is an empty id")
+    return value
 
 
 def _check_text(text: Any, name: str, record: dict[str, Any]) -> None:

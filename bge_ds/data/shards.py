@@ -1,14 +1,19 @@
 """Arrow shards: how tokenised rows lie on disk, and the memory-mapped reader that training runs on.
 
-A folder holds `manifest.json` and one or two tables, each cut into shards `TABLE-00000.arrow` (Arrow IPC files):
+A folder holds `manifest.json` and one or two tables, each cut into Arrow IPC files `TABLE-SOURCE-SEGMENT.arrow`:
 
     pretrain   texts     ids: list<uint16|int32>, words: list<uint16|int32>, the word of each token (0, 1, 2, ...)
     finetune   passages  ids: list<uint16|int32>, hash: uint64, xxh3_64 of the raw text: finds equal texts on any rank
                groups    query: list<uint16|int32>, pos and neg: list<int64> rows of `passages`,
                          pos_scores and neg_scores: list<float32> or null, type and prompt: string or null
 
+A segment is a stretch of one input (`sources.py`), and its files are complete in themselves: `pos` and `neg` count from
+the first row of the segment's own passages, among which each text is stored once. So writing needs memory for one
+segment, and files are put together without touching them; the reader adds where a segment's passages begin. With a
+corpus (`--corpus`) the passages are the corpus's, and `pos` and `neg` are rows of the whole table.
+
 `ids` hold the special tokens and are cut to the length that the manifest names. Buffers are not compressed, so that a
-row is a slice of the mapped file: opening costs one footer a shard, whatever the size, and all processes of a host
+row is a slice of the mapped file: a shard is mapped when a row of it is first asked for, and all processes of a host
 share the pages. The price is disk space, halved by uint16 ids where the vocabulary allows it.
 
 The manifest is written last, into a folder that gets its final name by one rename: a folder with a manifest is whole.
@@ -23,12 +28,13 @@ import orjson
 import pyarrow as pa
 import xxhash
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
+PART = "part.json"  # in place of the manifest, in a part that waits to be merged
 TABLES = {"pretrain": ("texts",), "finetune": ("passages", "groups")}
-BATCH_BYTES = 4 << 20  # a record batch: small enough for list offsets of 32 bits, large enough that batches are few
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 256 << 20  # of the input, a segment
+MAPPED = 512  # shards of a table that stay mapped: bounds memory, and the maps a process may have
 
 
 def id_type(limit: int) -> pa.DataType:
@@ -66,80 +72,14 @@ def hash_file(path: Path, digest: "xxhash.xxh3_128 | None" = None) -> "xxhash.xx
     return digest
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-class TableWriter:
-    """Writes one table: gathers rows into record batches of BATCH_BYTES, begins a new shard past `shard_bytes`."""
-
-    def __init__(self, folder: Path, table: str, schema: pa.Schema, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.table, self.schema, self.shard_bytes = folder, table, schema, shard_bytes
-        self.rows = 0
-        self._shards: list[dict[str, Any]] = []
-        self._pending: list[pa.RecordBatch] = []
-        self._pending_bytes = 0
-        self._file: Any = None
-        self._ipc: Any = None
-
-    def write(self, columns: list[pa.Array]) -> None:
-        """Appends rows given as one array for each field of the schema."""
-        batch = pa.RecordBatch.from_arrays(columns, schema=self.schema)
-        self.rows += batch.num_rows
-        self._pending.append(batch)
-        self._pending_bytes += batch.nbytes
-        if self._pending_bytes >= min(BATCH_BYTES, self.shard_bytes):
-            self._flush()
-
-    def close(self) -> list[dict[str, Any]]:
-        """Writes what is pending; returns the manifest's entries {table, file, rows, bytes, hash} of all the shards."""
-        self._flush()
-        self._end_shard()
-        return self._shards
-
-    def abort(self) -> None:
-        """Lets go of the open file, so that a failed run can remove its folder."""
-        if self._file is not None:
-            self._file.close()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        if self._ipc is None:
-            name = f"{self.table}-{len(self._shards):05d}.arrow"
-            self._shards.append({"table": self.table, "file": name, "rows": 0})
-            self._file = open(self.folder / name, "wb")  # noqa: SIM115 - closed by _end_shard or abort
-            self._ipc = pa.ipc.new_file(self._file, self.schema)
-        table = pa.Table.from_batches(self._pending, self.schema).combine_chunks()
-        self._ipc.write_table(table)
-        self._shards[-1]["rows"] += table.num_rows
-        self._pending, self._pending_bytes = [], 0
-        if self._file.tell() >= self.shard_bytes:
-            self._end_shard()
-
-    def _end_shard(self) -> None:
-        if self._ipc is None:
-            return
-        self._ipc.close()
-        self._file.close()
-        self._ipc, path = None, self.folder / self._shards[-1]["file"]
-        self._shards[-1] |= {"bytes": path.stat().st_size, "hash": hash_file(path).hexdigest()}
-
-
 def fingerprint(manifest: dict[str, Any]) -> str:
     """A hash over all in a manifest that decides what a row holds: folders of one fingerprint train alike."""
     # Left out: the version and all names, which may change while every row stays the same.
     content = {key: value for key, value in manifest.items() if key not in ("fingerprint", "bge_ds_version")}
     content["tokenizer"] = manifest["tokenizer"] | {"name": None}
-    content["sources"] = [source["rows"] for source in manifest["sources"]]
+    for key in {"sources", "corpus"} & content.keys():
+        content[key] = [source["rows"] for source in manifest[key]]
     return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Adds the schema version and the fingerprint, writes `manifest.json`, returns the manifest. To be called last."""
-    manifest = {"schema_version": SCHEMA_VERSION, **manifest}
-    manifest["fingerprint"] = fingerprint(manifest)
-    (folder / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
-    return manifest
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -170,23 +110,32 @@ class _Lists(NamedTuple):
 
 
 class _Table:
-    """The shards of one table, mapped. A shard's record batches are looked at when a row of it is first asked for."""
+    """The shards of one table. Each is mapped when a row of it is first asked for, and the oldest maps are let go."""
 
     def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[dict[str, Any]]) -> None:
-        self.table = table
+        self.table, self.schema = table, schema
         self.entries = [entry for entry in entries if entry["table"] == table]
         self.paths = [folder / entry["file"] for entry in self.entries]
-        self.files = [_open_shard(*of, schema) for of in zip(self.paths, self.entries, strict=True)]
+        for path, entry in zip(self.paths, self.entries, strict=True):
+            _check_size(path, entry)
         ends = np.cumsum([0] + [entry["rows"] for entry in self.entries])
         self.starts, self.rows = ends[:-1].tolist(), int(ends[-1])
-        self._shards: list[tuple[list[int], list[dict[str, Any]]] | None] = [None] * len(self.entries)
+        self._shards: dict[int, tuple[list[int], list[dict[str, Any]]]] = {}
+
+    def shard(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
+        """(first row of each record batch, columns of each by name) of shard number `k`."""
+        return self._shards.get(k) or self._load(k)
+
+    def number(self, row: int) -> int:
+        """The shard that holds a row of the table."""
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} of table {self.table}, which has {self.rows} rows")
+        return bisect_right(self.starts, row) - 1
 
     def locate(self, row: int) -> tuple[dict[str, Any], int]:
         """Row of the table -> (columns of its record batch by name, row inside the batch)."""
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row {row} of table {self.table}, which has {self.rows} rows")
-        k = bisect_right(self.starts, row) - 1
-        starts, batches = self._shards[k] or self._load(k)
+        k = self.number(row)
+        starts, batches = self._shards.get(k) or self._load(k)
         b = bisect_right(starts, row - self.starts[k]) - 1
         return batches[b], row - self.starts[k] - starts[b]
 
@@ -198,7 +147,7 @@ class _Table:
             raise IndexError(f"rows {sorted_K[0]} to {sorted_K[-1]} of table {self.table}, which has {self.rows} rows")
         shard_bounds = np.searchsorted(sorted_K, [*self.starts, self.rows])
         for k in np.flatnonzero(np.diff(shard_bounds)):
-            starts, batches = self._shards[k] or self._load(k)
+            starts, batches = self.shard(int(k))
             starts = self.starts[k] + np.array(starts)
             bounds = np.searchsorted(sorted_K, [*starts, self.starts[k] + self.entries[k]["rows"]])
             for b in np.flatnonzero(np.diff(bounds)):
@@ -209,17 +158,22 @@ class _Table:
 
     def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
         starts, batches, rows = [], [], 0
-        try:
-            for b in range(self.files[k].num_record_batches):
-                batch = self.files[k].get_batch(b)
-                starts.append(rows)
-                batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
-                rows += batch.num_rows
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{self.paths[k]}: corrupted shard ({error}): preprocess again") from error
+        # The file may be closed again: views of its batches keep the map, and a process may have few open files.
+        with pa.memory_map(str(self.paths[k])) as file:
+            reader = _open_shard(file, self.paths[k], self.schema)
+            try:
+                for b in range(reader.num_record_batches):
+                    batch = reader.get_batch(b)
+                    starts.append(rows)
+                    batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
+                    rows += batch.num_rows
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{self.paths[k]}: corrupted shard ({error}): preprocess again") from error
         if rows != self.entries[k]["rows"]:
             wanted = self.entries[k]["rows"]
             raise ValueError(f"{self.paths[k]}: {rows} rows, the manifest says {wanted}: preprocess again")
+        if len(self._shards) >= MAPPED:
+            del self._shards[next(iter(self._shards))]
         self._shards[k] = (starts, batches)
         return starts, batches
 
@@ -230,14 +184,21 @@ def _view(column: pa.Array) -> Any:
     return column if pa.types.is_string(column.type) else column.to_numpy(zero_copy_only=True)
 
 
-def _open_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, though the manifest names it: copy the folder again, or preprocess again")
-    if (size := path.stat().st_size) != entry["bytes"]:
+def _check_size(path: Path, entry: dict[str, Any]) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing, though the manifest names it: copy the folder again, or preprocess again"
+        ) from None
+    if size != entry["bytes"]:
         wanted = entry["bytes"]
         raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {wanted}: preprocess again")
+
+
+def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: corrupted shard, no readable Arrow footer ({error}): preprocess again") from error
     if not reader.schema.equals(schema):
@@ -280,7 +241,17 @@ class PretrainShards(_Shards):
 
 
 class FinetuneShards(_Shards):
-    """Groups of a query, its positives and its negatives; each distinct passage is stored once."""
+    """Groups of a query, its positives and its negatives; each distinct passage of a segment is stored once."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        super().__init__(folder, manifest)
+        groups, passages = self._tables["groups"], self._tables["passages"]
+        own = {(e["source"], e["segment"]): start for e, start in zip(passages.entries, passages.starts, strict=True)}
+        places = [(entry["source"], entry["segment"]) for entry in groups.entries]
+        if "corpus" not in manifest and (lost := [place for place in places if place not in own]):
+            raise ValueError(f"{folder / MANIFEST}: no passages for groups of source, segment {lost[0]}: preprocess again")
+        # Where the passages of each shard of groups begin; those of a corpus are numbered through.
+        self._first_passage = [0 if "corpus" in manifest else own[place] for place in places]
 
     def __len__(self) -> int:
         return self._tables["groups"].rows
@@ -290,10 +261,14 @@ class FinetuneShards(_Shards):
         return self._tables["passages"].rows
 
     def group(self, row: int) -> Group:
-        """The group of an input line; its arrays are read-only views."""
-        batch, i = self._tables["groups"].locate(row)
-        scores = (batch[name].row_or_none(i) for name in ("pos_scores", "neg_scores"))
-        return Group(*(batch[name].row(i) for name in ("query", "pos", "neg")), *scores)
+        """The group of an input line; its arrays are read-only views, or small arrays where passages are shifted."""
+        table = self._tables["groups"]
+        batch, i = table.locate(row)
+        first = self._first_passage[bisect_right(table.starts, row) - 1]
+        pos, neg = (batch[name].row(i) for name in ("pos", "neg"))
+        if first:
+            pos, neg = pos + first, neg + first
+        return Group(batch["query"].row(i), pos, neg, *(batch[name].row_or_none(i) for name in ("pos_scores", "neg_scores")))
 
     def notes(self, row: int) -> tuple[str | None, str | None]:
         """(type, prompt) of a group: None where its line gave none."""
@@ -304,7 +279,7 @@ class FinetuneShards(_Shards):
         """The first group that has no teacher's scores for its positives or its negatives; None: all groups have them."""
         table = self._tables["groups"]
         for k, first in enumerate(table.starts):
-            for start, batch in zip(*(table._shards[k] or table._load(k)), strict=True):
+            for start, batch in zip(*table.shard(k), strict=True):
                 columns = [batch[name].column for name in ("pos_scores", "neg_scores")]
                 nulls = [column.is_null().to_numpy(zero_copy_only=False).argmax() for column in columns if column.null_count]
                 if nulls:
@@ -330,6 +305,8 @@ class FinetuneShards(_Shards):
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of shards. Raises ValueError where there is none, or none that this version can read."""
     path = Path(folder) / MANIFEST
+    if not path.is_file() and (Path(folder) / PART).is_file():
+        raise ValueError(f"{folder} is one part of several: join them first (python -m bge_ds.preprocess merge)")
     if not path.is_file():
         raise ValueError(f"{folder} is no folder of shards: no {MANIFEST} in it (python -m bge_ds.preprocess makes it)")
     try:
@@ -347,9 +324,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
-    """Maps a folder of shards. Checks the schema version, each shard's size and its Arrow footer; reads no row.
+    """Opens a folder of shards. Checks the schema version and each shard's size; maps nothing yet.
 
-    Raises ValueError that names the shard which is missing, cut short or of other columns."""
+    Raises ValueError that names the shard which is missing or cut short; one of other columns or rows is named when
+    a row of it is first asked for."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     return (PretrainShards if manifest["kind"] == "pretrain" else FinetuneShards)(folder, manifest)
@@ -369,11 +347,14 @@ def verify_folder(folder: str | Path) -> list[str]:
     for entry in manifest["shards"]:
         path = folder / entry["file"]
         try:
-            reader = _open_shard(path, entry, fields[entry["table"]])
-            if (found := hash_file(path).hexdigest()) != entry["hash"]:
-                raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
-            if (rows := sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))) != entry["rows"]:
-                raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
+            _check_size(path, entry)
+            with pa.memory_map(str(path)) as file:
+                reader = _open_shard(file, path, fields[entry["table"]])
+                if (found := hash_file(path).hexdigest()) != entry["hash"]:
+                    raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
+                rows = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))
+                if rows != entry["rows"]:
+                    raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
         except ValueError as error:
             problems.append(str(error))
     named = {entry["file"] for entry in manifest["shards"]}

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import build, records, shards
+from bge_ds.data import records, shards, sources, workers
 
 WHOLE = ["pretrain", "--input", "nowhere.jsonl", "--output", "o", "--tokenizer", "t"]
 GROUPS = [
@@ -93,14 +93,14 @@ def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path)
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_output_does_not_depend_on_workers(tmp_path, tiny_tokenizer_path, monkeypatch, kind):
     """Every byte is the same for 1 and 3 workers, with many blocks and workers that forget passages."""
-    monkeypatch.setattr(records.read_blocks, "__defaults__", (300,))
-    monkeypatch.setattr(build, "SEEN_LIMIT", 5)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(workers, "SEEN_LIMIT", 5)
     lines = GROUPS * 3
     if kind == "pretrain":
         lines = [{"text": f"{text} {i}"} for i in range(30) for text in helpers.SENTENCES]
     parts = [write(tmp_path / f"{name}.jsonl", part) for name, part in (("a", lines[:50]), ("b", lines[50:]))]
-    for name, workers in (("one", "1"), ("three", "3")):
-        more = ["--num_proc", workers, "--shard_bytes", "2000"]
+    for name, processes in (("one", "1"), ("three", "3")):
+        more = ["--num_proc", processes, "--shard_bytes", "2000"]
         assert run(kind, parts, tmp_path / name, tiny_tokenizer_path, *more) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     manifest = shards.read_manifest(tmp_path / "one")
@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, minilm_path, capsys,
 
 def test_the_first_bad_line_is_reported_whatever_the_workers(tmp_path, tiny_tokenizer_path, monkeypatch, capsys):
     """Blocks end in any order; the message must be that of the first bad line of the input."""
-    monkeypatch.setattr(records.read_blocks, "__defaults__", (200,))
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 200)
     rows = [*GROUPS[:30], b"{first\n", *GROUPS[:5], b"{second\n"]
     given = write(tmp_path / "a.jsonl", rows)
     assert run("finetune", given, tmp_path / "s", tiny_tokenizer_path, "--num_proc", "3") == 2
@@ -226,13 +226,13 @@ def test_inspect_and_verify_show_what_is_inside(tmp_path, tiny_tokenizer_path, c
     assert run("pretrain", given, tmp_path / "s", tiny_tokenizer_path, "--max_seq_length", "64") == 0
     assert preprocess.main(["inspect", str(tmp_path / "s"), "--sample", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "pretrain shards, schema version 1" in shown and "max_seq_length  64" in shown and "6 texts" in shown
+    assert "pretrain shards, schema version 2" in shown and "max_seq_length  64" in shown and "6 texts" in shown
     assert "--- row 5" in shown and "[CLS] the quick" in shown.replace("+##", "") and shown.count("--- row") == 2
     assert preprocess.main(["verify", str(tmp_path / "s")]) == 0
-    shard = tmp_path / "s" / "texts-00000.arrow"
+    shard = tmp_path / "s" / "texts-00000-000000.arrow"
     shard.write_bytes(shard.read_bytes()[::-1])
     assert preprocess.main(["verify", str(tmp_path / "s")]) == 2
-    assert "texts-00000.arrow: corrupted shard" in capsys.readouterr().err
+    assert "texts-00000-000000.arrow: corrupted shard" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers by /proc, which Linux has")
@@ -292,7 +292,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
     given, said = write(tmp_path / "a.jsonl", GROUPS), []
     how = {"cache_dir": str(tmp_path / "cache"), "say": said.append}
     folder = preprocess.prepare("finetune", given, tokenizer, **how)
-    (folder / "groups-00000.arrow").write_bytes(b"")
+    (folder / "groups-00000-000000.arrow").write_bytes(b"")
     assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
     assert "preprocessed" in said[-1] and shards.verify_folder(folder) == []
 

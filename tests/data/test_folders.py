@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from bge_ds.data import folders, shards
+from bge_ds.data import folders, shards, writing
 
 
 def write_shards(folder) -> dict:
@@ -14,7 +12,7 @@ def write_shards(folder) -> dict:
     tokenizer = {"name": "t", "fingerprint": "f", "vocab_size": 300}
     with folders.new_folder(folder) as partial:
         manifest = {"kind": "pretrain", "tokenizer": tokenizer, "counts": {}, "sources": [], "shards": []}
-        return shards.write_manifest(partial, manifest)
+        return writing.write_manifest(partial, manifest)
 
 
 def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
@@ -30,14 +28,42 @@ def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
     assert shards.open_folder(tmp_path / "s").fingerprint == manifest["fingerprint"]
 
 
-def test_a_killed_runs_folder_is_cleared_by_the_next_run(tmp_path):
-    """A killed run leaves its partial folder, which has no final name; the next run removes it, but no living run's."""
-    host = folders.socket.gethostname()
-    dead, alive = tmp_path / f".s.partial-{host}-999999999", tmp_path / f".s.partial-{host}-{os.getppid()}"
-    dead.mkdir()
-    alive.mkdir()
-    write_shards(tmp_path / "s")
-    assert not dead.exists() and alive.exists()
+def test_a_killed_runs_folder_is_gone_on_with_by_the_same_job_alone(tmp_path):
+    """What another job left is no part of this one's result, is told, and is removed once the output is written."""
+    said: list[str] = []
+    left = tmp_path / ".s.partial-one"
+    left.mkdir()
+    (left / "texts-00000-000000.arrow").write_bytes(b"one")
+    with folders.new_folder(tmp_path / "s", job="two", say=said.append) as partial:
+        assert list(partial.iterdir()) == []
+        assert left.exists() and "is what another job left unfinished" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+    left.mkdir()
+    (left / "texts-00000-000000.arrow").write_bytes(b"one")
+    with folders.new_folder(tmp_path / "s", overwrite=True, job="one") as partial:
+        assert [path.name for path in partial.iterdir()] == ["texts-00000-000000.arrow"]
+
+
+def test_finished_segments_outlast_a_bad_line(tmp_path):
+    """Hours of work must not go because of one line: --on_error skip goes on from what is finished."""
+    said: list[str] = []
+    with pytest.raises(ValueError), folders.new_folder(tmp_path / "s", job="one", say=said.append) as partial:
+        (partial / folders.JOURNAL).mkdir()
+        (partial / folders.JOURNAL / "rows-00000-000003.json").write_bytes(b"{}")
+        (partial / "texts-00000-000003.arrow").write_bytes(b"x")
+        raise ValueError
+    assert said[0].startswith("1 finished segments are kept") and partial.exists()
+
+
+def test_a_second_run_on_one_output_is_refused(tmp_path):
+    """Two runs in one folder would overwrite each other's files; the second must end, whatever its job."""
+    with (
+        folders.new_folder(tmp_path / "s", job="one"),
+        pytest.raises(ValueError, match="another process is writing it"),
+        folders.new_folder(tmp_path / "s", job="two"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 def test_output_folders_that_would_lose_files_are_refused(tmp_path):

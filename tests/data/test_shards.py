@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from bge_ds.data import folders, shards
+from bge_ds.data import folders, shards, writing
 
 MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
 
@@ -20,29 +21,32 @@ def texts(count: int) -> list[np.ndarray]:
     return [rng.integers(0, 300, size=1 + row % 13) for row in range(count)]
 
 
-def write_pretrain(folder, rows, shard_bytes=shards.SHARD_BYTES):
+def write_pretrain(folder, rows, segment_rows=1000, batch_bytes=writing.BATCH_BYTES):
     """Rows of ids, with each id's position as its word, a few at a time as preprocessing does."""
     schema = shards.schemas("pretrain", 300, 512)["texts"]
-    with folders.new_folder(folder) as partial:
-        writer = shards.TableWriter(partial, "texts", schema, shard_bytes)
-        for start in range(0, len(rows), 5):
-            part = rows[start : start + 5]
-            lengths = np.array([len(ids) for ids in part])
-            values = (np.concatenate(part), np.concatenate([np.arange(n) for n in lengths]))
-            types = [kind.value_type for kind in schema.types]
-            writer.write([shards.list_array(v, lengths, t) for v, t in zip(values, types, strict=True)])
+    with folders.new_folder(folder) as partial, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "BATCH_BYTES", batch_bytes)
+        made = []
+        for first in range(0, len(rows), segment_rows):
+            writer = writing.TableWriter(partial, "texts", schema, 0, first // segment_rows)
+            for start in range(first, min(first + segment_rows, len(rows)), 5):
+                part = rows[start : min(start + 5, first + segment_rows)]
+                lengths = np.array([len(ids) for ids in part])
+                values = (np.concatenate(part), np.concatenate([np.arange(n) for n in lengths]))
+                types = [kind.value_type for kind in schema.types]
+                writer.write([shards.list_array(v, lengths, t) for v, t in zip(values, types, strict=True)])
+            made += writer.close()
         manifest = {"kind": "pretrain", "tokenizer": MADE_WITH, "max_seq_length": 512, "counts": {"texts": len(rows)}}
-        manifest |= {"sources": [{"path": "a", "rows": [0, len(rows)]}], "shards": writer.close()}
-        return shards.write_manifest(partial, manifest)
+        manifest |= {"sources": [{"path": "a", "rows": [0, len(rows)]}], "shards": made}
+        return writing.write_manifest(partial, manifest)
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 3000, shards.SHARD_BYTES])
-def test_rows_come_back_over_shard_borders(tmp_path, shard_bytes):
+@pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(5, 1), (70, 500), (1000, 1), (1000, 1 << 20)])
+def test_rows_come_back_over_shard_borders(tmp_path, segment_rows, batch_bytes):
     """Every row is found in its shard and record batch; an off-by-one at a border would give a neighbour's text."""
     rows = texts(203)
-    manifest = write_pretrain(tmp_path / "s", rows, shard_bytes)
-    made = len(manifest["shards"])
-    assert made == {1: 41, shards.SHARD_BYTES: 1}.get(shard_bytes, made) and (made > 1 or shard_bytes > 3000)
+    manifest = write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
+    assert len(manifest["shards"]) == {5: 41, 70: 3, 1000: 1}[segment_rows]
     data = shards.open_folder(tmp_path / "s")
     assert len(data) == 203 and sum(entry["rows"] for entry in manifest["shards"]) == 203
     for row in [202, 0, *range(203)]:
@@ -62,14 +66,14 @@ def test_a_row_is_a_view_of_the_mapped_file(tmp_path):
     assert not row.flags.owndata and not row.flags.writeable
     assert row.__array_interface__["data"][0] == data.ids(9).__array_interface__["data"][0]
     maps = Path("/proc/self/maps")
-    assert not maps.exists() or str(tmp_path / "s" / "texts-00000.arrow") in maps.read_text()
+    assert not maps.exists() or str(tmp_path / "s" / "texts-00000-000000.arrow") in maps.read_text()
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 3000, shards.SHARD_BYTES])
-def test_lengths_of_many_rows_at_once(tmp_path, shard_bytes):
+@pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(5, 1), (70, 500), (1000, 1), (1000, 1 << 20)])
+def test_lengths_of_many_rows_at_once(tmp_path, segment_rows, batch_bytes):
     """Lengths come from offsets, over all borders, in the order asked: a wrong one would overfill a batch cut by tokens."""
     rows = texts(203)
-    write_pretrain(tmp_path / "s", rows, shard_bytes)
+    write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
     data = shards.open_folder(tmp_path / "s")
     asked = np.random.default_rng(0).integers(0, 203, 500)
     found = data.lengths(asked)
@@ -81,8 +85,8 @@ def test_lengths_of_many_rows_at_once(tmp_path, shard_bytes):
 
 
 def test_opening_reads_no_rows(tmp_path, monkeypatch):
-    """Opening costs one footer a shard whatever the size: no record batch is touched before a row is asked for."""
-    write_pretrain(tmp_path / "s", texts(203), 1)
+    """Opening maps nothing, whatever the number of shards: a shard is looked at when a row of it is asked for."""
+    write_pretrain(tmp_path / "s", texts(203), 5)
 
     def refuse(self, k):
         raise AssertionError("a shard's batches were read at opening")
@@ -117,15 +121,15 @@ def test_id_type_holds_the_largest_id(limit, wanted):
 
 def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path):
     """A flipped bit in a buffer changes a token and nothing else: only the hash shows it."""
-    write_pretrain(tmp_path / "s", texts(203), 3000)
+    write_pretrain(tmp_path / "s", texts(203), 70)
     assert shards.verify_folder(tmp_path / "s") == []
-    path = tmp_path / "s" / "texts-00001.arrow"
+    path = tmp_path / "s" / "texts-00000-000001.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     shards.open_folder(tmp_path / "s")
     (problem,) = shards.verify_folder(tmp_path / "s")
-    assert "texts-00001.arrow: corrupted shard, hash" in problem
+    assert "texts-00000-000001.arrow: corrupted shard, hash" in problem
 
 
 def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
@@ -150,7 +154,7 @@ def test_fingerprint_ignores_names_and_keeps_content(tmp_path):
 
 
 def damage(folder, how):
-    shard, manifest = folder / "texts-00000.arrow", folder / shards.MANIFEST
+    shard, manifest = folder / "texts-00000-000000.arrow", folder / shards.MANIFEST
     if how == "missing":
         shard.unlink()
     elif how == "cut":
@@ -175,13 +179,13 @@ def damage(folder, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"texts-00000\.arrow is missing"),
-        ("cut", r"texts-00000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
-        ("footer", r"texts-00000\.arrow: corrupted shard, no readable Arrow footer"),
-        ("columns", r"texts-00000\.arrow: its columns are"),
+        ("missing", r"texts-00000-000000\.arrow is missing"),
+        ("cut", r"texts-00000-000000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
+        ("footer", r"texts-00000-000000\.arrow: corrupted shard, no readable Arrow footer"),
+        ("columns", r"texts-00000-000000\.arrow: its columns are"),
         ("no manifest", r"no folder of shards: no manifest\.json"),
         ("not json", r"manifest\.json: not JSON"),
-        ({"schema_version": 2}, r"schema version 2; this bge_ds reads 1"),
+        ({"schema_version": 1}, r"schema version 1; this bge_ds reads 2"),
         ({"kind": "mine"}, r"kind 'mine' is none of pretrain, finetune"),
     ],
 )
@@ -189,15 +193,37 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
     """Training must not start on a folder that is cut short or foreign; the error says which file it is."""
     write_pretrain(tmp_path / "s", texts(20))
     damage(tmp_path / "s", how)
-    with pytest.raises(ValueError, match=message):
-        shards.open_folder(tmp_path / "s")
+    if how in ("footer", "columns"):
+        data = shards.open_folder(tmp_path / "s")
+        assert shards.verify_folder(tmp_path / "s")
+        with pytest.raises(ValueError, match=message):
+            data.ids(0)
+    else:
+        with pytest.raises(ValueError, match=message):
+            shards.open_folder(tmp_path / "s")
+
+
+def test_maps_are_let_go_while_their_rows_are_kept(tmp_path, monkeypatch):
+    """Thousands of shards may not keep thousands of files open or maps alive; a row that is held stays valid all the same."""
+    monkeypatch.setattr(shards, "MAPPED", 3)
+    rows = texts(203)
+    write_pretrain(tmp_path / "s", rows, 5)
+    data = shards.open_folder(tmp_path / "s")
+    held = [data.ids(row) for row in range(203)]
+    assert len(data._tables["texts"]._shards) == 3
+    for found, wanted in zip(held, rows, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    opened = Path("/proc/self/fd")
+    if opened.exists():
+        names = [os.readlink(path) for path in opened.iterdir() if path.exists()]
+        assert not any(name.endswith(".arrow") for name in names), "a shard's file is still open"
 
 
 def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
     """Absent scores are None, not an empty list: a group without negatives can still have scores of its own."""
     fields = shards.schemas("finetune", 70000)
     with folders.new_folder(tmp_path / "s") as partial:
-        writers = {name: shards.TableWriter(partial, name, schema) for name, schema in fields.items()}
+        writers = {name: writing.TableWriter(partial, name, schema, 3, 7) for name, schema in fields.items()}
         lengths = np.array([2, 1, 3])
         ids = shards.list_array(np.array([1, 69999, 3, 4, 5, 6]), lengths, pa.int32())
         writers["passages"].write([ids, pa.array(np.array([2**64 - 1, 8, 9], np.uint64))])
@@ -206,8 +232,9 @@ def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
         writers["groups"].write([pa.array(v, t) for v, t in zip(rows, fields["groups"].types, strict=True)])
         made = [entry for writer in writers.values() for entry in writer.close()]
         manifest = {"kind": "finetune", "tokenizer": MADE_WITH | {"vocab_size": 70000}, "counts": {}, "sources": []}
-        shards.write_manifest(partial, manifest | {"shards": made})
+        writing.write_manifest(partial, manifest | {"shards": made})
     data = shards.open_folder(tmp_path / "s")
+    assert (tmp_path / "s" / "groups-00003-000007.arrow").exists()
     first, second = data.group(0), data.group(1)
     assert (first.query.tolist(), first.pos.tolist(), first.neg.tolist()) == ([5], [0, 2], [1, 2])
     assert first.pos_scores.tolist() == [0.5, 1.0] and first.neg_scores is None

@@ -1,0 +1,44 @@
+"""What files hold, as hashes that are remembered: the processes of a host read a large input once, not once each."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from .shards import hash_file
+from .sources import Source
+from .writing import write_whole
+
+NAME = "digests.json"
+REMEMBERED = 10_000  # files; the oldest are forgotten
+
+
+def of_sources(sources: list[Source], base: Path) -> list[Any]:
+    """What decides a cache's name of inputs: each file's ending, size and the hash of its bytes, not its name.
+
+    Hashes are kept in `base` by path, size, times and inode, all of which a change of the file changes."""
+    from filelock import FileLock
+
+    base.mkdir(parents=True, exist_ok=True)
+    with FileLock(base / f"{NAME}.lock"):  # the first process hashes, the others wait and find what it kept
+        return _look_up(sources, base / NAME)
+
+
+def _look_up(sources: list[Source], path: Path) -> list[Any]:
+    try:
+        known = orjson.loads(path.read_bytes())
+        assert isinstance(known, dict)
+    except (OSError, ValueError, AssertionError):
+        known = {}
+    before, found = dict(known), []
+    for source in sources:
+        if source.hub:
+            found.append([str(source.hub), source.hub.revision])
+        for file in source.files():
+            stat = file.stat()
+            key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
+            known[key] = known.get(key) or hash_file(file).hexdigest()
+            found.append([file.suffix, stat.st_size, known[key]])
+    if known != before:
+        write_whole(path, orjson.dumps(dict(list(known.items())[-REMEMBERED:])))
+    return found
