@@ -8,7 +8,6 @@ python -m bge_ds.preprocess verify shards
 
 import argparse
 import contextlib
-import itertools
 import os
 import shlex
 import sys
@@ -17,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import xxhash
 
+from . import inspection
 from .data import digests, folders, parts, records, shards, sources, tables
 from .data.build import Share, build, tell
 from .data.workers import INSTRUCTIONS, LENGTHS, Job, Settings
@@ -142,55 +141,6 @@ def _remedy(manifest: dict[str, Any], settings: Settings, core: records.Tokenize
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
-def inspect(folder: Path, sample: int, say: Callable[[str], None] = print) -> None:
-    """Prints what a folder of shards holds, and `sample` rows of it, evenly spread, decoded."""
-    data = shards.open_folder(folder)
-    manifest, kind = data.manifest, data.manifest["kind"]
-    made = manifest["tokenizer"]
-    say(f"{folder}: {kind} shards, schema version {manifest['schema_version']}, by bge_ds {manifest['bge_ds_version']}")
-    say(f"tokenizer    {made['name']}, {made['vocab_size']:,} ids, fingerprint {made['fingerprint']}")
-    for name in (*LENGTHS[kind], *INSTRUCTIONS[kind]):
-        say(f"{name}  {manifest[name]!r}")
-    say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items()))
-    for source in manifest["sources"]:
-        say(f"source       {source['path']}: rows {source['rows'][0]:,} to {source['rows'][1]:,}")
-    for table in shards.TABLES[kind]:
-        entries = [entry for entry in manifest["shards"] if entry["table"] == table]
-        size = sum(entry["bytes"] for entry in entries) / (1 << 20)
-        say(f"{table:<12} {sum(entry['rows'] for entry in entries):,} rows in {len(entries)} shards, {size:,.1f} MiB")
-    say(f"fingerprint  {data.fingerprint}")
-    try:
-        tokenizer = records.load_tokenizer(made["name"])
-    except ValueError as error:
-        say(f"samples are shown as ids: {error}")
-        tokenizer = None
-    for row in np.linspace(0, len(data) - 1, min(sample, len(data)), dtype=int).tolist():
-        _show(data, row, tokenizer, say)
-
-
-def _show(data: Any, row: int, tokenizer: Any, say: Callable[[str], None]) -> None:
-    def text(ids: np.ndarray) -> str:
-        shown = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
-        return f"({len(ids)} tokens) " + (shown if len(shown) <= 240 else shown[:240] + "...")
-
-    say(f"--- row {row}")
-    if isinstance(data, shards.PretrainShards):
-        ids, words = data.ids(row), data.words(row)
-        say(f"text  {text(ids)}")
-        pieces = tokenizer.convert_ids_to_tokens(ids[:40].tolist()) if tokenizer else list(map(str, ids[:40].tolist()))
-        known = itertools.groupby(zip(words, pieces, strict=False), key=lambda pair: pair[0])
-        say(f"words ({words[-1] + 1}) " + " ".join("+".join(piece for _, piece in word) for _, word in known))
-        return
-    group, (kind, prompt) = data.group(row), data.notes(row)
-    say(f"query {text(group.query)}" + (f" type {kind!r}" if kind else "") + (f" prompt {prompt!r}" if prompt else ""))
-    for name, rows, scores in (("pos", group.pos, group.pos_scores), ("neg", group.neg, group.neg_scores)):
-        for i, passage in enumerate(rows[:3].tolist()):
-            score = "" if scores is None else f" score {scores[i]:g}"
-            say(f"{name}   passage {passage}{score} {text(data.passage(passage))}")
-        if len(rows) > 3:
-            say(f"{name}   and {len(rows) - 3} more")
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -232,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("inspect", help="print what a folder of shards holds")
     one.add_argument("folder", type=Path)
     one.add_argument("--sample", type=int, default=3, help="rows to decode (default 3)")
+    one.add_argument("--histogram", type=Path, metavar="FILE", help="draw the lengths into a .png or .svg file")
     commands.add_parser("verify", help="check every hash").add_argument("folder", type=Path)
     return parser
 
@@ -293,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         if args.command == "inspect":
-            inspect(args.folder, args.sample)
+            inspection.inspect(args.folder, args.sample, args.histogram)
         elif args.command == "verify":
             if problems := shards.verify_folder(args.folder):
                 raise ValueError("; ".join(problems))

@@ -156,6 +156,16 @@ class _Table:
                 found_K[order_K[part]] = offsets[inside + 1] - offsets[inside]
         return found_K
 
+    def length_counts(self, column: str) -> np.ndarray:
+        """How many rows have each number of values in a list column, int64: element n counts those of n values."""
+        counts = np.zeros(1, np.int64)
+        for k in range(len(self.entries)):
+            for batch in self.shard(k)[1]:
+                more = np.bincount(np.diff(batch[column].offsets), minlength=len(counts))
+                more[: len(counts)] += counts
+                counts = more
+        return counts
+
     def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
         starts, batches, rows = [], [], 0
         # The file may be closed again: views of its batches keep the map, and a process may have few open files.
@@ -167,7 +177,7 @@ class _Table:
                     starts.append(rows)
                     batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
                     rows += batch.num_rows
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{self.paths[k]}: corrupted shard ({error}): preprocess again") from error
         if rows != self.entries[k]["rows"]:
             wanted = self.entries[k]["rows"]
@@ -199,7 +209,7 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
 def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
     try:
         reader = pa.ipc.open_file(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: corrupted shard, no readable Arrow footer ({error}): preprocess again") from error
     if not reader.schema.equals(schema):
         raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
@@ -217,6 +227,12 @@ class _Shards:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_folder, (self.folder,)
+
+    def length_counts(self, table: str, column: str) -> np.ndarray:
+        """How many rows of a table have each number of values in a list column, int64: element n counts those of n values.
+
+        From the offsets, a record batch at a time: no value is read."""
+        return self._tables[table].length_counts(column)
 
 
 class PretrainShards(_Shards):
@@ -348,10 +364,11 @@ def verify_folder(folder: str | Path) -> list[str]:
         path = folder / entry["file"]
         try:
             _check_size(path, entry)
+            # First the hash: nothing of a shard with a flipped byte is interpreted.
+            if (found := hash_file(path).hexdigest()) != entry["hash"]:
+                raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
             with pa.memory_map(str(path)) as file:
                 reader = _open_shard(file, path, fields[entry["table"]])
-                if (found := hash_file(path).hexdigest()) != entry["hash"]:
-                    raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
                 rows = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))
                 if rows != entry["rows"]:
                     raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
