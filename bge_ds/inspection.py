@@ -40,6 +40,8 @@ def inspect(folder: Path, sample: int = 3, histogram: Path | None = None, say: C
     say(f"tokenizer    {made['name']}, {made['vocab_size']:,} ids, fingerprint {made['fingerprint']}")
     for name in (*LENGTHS[kind], *INSTRUCTIONS[kind]):
         say(f"{name}  {manifest[name]!r}")
+    if "word_segmenter" in manifest:
+        say(f"word_segmenter  {manifest['word_segmenter']!r}")
     say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items()))
     for line in shares(manifest):
         say(line)

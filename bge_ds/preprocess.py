@@ -20,9 +20,9 @@ import orjson
 import xxhash
 
 from . import inspection
-from .data import digests, folders, parts, records, shards, sources, tables
+from .data import digests, folders, parts, records, segmenting, shards, sources, tables
 from .data.build import Share, build, tell
-from .data.workers import INSTRUCTIONS, LENGTHS, Job, Settings
+from .data.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
 
 # ----------------------------------------------------------------------------------------------- what a trainer calls
 
@@ -30,6 +30,7 @@ from .data.workers import INSTRUCTIONS, LENGTHS, Job, Settings
 def make_settings(kind: str, on_error: str = "raise", **given: Any) -> Settings:
     """Settings of a kind, with the defaults of the trainers where a value is None."""
     values: dict[str, Any] = dict(LENGTHS[kind]) | {name: "" for name in INSTRUCTIONS[kind]}
+    values |= dict.fromkeys(WORDS[kind], segmenting.NONE)
     values |= {name: value for name, value in given.items() if value is not None and name in values}
     return Settings(kind=kind, on_error=on_error, **values)
 
@@ -44,6 +45,7 @@ def prepare(
     passage_max_len: int | None = None,
     query_instruction: str | None = None,
     passage_instruction: str | None = None,
+    word_segmenter: str | None = None,
     explicit: frozenset[str] = frozenset(),
     cache_dir: str | None = None,
     on_error: str = "raise",
@@ -64,17 +66,19 @@ def prepare(
         passage_max_len=passage_max_len,
         query_instruction_for_retrieval=query_instruction,
         passage_instruction_for_retrieval=passage_instruction,
+        word_segmenter=word_segmenter,
     )
     core = records.core(tokenizer)
     if len(inputs) == 1 and (Path(inputs[0]) / shards.MANIFEST).is_file():
         check_fits(Path(inputs[0]), settings, core, explicit)
         return Path(inputs[0])
-    settings.check(records.Encoder(core))
+    settings.check(records.Encoder(core, settings.word_segmenter))
     found = sources.find_sources(inputs)
     base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
     base = base.expanduser()
     held = digests.of_sources(found, base)
-    digest = xxhash.xxh3_128_hexdigest(orjson.dumps([shards.SCHEMA_VERSION, core.fingerprint, asdict(settings), held]))
+    made_by = [shards.SCHEMA_VERSION, core.fingerprint, segmenting.version(settings.word_segmenter)]
+    digest = xxhash.xxh3_128_hexdigest(orjson.dumps([*made_by, asdict(settings), held]))
     return _build_once(base / f"{kind}-{digest}", found, (settings, core), say)
 
 
@@ -123,9 +127,9 @@ def check_fits(folder: Path, settings: Settings, core: records.TokenizerCore, ex
                     f"{name} {value} is longer than the {manifest[name]} that {folder} was cut to:"
                     f" give {name} {manifest[name]} or less, or {_remedy(manifest, settings, core)}"
                 )
-        elif value != manifest[name]:
+        elif value != manifest.get(name, segmenting.NONE if name in WORDS[settings.kind] else ""):
             raise ValueError(
-                f"{name} {value!r} differs from the {manifest[name]!r} in {folder}: leave the flag out, or"
+                f"{name} {value!r} differs from the {manifest.get(name, segmenting.NONE)!r} in {folder}: leave the flag out, or"
                 f" {_remedy(manifest, settings, core)}"
             )
 
@@ -164,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
             add(name, type=int, default=default, help=f"tokens, special tokens included (default {default})")
         for name in INSTRUCTIONS[kind]:
             add(name, default="", help="put before the text as it is, no separator added")
+        if kind == "pretrain":
+            said = "what finds words in Chinese, of which masks take the whole: one character is one by default"
+            add("word_segmenter", choices=segmenting.SEGMENTERS, default=segmenting.NONE, help=said)
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
             add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
@@ -198,7 +205,7 @@ def _make(args: argparse.Namespace) -> None:
     found = sources.find_sources(args.input, args.skip_unknown)
     entries = sources.find_sources(corpus, args.skip_unknown) if corpus else []
     core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir))
-    names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command])
+    names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command], *WORDS[args.command])
     settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
     made = build(
         Path(args.output), found, (replace(settings, columns=columns), core), corpus_inputs=entries, share=share,

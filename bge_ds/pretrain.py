@@ -141,8 +141,9 @@ def train(args: PretrainArguments) -> None:
 def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
     """The shards, made from JSON lines where they must be; a length not given is the shards'."""
     folder = preprocess.prepare(
-        "pretrain", args.train_data, tokenizer, max_seq_length=args.max_seq_length, explicit=args.explicit,
-        cache_dir=args.cache_dir, on_error=args.on_error, say=print if run.is_first_on_host() else run.silent,
+        "pretrain", args.train_data, tokenizer, max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter,
+        explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error,
+        say=print if run.is_first_on_host() else run.silent,
     )  # fmt: skip
     data = shards.open_folder(folder)
     if "max_seq_length" not in args.explicit:
