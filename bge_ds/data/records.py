@@ -193,7 +193,8 @@ def word_numbers(
         if segment is not None and unspaced and spans:
             inside = segment(text[: segmenting.end_of_block(text, spans[-1][1])])
             # The same character, cut into bytes, begins no word either way; a token that crosses into the next word stays.
-            starts[1:] &= ~inside[np.minimum([span[0] for span in spans[1:]], len(inside) - 1)]
+            begins = np.array([span[0] for span in spans[1:]], dtype=np.int64)
+            starts[1:] &= ~inside[np.minimum(begins, len(inside) - 1)]
     return np.cumsum(np.array(starts, dtype=np.int64)) - 1
 
 

@@ -172,8 +172,7 @@ class _Table:
         with pa.memory_map(str(self.paths[k])) as file:
             reader = _open_shard(file, self.paths[k], self.schema)
             try:
-                for b in range(reader.num_record_batches):
-                    batch = reader.get_batch(b)
+                for batch in reader:
                     starts.append(rows)
                     batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
                     rows += batch.num_rows
@@ -206,11 +205,11 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
         raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {wanted}: preprocess again")
 
 
-def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
+def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchStreamReader:
     try:
-        reader = pa.ipc.open_file(file)
+        reader = pa.ipc.open_stream(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: corrupted shard, no readable Arrow footer ({error}): preprocess again") from error
+        raise ValueError(f"{path}: corrupted shard, no readable Arrow schema ({error}): preprocess again") from error
     if not reader.schema.equals(schema):
         raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
     return reader
@@ -369,7 +368,7 @@ def verify_folder(folder: str | Path) -> list[str]:
                 raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
             with pa.memory_map(str(path)) as file:
                 reader = _open_shard(file, path, fields[entry["table"]])
-                rows = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))
+                rows = sum(batch.num_rows for batch in reader)
                 if rows != entry["rows"]:
                     raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
         except ValueError as error:

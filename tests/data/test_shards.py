@@ -135,7 +135,7 @@ def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path):
 
 
 def test_verify_finds_any_flipped_byte(tmp_path):
-    """Magic, schema, offsets, values, padding, footer: whichever byte is another one, the shard is named and not read."""
+    """Schema, offsets, values, padding, end mark: whichever byte is another one, the shard is named and not read."""
     write_pretrain(tmp_path / "s", texts(40), 20)
     path = tmp_path / "s" / "texts-00000-000001.arrow"
     whole = path.read_bytes()
@@ -216,11 +216,11 @@ def damage(folder, how):
         shard.unlink()
     elif how == "cut":
         shard.write_bytes(shard.read_bytes()[:-10])
-    elif how == "footer":
-        shard.write_bytes(shard.read_bytes()[:-8] + b"????????")
+    elif how == "schema":
+        shard.write_bytes(b"?" * 64 + shard.read_bytes()[64:])
     elif how == "columns":
         table = pa.table({"ids": pa.array([[1]], pa.list_(pa.uint16()))})
-        with pa.ipc.new_file(str(shard), table.schema) as writer:
+        with pa.ipc.new_stream(str(shard), table.schema) as writer:
             writer.write_table(table)
         known = orjson.loads(manifest.read_bytes())
         known["shards"][0]["bytes"] = shard.stat().st_size
@@ -238,7 +238,7 @@ def damage(folder, how):
     [
         ("missing", r"texts-00000-000000\.arrow is missing"),
         ("cut", r"texts-00000-000000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
-        ("footer", r"texts-00000-000000\.arrow: corrupted shard, no readable Arrow footer"),
+        ("schema", r"texts-00000-000000\.arrow: corrupted shard, no readable Arrow schema"),
         ("columns", r"texts-00000-000000\.arrow: its columns are"),
         ("no manifest", r"no folder of shards: no manifest\.json"),
         ("not json", r"manifest\.json: not JSON"),
@@ -250,7 +250,7 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
     """Training must not start on a folder that is cut short or foreign; the error says which file it is."""
     write_pretrain(tmp_path / "s", texts(20))
     damage(tmp_path / "s", how)
-    if how in ("footer", "columns"):
+    if how in ("schema", "columns"):
         data = shards.open_folder(tmp_path / "s")
         assert shards.verify_folder(tmp_path / "s")
         with pytest.raises(ValueError, match=message):
