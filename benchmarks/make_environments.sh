@@ -28,3 +28,5 @@ environment sentence_transformers "$transformers" sentence-transformers==6.2.0 d
 # A FlagEmbedding that has the RetroMAE command, and packages that it runs with.
 environment retromae FlagEmbedding==1.2.11 transformers==4.44.2 accelerate==0.34.2 datasets==2.21.0 \
     sentence-transformers==5.0.0 peft==0.13.2
+# Random reads. Its torch is the one above: left to itself, it would bring another with gigabytes of CUDA.
+environment streaming mosaicml-streaming==0.13.0

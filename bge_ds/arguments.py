@@ -235,6 +235,7 @@ class PretrainArguments(TrainArguments):
         "bert-base-uncased", "model to start from: name or folder; empty: from scratch, see config_name"
     )
     max_seq_length: int = _flag(512, "tokens a text keeps, special tokens included")
+    word_segmenter: Literal["none", "jieba"] = _flag("none", "words masked whole in Chinese: a character each, or jieba's")
     per_device_train_tokens: int | None = _flag(
         None, "most tokens of a rank's micro batch, which then takes whole texts while they fit; unset: a number of texts"
     )

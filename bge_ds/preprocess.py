@@ -8,7 +8,6 @@ python -m bge_ds.preprocess verify shards
 
 import argparse
 import contextlib
-import itertools
 import os
 import shlex
 import sys
@@ -17,13 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import xxhash
 
-from .data import digests, folders, parts, records, shards, sources, tables
+from . import inspection
+from .data import digests, folders, parts, records, segmenting, shards, sources, tables
 from .data.build import Share, build, tell
-from .data.workers import INSTRUCTIONS, LENGTHS, Job, Settings
+from .data.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
 
 # ----------------------------------------------------------------------------------------------- what a trainer calls
 
@@ -31,6 +30,7 @@ from .data.workers import INSTRUCTIONS, LENGTHS, Job, Settings
 def make_settings(kind: str, on_error: str = "raise", **given: Any) -> Settings:
     """Settings of a kind, with the defaults of the trainers where a value is None."""
     values: dict[str, Any] = dict(LENGTHS[kind]) | {name: "" for name in INSTRUCTIONS[kind]}
+    values |= dict.fromkeys(WORDS[kind], segmenting.NONE)
     values |= {name: value for name, value in given.items() if value is not None and name in values}
     return Settings(kind=kind, on_error=on_error, **values)
 
@@ -45,6 +45,7 @@ def prepare(
     passage_max_len: int | None = None,
     query_instruction: str | None = None,
     passage_instruction: str | None = None,
+    word_segmenter: str | None = None,
     explicit: frozenset[str] = frozenset(),
     cache_dir: str | None = None,
     on_error: str = "raise",
@@ -65,17 +66,19 @@ def prepare(
         passage_max_len=passage_max_len,
         query_instruction_for_retrieval=query_instruction,
         passage_instruction_for_retrieval=passage_instruction,
+        word_segmenter=word_segmenter,
     )
     core = records.core(tokenizer)
     if len(inputs) == 1 and (Path(inputs[0]) / shards.MANIFEST).is_file():
         check_fits(Path(inputs[0]), settings, core, explicit)
         return Path(inputs[0])
-    settings.check(records.Encoder(core))
+    settings.check(records.Encoder(core, settings.word_segmenter))
     found = sources.find_sources(inputs)
     base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
     base = base.expanduser()
     held = digests.of_sources(found, base)
-    digest = xxhash.xxh3_128_hexdigest(orjson.dumps([shards.SCHEMA_VERSION, core.fingerprint, asdict(settings), held]))
+    made_by = [shards.SCHEMA_VERSION, core.fingerprint, segmenting.version(settings.word_segmenter)]
+    digest = xxhash.xxh3_128_hexdigest(orjson.dumps([*made_by, asdict(settings), held]))
     return _build_once(base / f"{kind}-{digest}", found, (settings, core), say)
 
 
@@ -132,9 +135,9 @@ def check_fits(folder: Path, settings: Settings, core: records.TokenizerCore, ex
                     f"{name} {value} is longer than the {manifest[name]} that {folder} was cut to:"
                     f" give {name} {manifest[name]} or less, or {_remedy(manifest, settings, core)}"
                 )
-        elif value != manifest[name]:
+        elif value != manifest.get(name, segmenting.NONE if name in WORDS[settings.kind] else ""):
             raise ValueError(
-                f"{name} {value!r} differs from the {manifest[name]!r} in {folder}: leave the flag out, or"
+                f"{name} {value!r} differs from the {manifest.get(name, segmenting.NONE)!r} in {folder}: leave the flag out, or"
                 f" {_remedy(manifest, settings, core)}"
             )
 
@@ -148,55 +151,6 @@ def _remedy(manifest: dict[str, Any], settings: Settings, core: records.Tokenize
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
-
-
-def inspect(folder: Path, sample: int, say: Callable[[str], None] = print) -> None:
-    """Prints what a folder of shards holds, and `sample` rows of it, evenly spread, decoded."""
-    data = shards.open_folder(folder)
-    manifest, kind = data.manifest, data.manifest["kind"]
-    made = manifest["tokenizer"]
-    say(f"{folder}: {kind} shards, schema version {manifest['schema_version']}, by bge_ds {manifest['bge_ds_version']}")
-    say(f"tokenizer    {made['name']}, {made['vocab_size']:,} ids, fingerprint {made['fingerprint']}")
-    for name in (*LENGTHS[kind], *INSTRUCTIONS[kind]):
-        say(f"{name}  {manifest[name]!r}")
-    say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items()))
-    for source in manifest["sources"]:
-        say(f"source       {source['path']}: rows {source['rows'][0]:,} to {source['rows'][1]:,}")
-    for table in shards.TABLES[kind]:
-        entries = [entry for entry in manifest["shards"] if entry["table"] == table]
-        size = sum(entry["bytes"] for entry in entries) / (1 << 20)
-        say(f"{table:<12} {sum(entry['rows'] for entry in entries):,} rows in {len(entries)} shards, {size:,.1f} MiB")
-    say(f"fingerprint  {data.fingerprint}")
-    try:
-        tokenizer = records.load_tokenizer(made["name"])
-    except ValueError as error:
-        say(f"samples are shown as ids: {error}")
-        tokenizer = None
-    for row in np.linspace(0, len(data) - 1, min(sample, len(data)), dtype=int).tolist():
-        _show(data, row, tokenizer, say)
-
-
-def _show(data: Any, row: int, tokenizer: Any, say: Callable[[str], None]) -> None:
-    def text(ids: np.ndarray) -> str:
-        shown = tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids.tolist()))
-        return f"({len(ids)} tokens) " + (shown if len(shown) <= 240 else shown[:240] + "...")
-
-    say(f"--- row {row}")
-    if isinstance(data, shards.PretrainShards):
-        ids, words = data.ids(row), data.words(row)
-        say(f"text  {text(ids)}")
-        pieces = tokenizer.convert_ids_to_tokens(ids[:40].tolist()) if tokenizer else list(map(str, ids[:40].tolist()))
-        known = itertools.groupby(zip(words, pieces, strict=False), key=lambda pair: pair[0])
-        say(f"words ({words[-1] + 1}) " + " ".join("+".join(piece for _, piece in word) for _, word in known))
-        return
-    group, (kind, prompt) = data.group(row), data.notes(row)
-    say(f"query {text(group.query)}" + (f" type {kind!r}" if kind else "") + (f" prompt {prompt!r}" if prompt else ""))
-    for name, rows, scores in (("pos", group.pos, group.pos_scores), ("neg", group.neg, group.neg_scores)):
-        for i, passage in enumerate(rows[:3].tolist()):
-            score = "" if scores is None else f" score {scores[i]:g}"
-            say(f"{name}   passage {passage}{score} {text(data.passage(passage))}")
-        if len(rows) > 3:
-            say(f"{name}   and {len(rows) - 3} more")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
             add(name, type=int, default=default, help=f"tokens, special tokens included (default {default})")
         for name in INSTRUCTIONS[kind]:
             add(name, default="", help="put before the text as it is, no separator added")
+        if kind == "pretrain":
+            said = "what finds words in Chinese, of which masks take the whole: one character is one by default"
+            add("word_segmenter", choices=segmenting.SEGMENTERS, default=segmenting.NONE, help=said)
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
             add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
@@ -240,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("inspect", help="print what a folder of shards holds")
     one.add_argument("folder", type=Path)
     one.add_argument("--sample", type=int, default=3, help="rows to decode (default 3)")
+    one.add_argument("--histogram", type=Path, metavar="FILE", help="draw the lengths into a .png or .svg file")
     commands.add_parser("verify", help="check every hash").add_argument("folder", type=Path)
     return parser
 
@@ -255,7 +213,7 @@ def _make(args: argparse.Namespace) -> None:
     found = sources.find_sources(args.input, args.skip_unknown)
     entries = sources.find_sources(corpus, args.skip_unknown) if corpus else []
     core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir))
-    names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command])
+    names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command], *WORDS[args.command])
     settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
     made = build(
         Path(args.output), found, (replace(settings, columns=columns), core), corpus_inputs=entries, share=share,
@@ -301,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         if args.command == "inspect":
-            inspect(args.folder, args.sample)
+            inspection.inspect(args.folder, args.sample, args.histogram)
         elif args.command == "verify":
             if problems := shards.verify_folder(args.folder):
                 raise ValueError("; ".join(problems))

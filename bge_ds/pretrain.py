@@ -144,7 +144,7 @@ def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
     paths, weights = ordering.split_weights(args.train_data)
     folders = preprocess.prepare_all(
         "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
-        max_seq_length=args.max_seq_length, explicit=args.explicit,
+        max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter, explicit=args.explicit,
         cache_dir=args.cache_dir, on_error=args.on_error, say=print if run.is_first_on_host() else run.silent,
     )  # fmt: skip
     data = shards.open_folders(folders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -122,6 +123,21 @@ def random_texts(lengths: list[int], vocab_size: int = 200, seed: int = 0, first
     for text in texts:
         text[0], text[-1] = first, last
     return texts
+
+
+def assert_same_batch(found, wanted) -> None:
+    """Every field of a batch alike, tensors to type and shape."""
+    import torch
+
+    assert type(found) is type(wanted)
+    for field in dataclasses.fields(wanted):
+        mine, theirs = getattr(found, field.name), getattr(wanted, field.name)
+        if dataclasses.is_dataclass(theirs):
+            assert_same_batch(mine, theirs)
+        elif isinstance(theirs, torch.Tensor):
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), field.name
+        else:
+            assert mine == theirs, field.name
 
 
 def free_port() -> int:

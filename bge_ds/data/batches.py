@@ -26,7 +26,12 @@ class Run(NamedTuple):
 
 
 class _Movable:
-    """Moves every tensor field, as `torch.utils.data.DataLoader` and the loops ask for."""
+    """Moves every tensor field, as `torch.utils.data.DataLoader` and the loops ask for.
+
+    Pickled, as a loader's worker hands a batch over, it is small: whole numbers in the fewest bytes that hold them, and
+    nothing that follows from the rest. A tensor would travel as a shared-memory file of its own, which costs more than
+    to copy its bytes through a pipe and to widen them on arrival.
+    """
 
     def _map(self, change):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -37,6 +42,34 @@ class _Movable:
 
     def pin_memory(self):
         return self._map(lambda v: v.pin_memory())
+
+    def __reduce__(self):
+        values = [getattr(self, f.name) for f in fields(self)]
+        return _arrived, (type(self), [_narrowed(v) if isinstance(v, torch.Tensor) else v for v in values])
+
+
+class _Narrow(NamedTuple):
+    """A tensor on its way: its values, maybe of a smaller type, and the type they had."""
+
+    values: np.ndarray
+    dtype: np.dtype
+
+
+def _narrowed(tensor: torch.Tensor) -> _Narrow:
+    values = tensor.numpy()
+    return _Narrow(_smallest(values) if values.dtype == np.int64 else values, values.dtype)
+
+
+def _smallest(values: np.ndarray) -> np.ndarray:
+    """The same whole numbers as uint16 or int32 where all of them fit."""
+    least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if least >= 0 and most < 1 << 16:
+        return values.astype(np.uint16)
+    return values.astype(np.int32) if least >= -(1 << 31) and most < 1 << 31 else values
+
+
+def _arrived(kind: type, values: list) -> _Movable:
+    return kind(*(torch.from_numpy(v.values.astype(v.dtype, copy=False)) if isinstance(v, _Narrow) else v for v in values))
 
 
 @dataclass
@@ -67,6 +100,22 @@ class PackedTexts(_Movable):
     def padded_tokens(self) -> int:
         """What a rectangle of the same texts would hold."""
         return self.max_length * self.place_N.numel()
+
+    def __reduce__(self):
+        return _lay_out, (_smallest(self.ids_T.numpy()), np.diff(self.cu_seqlens.numpy()), _smallest(self.place_N.numpy()))
+
+
+def _lay_out(ids_T: np.ndarray, lengths_N: np.ndarray, place_N: np.ndarray) -> PackedTexts:
+    """The packed texts of these ids and lengths, in row order; whole numbers of any type."""
+    lengths_N = lengths_N.astype(np.int64, copy=False)
+    ends_N = np.cumsum(lengths_N)
+    return PackedTexts(
+        ids_T=torch.from_numpy(ids_T.astype(np.int64)),
+        positions_T=torch.from_numpy(np.arange(ends_N[-1]) - np.repeat(ends_N - lengths_N, lengths_N)),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends_N]).astype(np.int32)),
+        place_N=torch.from_numpy(place_N.astype(np.int64, copy=False)),
+        runs=runs_of(lengths_N),
+    )
 
 
 @dataclass
@@ -112,19 +161,11 @@ def cut(ids: np.ndarray, max_length: int, suffix: int) -> np.ndarray:
 
 def pack(texts: list[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
     """The texts in one row by length, and the order they lie in (packed text k is the caller's text order[k])."""
-    lengths = np.fromiter((len(t) for t in texts), np.int64, len(texts))
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     order = np.argsort(lengths, kind="stable")
-    lengths = lengths[order]
-    ends = np.cumsum(lengths)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    return PackedTexts(
-        ids_T=torch.from_numpy(np.concatenate([texts[i] for i in order]).astype(np.int64)),
-        positions_T=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        place_N=torch.from_numpy(place),
-        runs=runs_of(lengths),
-    ), order
+    return _lay_out(np.concatenate([texts[i] for i in order.tolist()]), lengths[order], place), order
 
 
 def runs_of(lengths: np.ndarray | list[int]) -> list[Run]:
@@ -183,19 +224,28 @@ def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
     return pieces
 
 
-def choose_group(positives: int, negatives: int, group_size: int, *key: int) -> tuple[int, np.ndarray]:
-    """Which positive and which negatives (indices) one visit of a group takes; pure in `key` = (seed, epoch, row).
+def choose_groups(
+    positives_B: np.ndarray, negatives_B: np.ndarray, group_size: int, seed: int, epochs_B: np.ndarray, rows_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which positive and which negatives the visit of each group takes; pure in (seed, epoch, row) of the group.
 
-    One positive uniformly; group_size - 1 negatives without replacement, from the list repeated as often as needed when
-    it is shorter. A group without negatives gives none: the other texts of the batch serve.
+    positives_B, negatives_B: texts that each group lists. Returns indices into these lists, int64: chosen_B, one positive
+    uniformly, and chosen_BN, N = group_size - 1 negatives without replacement, from the list repeated as often as needed
+    when it is shorter. A group without negatives gives none, -1 in its place: the other texts of the batch serve.
     """
-    positive = int(mix64(*key, 1) % np.uint64(positives))
-    wanted = group_size - 1
-    if wanted == 0 or negatives == 0:
-        return positive, np.empty(0, np.int64)
-    repeats = -(-wanted // negatives)
-    rank = np.argsort(mix64(*key, 2, np.arange(repeats * negatives)), kind="stable")
-    return positive, rank[:wanted] % negatives
+    groups, wanted = len(rows_B), group_size - 1
+    chosen_B = (mix64(seed, epochs_B, rows_B, 1) % positives_B.astype(np.uint64)).astype(np.int64)
+    chosen_BN = np.full((groups, wanted), -1, np.int64)
+    some = negatives_B > 0
+    if wanted and some.any():
+        listed = np.where(some, -(-wanted // np.maximum(negatives_B, 1)) * negatives_B, 0)
+        starts_B = np.cumsum(listed) - listed
+        group_K = np.repeat(np.arange(groups), listed)  # K: the repeated lists of all groups, end to end
+        index_K = np.arange(len(group_K)) - starts_B[group_K]
+        drawn_K = np.lexsort((mix64(seed, epochs_B[group_K], rows_B[group_K], 2, index_K), group_K))
+        first_BN = index_K[drawn_K[starts_B[some][:, None] + np.arange(wanted)]]
+        chosen_BN[some] = first_BN % negatives_B[some][:, None]
+    return chosen_B, chosen_BN
 
 
 def collate_groups(
@@ -207,36 +257,59 @@ def collate_groups(
     own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
     """
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
-    queries, passages, known, known_query = [], [], [], []
-    own_BG = np.full((len(rows_B), group_size), -1, np.int64)
-    teacher_BG = np.zeros((len(rows_B), group_size), np.float32) if distill else None
-    for b, (epoch, row) in enumerate(zip(epochs_B.tolist(), rows_B.tolist(), strict=True)):
-        group = shards.group(row)
-        positive, negatives = choose_group(len(group.pos), len(group.neg), group_size, seed, epoch, row)
-        queries.append(cut(group.query, query_max_len, suffix))
-        own_BG[b, : 1 + len(negatives)] = len(passages) + np.arange(1 + len(negatives))
-        passages.append(int(group.pos[positive]))
-        passages.extend(group.neg[negatives].tolist())
-        known.append(group.pos)
-        known_query.append(np.full(len(group.pos), b))
-        if distill:
-            teacher_BG[b] = [group.pos_scores[positive], *group.neg_scores[negatives]]
-    passages = np.asarray(passages, np.int64)
-    texts, _ = pack(queries + [cut(shards.passage(int(p)), passage_max_len, suffix) for p in passages])
+    groups = [shards.group(row) for row in rows_B.tolist()]
+    pos, neg = _Listed.of([group.pos for group in groups]), _Listed.of([group.neg for group in groups])
+    chosen = choose_groups(pos.counts_B, neg.counts_B, group_size, seed, epochs_B, rows_B)
+    taken_BG = np.concatenate([chosen[0][:, None], chosen[1]], 1) >= 0
+    own_BG = np.where(taken_BG, (np.cumsum(taken_BG) - 1).reshape(taken_BG.shape), -1)
+    passages_P = _taken(pos, neg, chosen)[taken_BG]
+    teacher_BG = None
+    if distill:
+        scores = (_Listed.of([group.pos_scores for group in groups]), _Listed.of([group.neg_scores for group in groups]))
+        teacher_BG = torch.from_numpy(_taken(*scores, chosen).astype(np.float32))
+    texts, _ = pack(
+        [cut(group.query, query_max_len, suffix) for group in groups]
+        + [cut(passage, passage_max_len, suffix) for passage in shards.passages(passages_P)]
+    )
+    hashes = torch.from_numpy(shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64))
     own_only_B = np.zeros(len(rows_B), bool)
     for start, end in own_only_spans:
         own_only_B |= (rows_B >= start) & (rows_B < end)
     return ContrastiveBatch(
         texts=texts,
-        queries=len(queries),
+        queries=len(groups),
         own_BG=torch.from_numpy(own_BG),
-        hashes_P=torch.from_numpy(shards.hashes(passages).view(np.int64)),
-        known_K=torch.from_numpy(shards.hashes(np.concatenate(known)).view(np.int64)),
-        known_query_K=torch.from_numpy(np.concatenate(known_query)),
+        hashes_P=hashes[: len(passages_P)],
+        known_K=hashes[len(passages_P) :],
+        known_query_K=torch.from_numpy(np.repeat(np.arange(len(groups)), pos.counts_B)),
         own_only_B=torch.from_numpy(own_only_B),
         rows_B=torch.from_numpy(rows_B),
-        teacher_BG=None if teacher_BG is None else torch.from_numpy(teacher_BG),
+        teacher_BG=teacher_BG,
     )
+
+
+class _Listed(NamedTuple):
+    """A list column's rows of B groups: all values end to end, and how many each group has."""
+
+    values: np.ndarray
+    counts_B: np.ndarray
+
+    @classmethod
+    def of(cls, lists: list[np.ndarray]) -> _Listed:
+        return cls(np.concatenate(lists), np.fromiter(map(len, lists), np.int64, len(lists)))
+
+    def at(self, group_K: np.ndarray, index_K: np.ndarray) -> np.ndarray:
+        return self.values[(np.cumsum(self.counts_B) - self.counts_B)[group_K] + index_K]
+
+
+def _taken(pos: _Listed, neg: _Listed, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """What is listed for the texts that `choose_groups` chose, shape (B, G), the positive first, 0 where there is none."""
+    chosen_B, chosen_BN = chosen
+    taken_BG = np.zeros((len(chosen_B), 1 + chosen_BN.shape[1]), pos.values.dtype)
+    taken_BG[:, 0] = pos.at(np.arange(len(chosen_B)), chosen_B)
+    group_K, place_K = np.nonzero(chosen_BN >= 0)
+    taken_BG[group_K, 1 + place_K] = neg.at(group_K, chosen_BN[group_K, place_K])
+    return taken_BG
 
 
 def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int) -> PretrainBatch:
@@ -244,7 +317,7 @@ def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int) -
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
     rows = rows_N.tolist()
     texts, order = pack([cut(shards.ids(row), max_seq_length, suffix) for row in rows])
-    words = [cut(shards.words(rows[i]), max_seq_length, suffix) for i in order]
+    words = [cut(shards.words(rows[i]), max_seq_length, suffix) for i in order.tolist()]
     return PretrainBatch(
         texts=texts,
         words_T=torch.from_numpy(np.concatenate(words).astype(np.int64)),

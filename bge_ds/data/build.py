@@ -62,7 +62,7 @@ def build(
     a share of several parts the result is a part for `parts.merge`, and what is returned is what it is of. A killed run
     is gone on with by the same call. Raises ValueError that names file and line."""
     settings, tokenizer = job
-    settings.check(records.Encoder(tokenizer))
+    settings.check(records.Encoder(tokenizer, settings.word_segmenter))
     share = share or Share()
     if not num_proc:
         num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,11 @@
-"""Batches ahead of the step that needs them: worker processes over `order` and `batches`. Its state is the step."""
+"""Batches ahead of the step that needs them: worker processes over `order` and `batches`.
+
+The loader's state is two integers, the seed and the step: step s is found by arithmetic, so a loader that begins there
+goes on exactly as one that came from step 0 would, with any number of workers. Nothing of it is in a checkpoint.
+
+A worker hands a batch over as its bytes, packed small (`batches._Movable`), through the loader's queue. They become
+tensors where they arrive: in the thread that pins memory where there is a GPU, else in the loop's own process.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +56,11 @@ def steps(
     context: str | None = None,
     **collate_options,
 ) -> DataLoader:
-    """An iterator over the rank's batches of steps first_step..end_step-1, in order; each item a list of batches."""
+    """An iterator over the rank's batches of steps first_step..end_step-1, in order; each item a list of batches.
+
+    workers: processes that build batches, 0: the caller's own. prefetch: steps that each worker is ahead (None: 2).
+    pin_memory: tensors lie in page-locked memory, from which a GPU copies while it computes. context: start method.
+    """
     dataset = StepDataset(folders, order, (accumulation, rank, world), partial(collate, **collate_options))
     return DataLoader(
         dataset,

@@ -1,8 +1,8 @@
 """Which rows a step sees, as arithmetic on (seed, epoch, step).
 
-Nothing here is stored: an epoch's order is a keyed permutation evaluated where it is needed (a Feistel network over
-the smallest 4^k that holds N, walked until the value falls below N), so that memory does not grow with the data, a
-resumed run costs nothing, and any number of ranks cuts the same global batches from the same line.
+An epoch's order is a keyed permutation evaluated where it is needed (a Feistel network over the smallest 4^k that holds
+N, walked until the value falls below N), so that memory does not grow with the data, a resumed run costs nothing, and
+any number of ranks cuts the same global batches from the same line. Nothing is stored but the rows near the last step.
 
 The rule at an epoch's end: epochs are laid end to end, and step s takes places [s G, (s+1) G) of that line, G texts a
 global batch. Every text is seen exactly once an epoch, no batch is short, and only the last step of a run may take
@@ -13,33 +13,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MUL_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MUL_1, _MUL_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_LAST = (1 << 64) - 1
 _ROUNDS = 6
+_STRETCH = 4096  # places that are looked up together
 
 
 def mix64(*keys: int | np.ndarray) -> np.ndarray:
     """Hash integers (arrays broadcast) to uniform uint64, splitmix64's finaliser chained over the keys."""
-    state = np.zeros(np.broadcast_shapes(*(np.shape(key) for key in keys)), np.uint64)
+    return np.uint64(_absorb(0, *keys))
+
+
+def _absorb(state: int | np.ndarray, *keys: int | np.ndarray) -> int | np.ndarray:
+    """The state after more keys. Numbers stay Python's until an array comes: numpy costs a microsecond an operation."""
     for key in keys:
-        state = _absorb(state, key)
+        if np.ndim(key) == 0 and isinstance(state, int):
+            state = ((state ^ (int(key) & _LAST)) + _GOLDEN) & _LAST
+            state = ((state ^ (state >> 30)) * _MUL_1) & _LAST
+            state = ((state ^ (state >> 27)) * _MUL_2) & _LAST
+            state ^= state >> 31
+            continue
+        key = np.uint64(int(key) & _LAST) if np.ndim(key) == 0 else np.asarray(key).astype(np.uint64, copy=False)
+        state = key ^ (np.uint64(state) if isinstance(state, int) else state)  # an array of its own: changed in place
+        state += np.uint64(_GOLDEN)
+        state ^= (shifted := state >> np.uint64(30))
+        state *= np.uint64(_MUL_1)
+        state ^= np.right_shift(state, np.uint64(27), out=shifted)
+        state *= np.uint64(_MUL_2)
+        state ^= np.right_shift(state, np.uint64(31), out=shifted)
     return state
-
-
-def _absorb(state: np.ndarray, key: int | np.ndarray) -> np.ndarray:
-    """One more key of `mix64`."""
-    if isinstance(key, int):
-        key = key % (1 << 64)
-    with np.errstate(over="ignore"):
-        state = (state ^ np.asarray(key).astype(np.uint64, copy=False)) + _GOLDEN
-        state = (state ^ (state >> np.uint64(30))) * _MUL_1
-        state = (state ^ (state >> np.uint64(27))) * _MUL_2
-        return state ^ (state >> np.uint64(31))
 
 
 def permute(places_K: np.ndarray, size: int | np.ndarray, *key: int | np.ndarray) -> np.ndarray:
@@ -49,15 +55,14 @@ def permute(places_K: np.ndarray, size: int | np.ndarray, *key: int | np.ndarray
     """
     values, seeds = np.array(places_K, np.uint64), mix64(*key)
     if seeds.size > 1 and (seeds == seeds[0]).all():
-        seeds = seeds[:1]  # one permutation, as nearly always: its round keys are hashed once, not for each place
-    # The rounds hash (seed, round, half of the value).
-    rounds = [_absorb(_absorb(np.zeros_like(seeds), seeds), number) for number in range(_ROUNDS)]
+        seeds = seeds[0]  # one permutation, as nearly always: its round keys are hashed once, not for each place
+    rounds = [_absorb(0, seeds, number) for number in range(_ROUNDS)]  # what hashing a round's half begins with
     half, size = _half_bits(size), np.asarray(size, np.uint64)
     low = (np.uint64(1) << half) - np.uint64(1)
     walking = np.arange(values.size)
 
-    def of_walking(values: np.ndarray) -> np.ndarray:
-        return values if values.size == 1 else values[walking]
+    def of_walking(values: np.ndarray | int) -> np.ndarray | int:
+        return values if np.size(values) == 1 else values[walking]
 
     while walking.size:
         value, half_here, low_here = values[walking], of_walking(half), of_walking(low)
@@ -149,6 +154,13 @@ class Order(Line):
         """How many texts of each span the line's first `texts` are, on average."""
         return self.kept * (texts / len(self))
 
+    def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
+        stretch, inside = divmod(step, max(1, _STRETCH // self.global_batch))
+        epochs, rows = _rows_of_stretch(self, stretch)
+        part = slice(inside * self.global_batch, (inside + 1) * self.global_batch)
+        return epochs[part].copy(), rows[part].copy()
+
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_K, rows_K) at any places along the line of all epochs laid end to end."""
         return self._rows.at(places_K, 0)
@@ -187,6 +199,13 @@ class LinesRows:
             span = span_K[cut]
             within_K[cut] = permute(within_K[cut], self.span_sizes[span], seeds_K, 2, self.numbers[span])
         return epochs_K, self.starts[span_K] + within_K
+
+
+@lru_cache(maxsize=2)
+def _rows_of_stretch(order: Order, stretch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, rows) of as many whole steps as come near _STRETCH places: hashing 16 places costs as much as hashing 4,096."""
+    size = order.global_batch * max(1, _STRETCH // order.global_batch)
+    return order.rows_at(np.arange(stretch * size, (stretch + 1) * size, dtype=np.int64))
 
 
 def whole_steps(filled: float, drop_last: bool) -> int:

@@ -23,6 +23,8 @@ import orjson
 import xxhash
 from tokenizers import Encoding, Tokenizer
 
+from . import segmenting
+
 KEYS = {
     "pretrain": ("text",),
     "finetune": ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type"),
@@ -112,10 +114,14 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 class Encoder:
-    """Texts to token ids with the special tokens at the ends, cut to a length. One for each worker process."""
+    """Texts to token ids with the special tokens at the ends, cut to a length. One for each worker process.
 
-    def __init__(self, tokenizer: TokenizerCore) -> None:
+    word_segmenter: which library says what a word is in scripts without spaces, see `segmenting.py`. Raises ValueError
+    where it is not installed."""
+
+    def __init__(self, tokenizer: TokenizerCore, word_segmenter: str = segmenting.NONE) -> None:
         self.core = tokenizer
+        self._segment = segmenting.load(word_segmenter)
         self._backend = Tokenizer.from_str(tokenizer.json)
         self._affixes = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
         self._splits_at_space = len(set(self._backend.encode("a b", add_special_tokens=False).word_ids)) > 1
@@ -147,7 +153,7 @@ class Encoder:
             body = encoding.ids
             rows.append([] if self._says_nothing(text, body) else self._wrap(body[:room]))
             cuts.append(len(body) > room)
-            inner = word_numbers(text, encoding, room, self._splits_at_space) + head
+            inner = word_numbers(text, encoding, room, self._splits_at_space, self._segment) + head
             last = inner[-1] if len(inner) else head - 1
             words.append(np.concatenate([np.arange(head), inner, last + 1 + np.arange(tail)]))
         return rows, words, cuts
@@ -169,16 +175,27 @@ class Encoder:
         return len(self._encode([text])[0].ids) if text else 0
 
 
-def word_numbers(text: str, encoding: Encoding, room: int, splits_at_space: bool) -> np.ndarray:
-    """The word (0, 1, 2, ...) that each of the first `room` tokens of a text, encoded without specials, belongs to."""
+def word_numbers(
+    text: str, encoding: Encoding, room: int, splits_at_space: bool, segment: segmenting.Segment | None = None
+) -> np.ndarray:
+    """The word (0, 1, 2, ...) that each of the first `room` tokens of a text, encoded without specials, belongs to.
+
+    segment: tells the words of scripts without spaces; without it each token there is a word."""
     pieces = encoding.word_ids[:room]
-    if splits_at_space and None not in pieces and not UNSPACED.search(text):
+    unspaced = UNSPACED.search(text) is not None
+    if splits_at_space and None not in pieces and not unspaced:
         starts = np.diff(np.array(pieces, dtype=np.int64), prepend=-1) != 0
     else:
         spans = encoding.offsets[:room]
         known = zip(pieces[1:], pieces[:-1], spans[1:], spans[:-1], strict=True)
         starts = [True] + [a is None or a != b or _starts_word(text, span, last) for a, b, span, last in known]
-    return np.cumsum(np.array(starts[: len(pieces)], dtype=np.int64)) - 1
+        starts = np.array(starts[: len(pieces)])
+        if segment is not None and unspaced and spans:
+            inside = segment(text[: segmenting.end_of_block(text, spans[-1][1])])
+            # The same character, cut into bytes, begins no word either way; a token that crosses into the next word stays.
+            begins = np.array([span[0] for span in spans[1:]], dtype=np.int64)
+            starts[1:] &= ~inside[np.minimum(begins, len(inside) - 1)]
+    return np.cumsum(np.array(starts, dtype=np.int64)) - 1
 
 
 def _starts_word(text: str, span: tuple[int, int], last: tuple[int, int]) -> bool:

@@ -169,18 +169,27 @@ class _Table:
                 found_K[order_K[part]] = read(batches[b], sorted_K[part] - starts[b])
         return found_K
 
+    def length_counts(self, column: str) -> np.ndarray:
+        """How many rows have each number of values in a list column, int64: element n counts those of n values."""
+        counts = np.zeros(1, np.int64)
+        for k in range(len(self.entries)):
+            for batch in self.shard(k)[1]:
+                more = np.bincount(np.diff(batch[column].offsets), minlength=len(counts))
+                more[: len(counts)] += counts
+                counts = more
+        return counts
+
     def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
         starts, batches, rows = [], [], 0
         # The file may be closed again: views of its batches keep the map, and a process may have few open files.
         with pa.memory_map(str(self.paths[k])) as file:
             reader = _open_shard(file, self.paths[k], self.schema)
             try:
-                for b in range(reader.num_record_batches):
-                    batch = reader.get_batch(b)
+                for batch in reader:
                     starts.append(rows)
                     batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
                     rows += batch.num_rows
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{self.paths[k]}: corrupted shard ({error}): preprocess again") from error
         if rows != self.entries[k]["rows"]:
             wanted = self.entries[k]["rows"]
@@ -209,11 +218,11 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
         raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {wanted}: preprocess again")
 
 
-def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
+def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchStreamReader:
     try:
-        reader = pa.ipc.open_file(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: corrupted shard, no readable Arrow footer ({error}): preprocess again") from error
+        reader = pa.ipc.open_stream(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: corrupted shard, no readable Arrow schema ({error}): preprocess again") from error
     if not reader.schema.equals(schema):
         raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
     return reader
@@ -235,6 +244,12 @@ class _Shards:
     def folders(self) -> list[Path]:
         """What `open_folders` opens this reader from."""
         return [self.folder]
+
+    def length_counts(self, table: str, column: str) -> np.ndarray:
+        """How many rows of a table have each number of values in a list column, int64: element n counts those of n values.
+
+        From the offsets, a record batch at a time: no value is read."""
+        return self._tables[table].length_counts(column)
 
 
 class PretrainShards(_Shards):
@@ -320,10 +335,15 @@ class FinetuneShards(_Shards):
         batch, i = self._tables["passages"].locate(prow)
         return batch["ids"].row(i)
 
+    def passages(self, prows_K: np.ndarray) -> list[np.ndarray]:
+        """As `passage`, for many rows at once."""
+        return [batch["ids"].row(i) for batch, i in map(self._tables["passages"].locate, prows_K.tolist())]
+
     def hashes(self, prows: np.ndarray) -> np.ndarray:
         """Content hashes of passages, uint64, of the shape of `prows`; equal raw texts have equal hashes."""
-        found = [self._tables["passages"].locate(row) for row in np.asarray(prows).ravel().tolist()]
-        return np.array([batch["hash"][i] for batch, i in found], dtype=np.uint64).reshape(np.shape(prows))
+        rows = np.asarray(prows).ravel().tolist()
+        found = [batch["hash"][i] for batch, i in map(self._tables["passages"].locate, rows)]
+        return np.array(found, dtype=np.uint64).reshape(np.shape(prows))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -378,11 +398,12 @@ def verify_folder(folder: str | Path) -> list[str]:
         path = folder / entry["file"]
         try:
             _check_size(path, entry)
+            # First the hash: nothing of a shard with a flipped byte is interpreted.
+            if (found := hash_file(path).hexdigest()) != entry["hash"]:
+                raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
             with pa.memory_map(str(path)) as file:
                 reader = _open_shard(file, path, fields[entry["table"]])
-                if (found := hash_file(path).hexdigest()) != entry["hash"]:
-                    raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
-                rows = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))
+                rows = sum(batch.num_rows for batch in reader)
                 if rows != entry["rows"]:
                     raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
         except ValueError as error:

@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from . import corpus, records, shards, tables
+from . import corpus, records, segmenting, shards, tables
 from .sources import Block
 
 LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32, "passage_max_len": 128}}
 INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
+WORDS = {"pretrain": ("word_segmenter",), "finetune": ()}  # what decides words, which fine-tuning has no use for
 SEEN_LIMIT = 500_000  # passages a worker remembers (about 60 MB); past it some are tokenised again, no row changes
 
 
@@ -41,6 +42,7 @@ class Settings:
     passage_max_len: int = 0
     query_instruction_for_retrieval: str = ""  # put before each query as it is
     passage_instruction_for_retrieval: str = ""
+    word_segmenter: str = segmenting.NONE  # of pretrain: a name of `segmenting.SEGMENTERS`
     columns: tuple[tuple[str, str], ...] = ()  # (field, its name in the input)
     stage: str = "rows"  # "corpus": the lines are a corpus's passages; "by_id": groups that name those
 
@@ -60,7 +62,7 @@ class Settings:
 
     def named(self) -> dict[str, Any]:
         """The lengths and instructions that belong to the kind, as the manifest keeps them."""
-        return {name: getattr(self, name) for name in (*LENGTHS[self.kind], *INSTRUCTIONS[self.kind])}
+        return {name: getattr(self, name) for name in (*LENGTHS[self.kind], *INSTRUCTIONS[self.kind], *WORDS[self.kind])}
 
     def check(self, encoder: records.Encoder) -> None:
         """Raises ValueError for a length that leaves no room for text."""
@@ -78,7 +80,7 @@ class Worker:
     """Turns blocks into compact arrays. The blocks it is given come in the order of the input, others between them."""
 
     def __init__(self, settings: Settings, tokenizer: records.TokenizerCore, index: Path | None = None) -> None:
-        self.settings, self.encoder = settings, records.Encoder(tokenizer)
+        self.settings, self.encoder = settings, records.Encoder(tokenizer, settings.word_segmenter)
         self.id_type = shards.id_type(tokenizer.vocab_size).to_pandas_dtype()
         self.seen: set[bytes] = set()
         self.segment: tuple[int, int] | None = None  # that `seen` belongs to

@@ -53,7 +53,7 @@ class TableWriter:
             return
         if self._ipc is None:
             self._file = open(self.path, "wb")  # noqa: SIM115 - closed by close or abort
-            self._ipc = pa.ipc.new_file(self._file, self.schema)
+            self._ipc = pa.ipc.new_stream(self._file, self.schema)  # what `datasets.Dataset.from_file` opens
         table = pa.Table.from_batches(self._pending, self.schema).combine_chunks()
         self._ipc.write_table(table)
         self._entry["rows"] += table.num_rows

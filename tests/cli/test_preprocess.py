@@ -258,6 +258,29 @@ def test_a_killed_run_leaves_no_folder_and_no_worker(tmp_path, tiny_tokenizer_pa
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children), "workers outlive their parent"
 
 
+def test_words_of_a_segmenter_reach_the_shards(tmp_path, tiny_tokenizer_path, capsys):
+    """The manifest names the segmenter, a cache has its own for each, and shards of other words are refused."""
+    pytest.importorskip("jieba")
+    given = write(tmp_path / "a.jsonl", [{"text": "北京是中华人民共和国的首都"}])
+    words = {}
+    for name in ("none", "jieba"):
+        assert run("pretrain", given, tmp_path / name, tiny_tokenizer_path, "--word_segmenter", name) == 0
+        data = shards.open_folder(tmp_path / name)
+        assert data.manifest["word_segmenter"] == name
+        words[name] = data.words(0)
+    assert words["none"].tolist() == list(range(15)) and words["jieba"][-1] < 14
+    tokenizer, explicit = records.load_tokenizer(tiny_tokenizer_path), frozenset({"word_segmenter"})
+    caches = {
+        preprocess.prepare("pretrain", given, tokenizer, word_segmenter=name, cache_dir=str(tmp_path / "c")) for name in words
+    }
+    assert len(caches) == 2
+    assert preprocess.prepare("pretrain", str(tmp_path / "jieba"), tokenizer) == tmp_path / "jieba"
+    with pytest.raises(ValueError, match="word_segmenter 'none' differs from the 'jieba' in"):
+        preprocess.prepare("pretrain", str(tmp_path / "jieba"), tokenizer, word_segmenter="none", explicit=explicit)
+    assert preprocess.main(["inspect", str(tmp_path / "jieba"), "--sample", "0"]) == 0
+    assert "word_segmenter  'jieba'" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------------ prepare
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import helpers
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds.data.batches import choose_group, cut, pack
+from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, choose_groups, cut, pack
+from bge_ds.data.order import mix64
 
 
 def test_pack_keeps_every_text():
@@ -41,24 +43,78 @@ def test_cut_keeps_the_closing_tokens():
     assert cut(row, 10, 1) is row
 
 
+def choose_group(positives: int, negatives: int, group_size: int, *key: int) -> tuple[int, np.ndarray]:
+    """The draw of one group by its definition, which `choose_groups` makes for many at once."""
+    repeats = -(-(group_size - 1) // negatives) if negatives else 0
+    drawn = np.argsort(mix64(*key, 2, np.arange(repeats * negatives)), kind="stable")[: group_size - 1]
+    return int(mix64(*key, 1) % np.uint64(positives)), drawn % max(1, negatives)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 8])
+def test_many_groups_are_drawn_as_one_is(group_size):
+    """A group's draw must not depend on its neighbours in the batch: another batch size would train on other texts."""
+    rng = np.random.default_rng(1)
+    positives_B, negatives_B = rng.integers(1, 5, 200), rng.integers(0, 20, 200)
+    epochs_B, rows_B = rng.integers(0, 3, 200), rng.integers(0, 10**10, 200)
+    chosen_B, chosen_BN = choose_groups(positives_B, negatives_B, group_size, 7, epochs_B, rows_B)
+    assert chosen_BN.shape == (200, group_size - 1) and (negatives_B == 0).any()
+    for b in range(200):
+        positive, drawn = choose_group(positives_B[b], negatives_B[b], group_size, 7, int(epochs_B[b]), int(rows_B[b]))
+        assert chosen_B[b] == positive
+        assert chosen_BN[b].tolist() == (drawn.tolist() if negatives_B[b] else [-1] * (group_size - 1))
+
+
+def draw(positives: int, negatives: int, group_size: int, count: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The draws of rows 0..count-1, all with lists of these lengths."""
+    listed = (np.full(count, positives), np.full(count, negatives))
+    return choose_groups(*listed, group_size, 0, np.full(count, epoch), np.arange(count))
+
+
 def test_negatives_are_drawn_without_replacement():
     """Enough negatives: all different. Fewer: each as often as the repeated list allows. None: none."""
-    for key in range(50):
-        _, chosen = choose_group(2, 9, 8, 0, 0, key)
-        assert len(set(chosen.tolist())) == 7
-        _, chosen = choose_group(1, 3, 8, 0, 0, key)
-        counts = Counter(chosen.tolist())
-        assert len(chosen) == 7 and max(counts.values()) <= 3 and set(counts) == {0, 1, 2}
-    assert choose_group(1, 0, 8, 0)[1].size == 0
-    assert choose_group(1, 5, 1, 0)[1].size == 0
+    for chosen in draw(2, 9, 8, 50)[1].tolist():
+        assert len(set(chosen)) == 7
+    for chosen in draw(1, 3, 8, 50)[1].tolist():
+        counts = Counter(chosen)
+        assert max(counts.values()) <= 3 and set(counts) == {0, 1, 2}
+    assert (draw(1, 0, 8, 5)[1] == -1).all()
 
 
 @pytest.mark.parametrize("what", ["positive", "negative"])
 def test_draws_are_uniform_and_change_with_the_epoch(what):
     """Each positive, and each negative, is as likely as the others; an epoch later the draw is another."""
-    draws = [choose_group(4, 4, 2, 7, epoch, row) for epoch in range(20) for row in range(200)]
-    values = [positive if what == "positive" else int(negatives[0]) for positive, negatives in draws]
-    counts = np.bincount(values, minlength=4)
-    assert np.abs(counts - 1000).max() < 130  # 4.7 standard deviations
-    same = np.mean([values[row] == values[200 + row] for row in range(200)])
-    assert 0.1 < same < 0.4
+    values = np.array([draw(4, 4, 2, 200, epoch)[0 if what == "positive" else 1].ravel() for epoch in range(20)])
+    assert np.abs(np.bincount(values.ravel(), minlength=4) - 1000).max() < 130  # 4.7 standard deviations
+    assert 0.1 < (values[0] == values[1]).mean() < 0.4
+
+
+def contrastive_batch(vocab_size: int) -> ContrastiveBatch:
+    texts, _ = pack(helpers.random_texts([5, 70, 3, 3], vocab_size=vocab_size))
+    hashes = torch.tensor([-(2**63), 2**63 - 1])
+    return ContrastiveBatch(
+        texts=texts, queries=2, own_BG=torch.tensor([[0, -1], [1, -1]]), hashes_P=hashes, known_K=hashes[:0],
+        known_query_K=torch.tensor([0, 1]), own_only_B=torch.tensor([True, False]), rows_B=torch.tensor([7, 2**40]),
+        teacher_BG=torch.tensor([[0.5, 0.0], [-1.0, 0.0]]),
+    )  # fmt: skip
+
+
+def pretrain_batch(vocab_size: int) -> PretrainBatch:
+    texts, _ = pack(helpers.random_texts([5, 70, 3], vocab_size=vocab_size))
+    keys = torch.tensor([1, -5, 2**62])
+    return PretrainBatch(texts=texts, words_T=texts.positions_T // 2, keys_N=keys, rows_N=torch.tensor([3, 1, 2]))
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 16, 250_002])
+@pytest.mark.parametrize("make", [contrastive_batch, pretrain_batch])
+def test_a_batch_survives_its_way_from_a_worker(make, vocab_size):
+    """Narrow on the way, the same on arrival: every value, type and shape, the negative and 64-bit ones too."""
+    batch = make(vocab_size)
+    helpers.assert_same_batch(pickle.loads(pickle.dumps(batch)), batch)
+
+
+def test_a_batch_travels_in_its_own_bytes():
+    """Two bytes an id and two a word: plain pickle, without torch's storages, of which each would be a file of its own."""
+    texts, _ = pack(helpers.random_texts([512] * 16, vocab_size=30_000))
+    batch = PretrainBatch(texts, texts.positions_T, *torch.ones(2, 16, dtype=torch.int64))
+    sent = pickle.dumps(batch)
+    assert len(sent) < 4 * 8192 + 2000 and b"torch.storage" not in sent and b"_rebuild_tensor" not in sent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import helpers
 import numpy as np
 import orjson
@@ -166,6 +168,56 @@ def test_spaces_part_words_where_the_tokenizer_has_no_pre_tokenizer(tmp_path):
     assert set(tokenizer.backend_tokenizer.encode("fox over", add_special_tokens=False).word_ids) == {0}
     words = plain(pieces_by_word(tokenizer, "the quick fox, exactly 北京"))
     assert words == ["the", "quick", "fox,", "exactly", "北", "京"]
+
+
+def segmented(tokenizer, text: str, length: int = 512) -> list[str]:
+    """The pieces of each word, joined, where jieba tells the words; the special tokens at the ends left out."""
+    encoder = records.Encoder(records.core(tokenizer), "jieba")
+    (ids,), (words,), _ = encoder.ids_and_words([text], length)
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    found = [[] for _ in range(words[-1] + 1)]
+    for token, word in zip(tokens, words, strict=True):
+        found[word].append(token.removeprefix("##"))
+    return ["".join(word) for word in found[1:-1]]
+
+
+def test_a_segmenter_tells_the_words_of_chinese(minilm_path):
+    """Tokens of one word that jieba finds are masked together; Latin words, digits and punctuation are as without it."""
+    pytest.importorskip("jieba")
+    tokenizer = records.load_tokenizer(minilm_path)
+    found = segmented(tokenizer, "他来到北京大学，unbelievable thunderstorms 2026 北京")
+    assert "北京大学" in "".join(found) and found[-1] == "北京" and "，" in found
+    assert [word for word in found if word.isascii() and word.isalpha()] == ["unbelievable", "thunderstorms"]
+    assert len(found) < len("他来到北京大学，北京") + 3
+
+
+def test_segmented_words_do_not_depend_on_the_cut(minilm_path):
+    """Only the stretch that the last token lies in is looked at, and it whole: a shorter length gives the same words."""
+    pytest.importorskip("jieba")
+    tokenizer = records.load_tokenizer(minilm_path)
+    encoder = records.Encoder(records.core(tokenizer), "jieba")
+    text = "中华人民共和国的首都是北京。研究生命的起源，很有意思。" * 3
+    _, (whole,), _ = encoder.ids_and_words([text], 512)
+    for length in range(3, 40):
+        _, (words,), (cut,) = encoder.ids_and_words([text], length)
+        assert cut and words[:-1].tolist() == whole[: length - 1].tolist() and words[-1] == words[-2] + 1
+
+
+def test_bytes_of_a_segmented_character_stay_together(tmp_path):
+    """Byte-level tokens of one character begin no word, and no token is cut where a word ends."""
+    pytest.importorskip("jieba")
+    tokenizer = records.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
+    encoder = records.Encoder(records.core(tokenizer), "jieba")
+    (ids,), (words,), _ = encoder.ids_and_words(["北京是中国的首都"], 512)
+    assert (np.diff(words) >= 0).all() and (np.diff(words) <= 1).all() and len(ids) == len(words)
+    assert words[-1] + 1 < 2 + 8
+
+
+def test_a_missing_segmenter_is_named_with_the_remedy(minilm_path, monkeypatch):
+    """Shards without the words asked for would be silent: the run ends, with the command that installs it."""
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(ValueError, match=r"needs jieba, which is not installed: pip install jieba"):
+        records.Encoder(records.core(records.load_tokenizer(minilm_path)), "jieba")
 
 
 def test_a_cut_text_keeps_whole_numbering(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import orjson
 import pyarrow as pa
 import pytest
 
+from bge_ds import preprocess
 from bge_ds.data import folders, shards, writing
 
 MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
@@ -132,6 +134,61 @@ def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path):
     assert "texts-00000-000001.arrow: corrupted shard, hash" in problem
 
 
+def test_verify_finds_any_flipped_byte(tmp_path):
+    """Schema, offsets, values, padding, end mark: whichever byte is another one, the shard is named and not read."""
+    write_pretrain(tmp_path / "s", texts(40), 20)
+    path = tmp_path / "s" / "texts-00000-000001.arrow"
+    whole = path.read_bytes()
+    for at in [*range(0, len(whole), 13), len(whole) - 1]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+        (problem,) = shards.verify_folder(tmp_path / "s")
+        assert "texts-00000-000001.arrow: corrupted shard" in problem
+    path.write_bytes(whole)
+    assert shards.verify_folder(tmp_path / "s") == []
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"texts-00000-000000\.arrow is missing"),
+        ("cut", r"texts-00000-000000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
+        ("columns", r"texts-00000-000000\.arrow: corrupted shard, hash"),
+        ({"schema_version": 1}, r"manifest\.json: schema version 1; this bge_ds reads 2"),
+    ],
+)
+def test_verify_names_what_is_damaged(tmp_path, how, message, capsys):
+    """The command ends with status 2 and names the file; the other shards are still looked at."""
+    write_pretrain(tmp_path / "s", texts(40), 20)
+    damage(tmp_path / "s", how)
+    assert preprocess.main(["verify", str(tmp_path / "s")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    if isinstance(how, str):
+        assert any("texts-00000-000000" in problem for problem in shards.verify_folder(tmp_path / "s"))
+
+
+def test_a_shard_of_other_columns_is_named_though_its_hash_is_right(tmp_path):
+    """A shard of another schema version under a manifest that was mended by hand: named, and no row of it is read."""
+    write_pretrain(tmp_path / "s", texts(40), 20)
+    damage(tmp_path / "s", "columns")
+    path = tmp_path / "s" / shards.MANIFEST
+    known = orjson.loads(path.read_bytes())
+    known["shards"][0]["hash"] = shards.hash_file(tmp_path / "s" / "texts-00000-000000.arrow").hexdigest()
+    path.write_bytes(orjson.dumps(known))
+    assert any("texts-00000-000000.arrow: its columns are" in problem for problem in shards.verify_folder(tmp_path / "s"))
+    with pytest.raises(ValueError, match=r"texts-00000-000000\.arrow: its columns are"):
+        shards.open_folder(tmp_path / "s").ids(0)
+
+
+@pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(70, 500), (1000, 1 << 20)])
+def test_lengths_are_counted_without_reading_values(tmp_path, monkeypatch, segment_rows, batch_bytes):
+    """The counts over all shards and record batches are those of the rows, and come from offsets alone."""
+    rows = texts(203)
+    write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
+    data = shards.open_folder(tmp_path / "s")
+    monkeypatch.setattr(shards._Lists, "row", None)
+    assert data.length_counts("texts", "ids").tolist() == np.bincount([len(ids) for ids in rows]).tolist()
+
+
 def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
     """The fingerprint covers the manifest's own claims; a shard left from elsewhere is no part of the data."""
     write_pretrain(tmp_path / "s", texts(20))
@@ -159,11 +216,11 @@ def damage(folder, how):
         shard.unlink()
     elif how == "cut":
         shard.write_bytes(shard.read_bytes()[:-10])
-    elif how == "footer":
-        shard.write_bytes(shard.read_bytes()[:-8] + b"????????")
+    elif how == "schema":
+        shard.write_bytes(b"?" * 64 + shard.read_bytes()[64:])
     elif how == "columns":
         table = pa.table({"ids": pa.array([[1]], pa.list_(pa.uint16()))})
-        with pa.ipc.new_file(str(shard), table.schema) as writer:
+        with pa.ipc.new_stream(str(shard), table.schema) as writer:
             writer.write_table(table)
         known = orjson.loads(manifest.read_bytes())
         known["shards"][0]["bytes"] = shard.stat().st_size
@@ -181,7 +238,7 @@ def damage(folder, how):
     [
         ("missing", r"texts-00000-000000\.arrow is missing"),
         ("cut", r"texts-00000-000000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
-        ("footer", r"texts-00000-000000\.arrow: corrupted shard, no readable Arrow footer"),
+        ("schema", r"texts-00000-000000\.arrow: corrupted shard, no readable Arrow schema"),
         ("columns", r"texts-00000-000000\.arrow: its columns are"),
         ("no manifest", r"no folder of shards: no manifest\.json"),
         ("not json", r"manifest\.json: not JSON"),
@@ -193,7 +250,7 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
     """Training must not start on a folder that is cut short or foreign; the error says which file it is."""
     write_pretrain(tmp_path / "s", texts(20))
     damage(tmp_path / "s", how)
-    if how in ("footer", "columns"):
+    if how in ("schema", "columns"):
         data = shards.open_folder(tmp_path / "s")
         assert shards.verify_folder(tmp_path / "s")
         with pytest.raises(ValueError, match=message):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import helpers
 import numpy as np
 import pytest
 import torch
 
-from bge_ds.data.batches import pack
-from bge_ds.data.order import mix64
+from bge_ds import preprocess
+from bge_ds.data import loader
+from bge_ds.data.batches import collate_texts, pack
+from bge_ds.data.order import Order, mix64
 from bge_ds.kernels import masks
 from bge_ds.kernels.attention import varlen_attention
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
@@ -103,3 +107,26 @@ def test_the_encoder_on_the_gpu(tmp_path, family, pooling):
     encoder = Encoder.load(str(helpers.make_model(family, tmp_path)), pooling)
     expected = encoder.encode_ids(texts)
     assert (encoder.to("cuda", torch.bfloat16).encode_ids(texts) - expected).abs().max() < 5e-2
+
+
+def test_a_loader_s_batches_are_pinned(tmp_path, tiny_tokenizer_path):
+    """What a worker hands over lies in page-locked memory, or copies to the GPU would wait for the computation."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in helpers.SENTENCES)
+    (tmp_path / "a.jsonl").write_text(rows)
+    argv = ["pretrain", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "s"), "--tokenizer"]
+    assert preprocess.main([*argv, str(tiny_tokenizer_path)]) == 0
+    found = loader.steps(
+        tmp_path / "s", Order(0, ((0, 6),), 2), collate_texts, first_step=0, end_step=3, accumulation=1, rank=0, world=1,
+        workers=1, pin_memory=True, seed=0, max_seq_length=32,
+    )  # fmt: skip
+    for (batch,) in found:
+        tensors = (
+            batch.words_T,
+            batch.keys_N,
+            batch.rows_N,
+            batch.texts.ids_T,
+            batch.texts.positions_T,
+            batch.texts.cu_seqlens,
+        )
+        assert all(tensor.is_pinned() for tensor in tensors)
+        helpers.assert_same_batch(batch.to("cuda").to("cpu"), batch)

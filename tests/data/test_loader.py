@@ -1,0 +1,142 @@
+"""The loader: its workers give exactly the batches that one process makes, from any step on; nothing else is its state."""
+
+from __future__ import annotations
+
+import json
+
+import helpers
+import numpy as np
+import pytest
+import torch
+
+from bge_ds import preprocess
+from bge_ds.data import loader, shards
+from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts, cut, pack
+from bge_ds.data.order import Order, mix64
+
+LENGTHS = {"pretrain": {"max_seq_length": 12}, "finetune": {"query_max_len": 8, "passage_max_len": 10}}
+COLLATE = {
+    "pretrain": (collate_texts, {"seed": 5, **LENGTHS["pretrain"]}),
+    "finetune": (collate_groups, {"seed": 5, "group_size": 4, **LENGTHS["finetune"], "own_only_spans": ((30, 50),)}),
+}
+
+
+@pytest.fixture(scope="module", params=["pretrain", "finetune"])
+def folder(request, tmp_path_factory, tiny_tokenizer_path):
+    """Shards of 60 rows, longer than they are cut to in a batch, lists of 0 to 6 negatives, two sources."""
+    place = tmp_path_factory.mktemp("loader")
+    words = " ".join(helpers.SENTENCES).split()
+    texts = [" ".join(words[i % 20 : i % 20 + 1 + i % 17]) for i in range(60)]
+    lines = [{"text": text} for text in texts]
+    if request.param == "finetune":
+        lists = [(text, texts[i : i + 1 + i % 3], texts[i - i % 7 : i]) for i, text in enumerate(texts)]
+        scores = [[[0.5 + j for j in range(len(part))] for part in line[1:]] for line in lists]
+        names = ("query", "pos", "neg", "pos_scores", "neg_scores")
+        lines = [dict(zip(names, (*line, *more), strict=True)) for line, more in zip(lists, scores, strict=True)]
+    parts = [place / "a.jsonl", place / "b.jsonl"]
+    for part, rows in zip(parts, (lines[:30], lines[30:]), strict=True):
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [request.param, "--input", *map(str, parts), "--output", str(place / "s"), "--tokenizer", str(tiny_tokenizer_path)]
+    assert preprocess.main([*argv, "--num_proc", "1"]) == 0
+    return place / "s"
+
+
+def order_of(data) -> Order:
+    return Order(seed=3, spans=((0, 30), (30, len(data))), global_batch=8)
+
+
+def steps(folder, first=0, end=6, workers=0, context=None, rank=0, world=2, **more):
+    data = shards.open_folder(folder)
+    collate, options = COLLATE[data.manifest["kind"]]
+    return loader.steps(
+        folder, order_of(data), collate, first_step=first, end_step=end, accumulation=2, rank=rank, world=world,
+        workers=workers, pin_memory=False, context=context, **options, **more,
+    )  # fmt: skip
+
+
+def assert_same_steps(found, wanted) -> None:
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert len(mine) == len(theirs) == 2
+        for pair in zip(mine, theirs, strict=True):
+            helpers.assert_same_batch(*pair)
+
+
+# ------------------------------------------------------------------------------------------------ what a batch holds
+
+
+def one_by_one(data, epochs, rows, seed, distill):
+    """The batch by its definition: group after group, text after text, each read alone."""
+    suffix = len(data.manifest["tokenizer"]["suffix_ids"])
+    if data.manifest["kind"] == "pretrain":
+        texts, order = pack([cut(data.ids(row), 12, suffix) for row in rows])
+        words = np.concatenate([cut(data.words(rows[i]), 12, suffix) for i in order]).astype(np.int64)
+        keys = [int(mix64(seed, int(epochs[i]), int(rows[i])).view(np.int64)) for i in order]
+        return PretrainBatch(texts, torch.from_numpy(words), torch.tensor(keys), torch.from_numpy(rows[order]))
+    passages, own, known, scores = [], [], [], []
+    for b, (epoch, row) in enumerate(zip(epochs.tolist(), rows.tolist(), strict=True)):
+        group = data.group(row)
+        positive = int(mix64(seed, epoch, row, 1) % np.uint64(len(group.pos)))
+        repeated = np.tile(np.arange(len(group.neg)), -(-3 // len(group.neg)) if len(group.neg) else 0)
+        drawn = repeated[np.argsort(mix64(seed, epoch, row, 2, np.arange(len(repeated))), kind="stable")[:3]]
+        taken = [group.pos[positive], *group.neg[drawn]]
+        own.append([len(passages) + i if i < len(taken) else -1 for i in range(4)])
+        scores.append([group.pos_scores[positive], *group.neg_scores[drawn], *[0.0] * (4 - len(taken))])
+        passages += taken
+        known += [(b, passage) for passage in group.pos]
+
+    def hashes(prows):
+        return torch.from_numpy(np.array([data.hashes(p) for p in prows]).view(np.int64))
+
+    queries = [cut(data.group(row).query, 8, suffix) for row in rows]
+    return ContrastiveBatch(
+        texts=pack(queries + [cut(data.passage(p), 10, suffix) for p in passages])[0],
+        queries=len(rows), own_BG=torch.tensor(own), hashes_P=hashes(passages), known_K=hashes([p for _, p in known]),
+        known_query_K=torch.tensor([b for b, _ in known]), own_only_B=torch.from_numpy((rows >= 30) & (rows < 50)),
+        rows_B=torch.from_numpy(rows), teacher_BG=torch.tensor(scores) if distill else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_batch_is_its_texts_one_by_one(folder, distill):
+    """Reading many rows at once must give the texts, hashes and places that reading them one after the other gives."""
+    data = shards.open_folder(folder)
+    collate, options = COLLATE[data.manifest["kind"]]
+    if data.manifest["kind"] == "finetune":
+        options = options | {"distill": distill}
+    for step in range(9):
+        epochs, rows = order_of(data).step_rows(step)
+        helpers.assert_same_batch(collate(data, epochs, rows, **options), one_by_one(data, epochs, rows, 5, distill))
+
+
+# ------------------------------------------------------------------------------------------------ the way to the loop
+
+
+@pytest.mark.parametrize(("workers", "context"), [(1, "fork"), (2, "fork"), (2, "spawn"), (2, "forkserver"), (1, None)])
+def test_workers_give_the_same_batches(folder, workers, context):
+    """Any number of workers and any start method: the very tensors that one process makes, in the order of the steps."""
+    assert_same_steps(steps(folder, workers=workers, context=context, prefetch=3), steps(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first", [1, 5, 10**6])
+def test_the_state_is_a_seed_and_a_step(folder, workers, first):
+    """A new loader that begins at a step goes on as the old one would have: nothing but the step has to be kept.
+
+    The millionth step is asked for like any other, and no step before it is looked at.
+    """
+    before = list(steps(folder, first=first - 1, end=first + 3))
+    assert_same_steps(steps(folder, first=first, end=first + 3, workers=workers), before[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ranks_share_a_global_batch(folder, workers):
+    """Two ranks of two accumulation steps see, together, the rows of one rank, in order: none twice, none lost."""
+    alone = [torch.cat([rows_of(batch) for batch in step]) for step in steps(folder, world=1)]
+    ranks = [list(steps(folder, rank=rank, workers=workers)) for rank in (0, 1)]
+    for step, wanted in enumerate(alone):
+        found = [rows_of(ranks[rank][step][a]) for a in (0, 1) for rank in (0, 1)]
+        assert torch.equal(torch.cat(found).sort()[0], wanted.sort()[0])
+
+
+def rows_of(batch) -> torch.Tensor:
+    return batch.rows_N if isinstance(batch, PretrainBatch) else batch.rows_B
