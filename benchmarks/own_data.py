@@ -147,7 +147,7 @@ def time_loader(asked: dict) -> dict:
     order, collate, options = plan(asked)
     found = iter(
         loader.steps(
-            Path(asked["shards"]), order, collate, first_step=0, end_step=steps + warm, accumulation=1, rank=0, world=1,
+            [Path(asked["shards"])], order, collate, first_step=0, end_step=steps + warm, accumulation=1, rank=0, world=1,
             workers=asked["workers"], pin_memory=False, **options,
         )
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -68,6 +68,14 @@ class Joined:
         k = _find(self.passage_starts, prow)
         return self.readers[k].passage(prow - self.passage_starts[k])
 
+    def passages(self, prows_K: np.ndarray) -> list[np.ndarray]:
+        found: list[Any] = [None] * len(prows_K)
+        for k, here in self._by_folder(self.passage_starts, np.asarray(prows_K)):
+            rows = self.readers[k].passages(prows_K[here] - self.passage_starts[k])
+            for i, passage in zip(here.tolist(), rows, strict=True):
+                found[i] = passage
+        return found
+
     def hashes(self, prows: np.ndarray) -> np.ndarray:
         flat = np.asarray(prows, np.int64).ravel()
         found = self._gather(self.passage_starts, flat, np.uint64, lambda reader, rows: reader.hashes(rows))
@@ -82,13 +90,17 @@ class Joined:
     def _gather(self, starts: list[int], rows_K: np.ndarray, dtype: type, ask: Callable) -> np.ndarray:
         """What each folder answers for its rows, in the order asked."""
         found_K = np.empty(len(rows_K), dtype)
-        folder_K = np.searchsorted(starts, rows_K, side="right") - 1
-        for k in np.unique(folder_K):
-            if not 0 <= k < len(self.readers):
-                raise IndexError(f"rows {rows_K.min()} to {rows_K.max()} of folders that have {starts[-1]}")
-            here = folder_K == k
+        for k, here in self._by_folder(starts, rows_K):
             found_K[here] = ask(self.readers[k], rows_K[here] - starts[k])
         return found_K
+
+    def _by_folder(self, starts: list[int], rows_K: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(folder, places in `rows_K` of its rows) of each folder that has one."""
+        folder_K = np.searchsorted(starts, rows_K, side="right") - 1
+        for k in np.unique(folder_K).tolist():
+            if not 0 <= k < len(self.readers):
+                raise IndexError(f"rows {rows_K.min()} to {rows_K.max()} of folders that have {starts[-1]}")
+            yield k, np.flatnonzero(folder_K == k)
 
 
 def _starts(sizes: list[int]) -> list[int]:

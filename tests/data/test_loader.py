@@ -49,7 +49,7 @@ def steps(folder, first=0, end=6, workers=0, context=None, rank=0, world=2, **mo
     data = shards.open_folder(folder)
     collate, options = COLLATE[data.manifest["kind"]]
     return loader.steps(
-        folder, order_of(data), collate, first_step=first, end_step=end, accumulation=2, rank=rank, world=world,
+        [folder], order_of(data), collate, first_step=first, end_step=end, accumulation=2, rank=rank, world=world,
         workers=workers, pin_memory=False, context=context, **options, **more,
     )  # fmt: skip
 
