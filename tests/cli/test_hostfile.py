@@ -167,7 +167,7 @@ def train(work: Path, hosts, script: str, output: str, **variables: str) -> str:
         # A file, not a pipe: should the time run out, nothing is left to wait for.
         launched = subprocess.Popen(command, cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            status = launched.wait(timeout=240)
+            status = launched.wait(timeout=100)
         except subprocess.TimeoutExpired:
             status = "none, it took too long"
         finally:
