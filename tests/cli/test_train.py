@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from bge_ds.metrics import slow_precision
+
 BIN = Path(sys.executable).parent
 
 
@@ -237,9 +239,12 @@ def test_a_conflict_of_config_and_flags_ends_all_ranks(setting, tmp_path):
 
 
 def test_half_precision_trains(setting):
-    """bf16 on the CPU: the loss falls, and the saved weights are the fp32 master copies, not their roundings."""
+    """bf16 on the CPU: the loss falls, the saved weights are the fp32 master copies, not their roundings, and where the CPU
+    emulates it the summary says so."""
     flags = finetune_flags(setting, "bf16", num_train_epochs=8, max_steps=30)
-    launch(["python", "-m", "bge_ds.finetune"], *flags, "--bf16")
+    output = launch(["python", "-m", "bge_ds.finetune"], *flags, "--bf16")
+    slow = slow_precision(torch.device("cpu"), torch.bfloat16) is not None
+    assert ("this CPU emulates bfloat16, leave --bf16 out" in output) == slow
     records = metrics(setting / "bf16")
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     weight = AutoModel.from_pretrained(setting / "bf16").encoder.layer[0].attention.self.query.weight
