@@ -123,7 +123,7 @@ def passages_of(group: shards.Group) -> np.ndarray:
 
 def export(asked: dict) -> dict:
     data = shards.open_folder(asked["shards"])
-    texts = [text for row in full_groups(data) for text in data.passages(passages_of(data.group(row)))]
+    texts = [text for row in full_groups(data) for text in data.passages(passages_of(data.group(row))).split()]
     target = Path(asked["target"])
     np.save(target / "ids.npy", np.concatenate(texts))
     np.save(target / "lengths.npy", np.array([len(text) for text in texts]))

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -333,8 +334,8 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
     """
     weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
     suffix = len(data.manifest["tokenizer"]["suffix_ids"])
-    ids = [batches.cut(data.group(0).query, args.query_max_len, suffix)]
-    ids += [batches.cut(data.passage(row), args.passage_max_len, suffix) for row in range(min(8, data.num_passages))]
+    ids = data.groups(np.arange(1)).query.cut(args.query_max_len, suffix).split()
+    ids += data.passages(np.arange(min(8, data.num_passages))).cut(args.passage_max_len, suffix).split()
     encoder: Encoder = engine.module
     live_ND = encoder.encode_ids(ids)
 

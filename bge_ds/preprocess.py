@@ -20,7 +20,7 @@ import orjson
 import xxhash
 
 from . import inspection
-from .data import digests, folders, parts, records, segmenting, shards, sources, tables
+from .data import digests, folders, parts, records, segmenting, shards, sources, tables, verification
 from .data.build import Share, build, tell
 from .data.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
 
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "inspect":
             inspection.inspect(args.folder, args.sample, args.histogram)
         elif args.command == "verify":
-            if problems := shards.verify_folder(args.folder):
+            if problems := verification.verify_folder(args.folder):
                 raise ValueError("; ".join(problems))
             print(f"{args.folder}: every shard is as it was written")
         elif args.command == "merge":

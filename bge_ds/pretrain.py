@@ -191,10 +191,11 @@ def start_at_frequencies(bias: torch.Tensor, data: shards.PretrainShards, tokens
     frequencies leaves the embeddings free.
     """
     counts = np.ones(bias.numel())
-    row = 0
-    while row < len(data) and counts.sum() < tokens:
-        counts += np.bincount(data.ids(row), minlength=bias.numel())
-        row += 1
+    for first in range(0, len(data), 1024):
+        if counts.sum() >= tokens:
+            break
+        ids, _ = data.texts(np.arange(first, min(first + 1024, len(data))))
+        counts += np.bincount(ids.values, minlength=bias.numel())
     with torch.no_grad():
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
@@ -244,7 +245,7 @@ def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: 
     weights = engines.full_parameters(engine)
     model: RetroMAE = engine.module
     suffix = len(data.manifest["tokenizer"]["suffix_ids"])
-    ids = [batches.cut(data.ids(row), max_seq_length, suffix) for row in range(min(8, len(data)))]
+    ids = data.texts(np.arange(min(8, len(data))))[0].cut(max_seq_length, suffix).split()
     live_ND = Encoder(model.model.base_model, "cls", normalize=False).encode_ids(ids)
 
     def write() -> float:

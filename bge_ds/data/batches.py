@@ -8,6 +8,7 @@ variable-length attention kernel each such run is one dense attention call on vi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bge_ds.data.lists import Lists
 from bge_ds.data.order import mix64
 
 
@@ -152,20 +154,14 @@ class PretrainBatch(_Movable):
     rows_N: torch.Tensor
 
 
-def cut(ids: np.ndarray, max_length: int, suffix: int) -> np.ndarray:
-    """The row at most max_length long, its `suffix` closing special tokens kept."""
-    if len(ids) <= max_length:
-        return ids
-    return np.concatenate([ids[: max_length - suffix], ids[len(ids) - suffix :]])
-
-
-def pack(texts: list[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
+def pack(texts: Lists | Sequence[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
     """The texts in one row by length, and the order they lie in (packed text k is the caller's text order[k])."""
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    order = np.argsort(lengths, kind="stable")
+    texts = texts if isinstance(texts, Lists) else Lists.of(texts)
+    order = np.argsort(texts.lengths, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    return _lay_out(np.concatenate([texts[i] for i in order.tolist()]), lengths[order], place), order
+    row = texts.take(order)
+    return _lay_out(row.values, row.lengths, place), order
 
 
 def runs_of(lengths: np.ndarray | list[int]) -> list[Run]:
@@ -257,52 +253,35 @@ def collate_groups(
     own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
     """
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
-    groups = [shards.group(row) for row in rows_B.tolist()]
-    pos, neg = _Listed.of([group.pos for group in groups]), _Listed.of([group.neg for group in groups])
-    chosen = choose_groups(pos.counts_B, neg.counts_B, group_size, seed, epochs_B, rows_B)
+    groups = shards.groups(rows_B)
+    pos, neg = groups.pos, groups.neg
+    chosen = choose_groups(pos.lengths, neg.lengths, group_size, seed, epochs_B, rows_B)
     taken_BG = np.concatenate([chosen[0][:, None], chosen[1]], 1) >= 0
     own_BG = np.where(taken_BG, (np.cumsum(taken_BG) - 1).reshape(taken_BG.shape), -1)
     passages_P = _taken(pos, neg, chosen)[taken_BG]
     teacher_BG = None
     if distill:
-        scores = (_Listed.of([group.pos_scores for group in groups]), _Listed.of([group.neg_scores for group in groups]))
-        teacher_BG = torch.from_numpy(_taken(*scores, chosen).astype(np.float32))
-    texts, _ = pack(
-        [cut(group.query, query_max_len, suffix) for group in groups]
-        + [cut(passage, passage_max_len, suffix) for passage in shards.passages(passages_P)]
-    )
+        teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
+    passages = shards.passages(passages_P).cut(passage_max_len, suffix)
+    texts, _ = pack(Lists.join([groups.query.cut(query_max_len, suffix), passages]))
     hashes = torch.from_numpy(shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64))
     own_only_B = np.zeros(len(rows_B), bool)
     for start, end in own_only_spans:
         own_only_B |= (rows_B >= start) & (rows_B < end)
     return ContrastiveBatch(
         texts=texts,
-        queries=len(groups),
+        queries=len(rows_B),
         own_BG=torch.from_numpy(own_BG),
         hashes_P=hashes[: len(passages_P)],
         known_K=hashes[len(passages_P) :],
-        known_query_K=torch.from_numpy(np.repeat(np.arange(len(groups)), pos.counts_B)),
+        known_query_K=torch.from_numpy(np.repeat(np.arange(len(rows_B)), pos.lengths)),
         own_only_B=torch.from_numpy(own_only_B),
         rows_B=torch.from_numpy(rows_B),
         teacher_BG=teacher_BG,
     )
 
 
-class _Listed(NamedTuple):
-    """A list column's rows of B groups: all values end to end, and how many each group has."""
-
-    values: np.ndarray
-    counts_B: np.ndarray
-
-    @classmethod
-    def of(cls, lists: list[np.ndarray]) -> _Listed:
-        return cls(np.concatenate(lists), np.fromiter(map(len, lists), np.int64, len(lists)))
-
-    def at(self, group_K: np.ndarray, index_K: np.ndarray) -> np.ndarray:
-        return self.values[(np.cumsum(self.counts_B) - self.counts_B)[group_K] + index_K]
-
-
-def _taken(pos: _Listed, neg: _Listed, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _taken(pos: Lists, neg: Lists, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """What is listed for the texts that `choose_groups` chose, shape (B, G), the positive first, 0 where there is none."""
     chosen_B, chosen_BN = chosen
     taken_BG = np.zeros((len(chosen_B), 1 + chosen_BN.shape[1]), pos.values.dtype)
@@ -315,12 +294,11 @@ def _taken(pos: _Listed, neg: _Listed, chosen: tuple[np.ndarray, np.ndarray]) ->
 def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int) -> PretrainBatch:
     """A `PretrainBatch` of the texts `rows_N` as visited in `epochs_N`."""
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
-    rows = rows_N.tolist()
-    texts, order = pack([cut(shards.ids(row), max_seq_length, suffix) for row in rows])
-    words = [cut(shards.words(rows[i]), max_seq_length, suffix) for i in order.tolist()]
+    ids, words = (part.cut(max_seq_length, suffix) for part in shards.texts(rows_N))
+    texts, order = pack(ids)
     return PretrainBatch(
         texts=texts,
-        words_T=torch.from_numpy(np.concatenate(words).astype(np.int64)),
+        words_T=torch.from_numpy(words.take(order).values.astype(np.int64)),
         keys_N=torch.from_numpy(mix64(seed, epochs_N, rows_N)[order].view(np.int64)),
         rows_N=torch.from_numpy(rows_N[order]),
     )

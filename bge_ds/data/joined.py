@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from bge_ds.data.lists import Lists
+
 
 class Joined:
     """Readers of one kind and tokenizer, asked as one reader is; each row goes to the folder that holds it.
@@ -43,6 +45,9 @@ class Joined:
     def num_passages(self) -> int:
         return self.passage_starts[-1]
 
+    def texts(self, rows_N: np.ndarray) -> tuple[Lists, ...]:
+        return self._collect(self.starts, rows_N, lambda k, rows: self.readers[k].texts(rows))
+
     def ids(self, row: int) -> np.ndarray:
         k = _find(self.starts, row)
         return self.readers[k].ids(row - self.starts[k])
@@ -54,6 +59,16 @@ class Joined:
     def lengths(self, rows_K: np.ndarray, *longest: int) -> np.ndarray:
         return self._gather(self.starts, rows_K, np.int64, lambda reader, rows: reader.lengths(rows, *longest))
 
+    def groups(self, rows_B: np.ndarray) -> Any:
+        def ask(k: int, rows: np.ndarray) -> Any:
+            groups, first = self.readers[k].groups(rows), self.passage_starts[k]
+            return groups._replace(pos=_shifted(groups.pos, first), neg=_shifted(groups.neg, first))
+
+        return self._collect(self.starts, rows_B, ask)
+
+    def scores(self, rows_B: np.ndarray) -> tuple[Lists, ...]:
+        return self._collect(self.starts, rows_B, lambda k, rows: self.readers[k].scores(rows))
+
     def group(self, row: int) -> Any:
         k = _find(self.starts, row)
         group = self.readers[k].group(row - self.starts[k])
@@ -64,17 +79,12 @@ class Joined:
         k = _find(self.starts, row)
         return self.readers[k].notes(row - self.starts[k])
 
+    def passages(self, prows_K: np.ndarray) -> Lists:
+        return self._collect(self.passage_starts, prows_K, lambda k, rows: (self.readers[k].passages(rows),))[0]
+
     def passage(self, prow: int) -> np.ndarray:
         k = _find(self.passage_starts, prow)
         return self.readers[k].passage(prow - self.passage_starts[k])
-
-    def passages(self, prows_K: np.ndarray) -> list[np.ndarray]:
-        found: list[Any] = [None] * len(prows_K)
-        for k, here in self._by_folder(self.passage_starts, np.asarray(prows_K)):
-            rows = self.readers[k].passages(prows_K[here] - self.passage_starts[k])
-            for i, passage in zip(here.tolist(), rows, strict=True):
-                found[i] = passage
-        return found
 
     def hashes(self, prows: np.ndarray) -> np.ndarray:
         flat = np.asarray(prows, np.int64).ravel()
@@ -94,6 +104,18 @@ class Joined:
             found_K[here] = ask(self.readers[k], rows_K[here] - starts[k])
         return found_K
 
+    def _collect(self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]) -> Any:
+        """The tuple of `Lists` that each folder (by its number) answers for its rows, put together in the order asked."""
+        here, answers = [], []
+        for k, places in self._by_folder(starts, rows_K):
+            here.append(places)
+            answers.append(ask(k, rows_K[places] - starts[k]))
+        if len(answers) == 1:
+            return answers[0]
+        back = np.argsort(np.concatenate(here))
+        joined = [Lists.join(parts).take(back) for parts in zip(*answers, strict=True)]
+        return answers[0]._make(joined) if hasattr(answers[0], "_make") else tuple(joined)
+
     def _by_folder(self, starts: list[int], rows_K: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(folder, places in `rows_K` of its rows) of each folder that has one."""
         folder_K = np.searchsorted(starts, rows_K, side="right") - 1
@@ -101,6 +123,10 @@ class Joined:
             if not 0 <= k < len(self.readers):
                 raise IndexError(f"rows {rows_K.min()} to {rows_K.max()} of folders that have {starts[-1]}")
             yield k, np.flatnonzero(folder_K == k)
+
+
+def _shifted(rows: Lists, first: int) -> Lists:
+    return rows._replace(values=rows.values + first)
 
 
 def _starts(sizes: list[int]) -> list[int]:

@@ -19,8 +19,7 @@ share the pages. The price is disk space, halved by uint16 ids where the vocabul
 The manifest is written last, into a folder that gets its final name by one rename: a folder with a manifest is whole.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,8 @@ import pyarrow as pa
 import xxhash
 
 from bge_ds.data.joined import Joined
+from bge_ds.data.lists import Lists
+from bge_ds.data.mapped import Table
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -37,7 +38,6 @@ SKIPPED = "skipped.jsonl"
 PART = "part.json"  # in place of the manifest, in a part that waits to be merged
 TABLES = {"pretrain": ("texts",), "finetune": ("passages", "groups")}
 SHARD_BYTES = 256 << 20  # of the input, a segment
-MAPPED = 512  # shards of a table that stay mapped: bounds memory, and the maps a process may have
 
 
 def id_type(limit: int) -> pa.DataType:
@@ -88,144 +88,22 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+class Groups(NamedTuple):
+    """Lines of fine-tuning data. `pos` and `neg` (which may be empty) are rows of the passage table, int64."""
+
+    query: Lists  # token ids
+    pos: Lists
+    neg: Lists
+
+
 class Group(NamedTuple):
-    """One line of fine-tuning data. `pos` and `neg` are rows of the passage table, with a score each or None."""
+    """One line of fine-tuning data, with a teacher's score (float32) for each positive and negative, or None."""
 
-    query: np.ndarray  # token ids
-    pos: np.ndarray  # int64
-    neg: np.ndarray  # int64, may be empty
-    pos_scores: np.ndarray | None  # float32
+    query: np.ndarray
+    pos: np.ndarray
+    neg: np.ndarray
+    pos_scores: np.ndarray | None
     neg_scores: np.ndarray | None
-
-
-class _Lists(NamedTuple):
-    """A list column of one record batch, as views of the mapped file."""
-
-    offsets: np.ndarray
-    values: np.ndarray
-    column: pa.ListArray
-
-    def row(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    def lengths(self, rows_K: np.ndarray) -> np.ndarray:
-        return self.offsets[rows_K + 1] - self.offsets[rows_K]
-
-    def row_or_none(self, i: int) -> np.ndarray | None:
-        return self.row(i) if self.column.null_count == 0 or self.column[i].is_valid else None
-
-
-class _Table:
-    """The shards of one table. Each is mapped when a row of it is first asked for, and the oldest maps are let go."""
-
-    def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[dict[str, Any]]) -> None:
-        self.table, self.schema = table, schema
-        self.entries = [entry for entry in entries if entry["table"] == table]
-        self.paths = [folder / entry["file"] for entry in self.entries]
-        for path, entry in zip(self.paths, self.entries, strict=True):
-            _check_size(path, entry)
-        ends = np.cumsum([0] + [entry["rows"] for entry in self.entries])
-        self.starts, self.rows = ends[:-1].tolist(), int(ends[-1])
-        self._shards: dict[int, tuple[list[int], list[dict[str, Any]]]] = {}
-
-    def shard(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
-        """(first row of each record batch, columns of each by name) of shard number `k`."""
-        return self._shards.get(k) or self._load(k)
-
-    def number(self, row: int) -> int:
-        """The shard that holds a row of the table."""
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row {row} of table {self.table}, which has {self.rows} rows")
-        return bisect_right(self.starts, row) - 1
-
-    def locate(self, row: int) -> tuple[dict[str, Any], int]:
-        """Row of the table -> (columns of its record batch by name, row inside the batch)."""
-        k = self.number(row)
-        starts, batches = self._shards.get(k) or self._load(k)
-        b = bisect_right(starts, row - self.starts[k]) - 1
-        return batches[b], row - self.starts[k] - starts[b]
-
-    def lengths(self, column: str, rows_K: np.ndarray) -> np.ndarray:
-        """Values in a list column's rows, int64, shape K: differences of offsets, no value is read."""
-        return self._gather(rows_K, lambda batch, rows: batch[column].lengths(rows))
-
-    def firsts(self, column: str, rows_K: np.ndarray) -> np.ndarray:
-        """The first value in each of a list column's rows, none of which is empty, int64, shape K."""
-        return self._gather(rows_K, lambda batch, rows: batch[column].values[batch[column].offsets[rows]])
-
-    def _gather(self, rows_K: np.ndarray, read: Callable[[dict[str, Any], np.ndarray], np.ndarray]) -> np.ndarray:
-        """`read`(a record batch's columns, rows inside it) of all rows, int64, in the order asked."""
-        order_K = np.argsort(rows_K)
-        sorted_K, found_K = rows_K[order_K], np.empty(len(rows_K), np.int64)
-        if len(rows_K) and not 0 <= sorted_K[0] <= sorted_K[-1] < self.rows:
-            raise IndexError(f"rows {sorted_K[0]} to {sorted_K[-1]} of table {self.table}, which has {self.rows} rows")
-        shard_bounds = np.searchsorted(sorted_K, [*self.starts, self.rows])
-        for k in np.flatnonzero(np.diff(shard_bounds)):
-            starts, batches = self.shard(int(k))
-            starts = self.starts[k] + np.array(starts)
-            bounds = np.searchsorted(sorted_K, [*starts, self.starts[k] + self.entries[k]["rows"]])
-            for b in np.flatnonzero(np.diff(bounds)):
-                part = slice(bounds[b], bounds[b + 1])
-                found_K[order_K[part]] = read(batches[b], sorted_K[part] - starts[b])
-        return found_K
-
-    def length_counts(self, column: str) -> np.ndarray:
-        """How many rows have each number of values in a list column, int64: element n counts those of n values."""
-        counts = np.zeros(1, np.int64)
-        for k in range(len(self.entries)):
-            for batch in self.shard(k)[1]:
-                more = np.bincount(np.diff(batch[column].offsets), minlength=len(counts))
-                more[: len(counts)] += counts
-                counts = more
-        return counts
-
-    def _load(self, k: int) -> tuple[list[int], list[dict[str, Any]]]:
-        starts, batches, rows = [], [], 0
-        # The file may be closed again: views of its batches keep the map, and a process may have few open files.
-        with pa.memory_map(str(self.paths[k])) as file:
-            reader = _open_shard(file, self.paths[k], self.schema)
-            try:
-                for batch in reader:
-                    starts.append(rows)
-                    batches.append({name: _view(batch.column(name)) for name in batch.schema.names})
-                    rows += batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{self.paths[k]}: corrupted shard ({error}): preprocess again") from error
-        if rows != self.entries[k]["rows"]:
-            wanted = self.entries[k]["rows"]
-            raise ValueError(f"{self.paths[k]}: {rows} rows, the manifest says {wanted}: preprocess again")
-        if len(self._shards) >= MAPPED:
-            del self._shards[next(iter(self._shards))]
-        self._shards[k] = (starts, batches)
-        return starts, batches
-
-
-def _view(column: pa.Array) -> Any:
-    if isinstance(column, pa.ListArray):
-        return _Lists(column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True), column)
-    return column if pa.types.is_string(column.type) else column.to_numpy(zero_copy_only=True)
-
-
-def _check_size(path: Path, entry: dict[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing, though the manifest names it: copy the folder again, or preprocess again"
-        ) from None
-    if size != entry["bytes"]:
-        wanted = entry["bytes"]
-        raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {wanted}: preprocess again")
-
-
-def _open_shard(file: pa.MemoryMappedFile, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchStreamReader:
-    try:
-        reader = pa.ipc.open_stream(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: corrupted shard, no readable Arrow schema ({error}): preprocess again") from error
-    if not reader.schema.equals(schema):
-        raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
-    return reader
 
 
 class _Shards:
@@ -235,7 +113,7 @@ class _Shards:
         self.folder, self.manifest = folder, manifest
         self.fingerprint: str = manifest["fingerprint"]
         fields = schemas(manifest["kind"], manifest["tokenizer"]["vocab_size"], manifest.get("max_seq_length", 0))
-        self._tables = {name: _Table(folder, name, schema, manifest["shards"]) for name, schema in fields.items()}
+        self._tables = {name: Table(folder, name, schema, manifest["shards"]) for name, schema in fields.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_folder, (self.folder,)
@@ -258,19 +136,24 @@ class PretrainShards(_Shards):
     def __len__(self) -> int:
         return self._tables["texts"].rows
 
+    def texts(self, rows_N: np.ndarray) -> tuple[Lists, Lists]:
+        """(token ids, special ones included, uint16 or int32; the word that each token belongs to) of texts, copied.
+
+        Word numbers never fall, and each special token is a word of its own."""
+        found = self._tables["texts"].find(rows_N)
+        return found.lists("ids"), found.lists("words")
+
     def ids(self, row: int) -> np.ndarray:
-        """Token ids of a text, special tokens included: a read-only view, uint16 or int32, shape (T,)."""
-        batch, i = self._tables["texts"].locate(row)
-        return batch["ids"].row(i)
+        """Token ids of one text, as a read-only view of its shard."""
+        return self._tables["texts"].find(np.array([row])).views("ids")[0]
 
     def words(self, row: int) -> np.ndarray:
-        """The word each token belongs to, never falling, shape (T,); each special token is a word of its own."""
-        batch, i = self._tables["texts"].locate(row)
-        return batch["words"].row(i)
+        """The word that each token of one text belongs to, as a read-only view."""
+        return self._tables["texts"].find(np.array([row])).views("words")[0]
 
     def lengths(self, rows_K: np.ndarray) -> np.ndarray:
         """Tokens of each text, special ones included, int64, shape (K,)."""
-        return self._tables["texts"].lengths("ids", rows_K)
+        return self._tables["texts"].find(rows_K).lengths("ids")
 
 
 class FinetuneShards(_Shards):
@@ -284,7 +167,7 @@ class FinetuneShards(_Shards):
         if "corpus" not in manifest and (lost := [place for place in places if place not in own]):
             raise ValueError(f"{folder / MANIFEST}: no passages for groups of source, segment {lost[0]}: preprocess again")
         # Where the passages of each shard of groups begin; those of a corpus are numbered through.
-        self._first_passage = [0 if "corpus" in manifest else own[place] for place in places]
+        self._first_passage = np.array([0 if "corpus" in manifest else own[place] for place in places], np.int64)
 
     def __len__(self) -> int:
         return self._tables["groups"].rows
@@ -293,57 +176,67 @@ class FinetuneShards(_Shards):
     def num_passages(self) -> int:
         return self._tables["passages"].rows
 
+    def groups(self, rows_B: np.ndarray) -> Groups:
+        """The groups of input lines, copied."""
+        found, first_B = self._tables["groups"].find(rows_B), self._first_passage_of(rows_B)
+        query, pos, neg = (found.lists(name) for name in ("query", "pos", "neg"))
+        for listed in (pos, neg):
+            listed.values[...] += np.repeat(first_B, listed.lengths)
+        return Groups(query, pos, neg)
+
+    def scores(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+        """The teacher's scores (float32) of each group's positives and negatives; an empty array where there are none."""
+        found = self._tables["groups"].find(rows_B)
+        return found.lists("pos_scores"), found.lists("neg_scores")
+
     def group(self, row: int) -> Group:
-        """The group of an input line; its arrays are read-only views, or small arrays where passages are shifted."""
-        table = self._tables["groups"]
-        batch, i = table.locate(row)
-        first = self._first_passage[bisect_right(table.starts, row) - 1]
-        pos, neg = (batch[name].row(i) for name in ("pos", "neg"))
-        if first:
-            pos, neg = pos + first, neg + first
-        return Group(batch["query"].row(i), pos, neg, *(batch[name].row_or_none(i) for name in ("pos_scores", "neg_scores")))
+        """The group of one input line."""
+        table, rows = self._tables["groups"], np.array([row])
+        absent = [table.value(name, row) is None for name in ("pos_scores", "neg_scores")]
+        scores = (None if none else of.values for none, of in zip(absent, self.scores(rows), strict=True))
+        return Group(*(part.values for part in self.groups(rows)), *scores)
+
+    def _first_passage_of(self, rows_B: np.ndarray) -> np.ndarray:
+        return self._first_passage[np.searchsorted(self._tables["groups"].starts, rows_B, side="right") - 1]
 
     def lengths(self, rows_K: np.ndarray, query_max_len: int, passage_max_len: int) -> np.ndarray:
         """Tokens of each group's query and first positive, each cut to its length, int64, shape (K,).
 
         A stand-in for what a visit computes, whose passages are drawn anew each time; nothing but offsets and rows is read.
         """
-        groups = self._tables["groups"]
-        shard_K = np.searchsorted(groups.starts, rows_K, side="right") - 1
-        passages_K = groups.firsts("pos", rows_K) + np.array(self._first_passage, np.int64)[shard_K]
-        queries_K, positives_K = groups.lengths("query", rows_K), self._tables["passages"].lengths("ids", passages_K)
+        groups = self._tables["groups"].find(rows_K)
+        passages_K = groups.firsts("pos") + self._first_passage_of(rows_K)
+        queries_K, positives_K = groups.lengths("query"), self._tables["passages"].find(passages_K).lengths("ids")
         return np.minimum(queries_K, query_max_len) + np.minimum(positives_K, passage_max_len)
 
     def notes(self, row: int) -> tuple[str | None, str | None]:
         """(type, prompt) of a group: None where its line gave none."""
-        batch, i = self._tables["groups"].locate(row)
-        return batch["type"][i].as_py(), batch["prompt"][i].as_py()
+        return self._tables["groups"].value("type", row), self._tables["groups"].value("prompt", row)
 
     def first_without_scores(self) -> int | None:
         """The first group that has no teacher's scores for its positives or its negatives; None: all groups have them."""
         table = self._tables["groups"]
-        for k, first in enumerate(table.starts):
-            for start, batch in zip(*table.shard(k), strict=True):
-                columns = [batch[name].column for name in ("pos_scores", "neg_scores")]
+        for k, first in enumerate(table.starts.tolist()):
+            shard = table.shard(k)
+            for start, batch in zip(shard.starts_B.tolist(), shard.batches, strict=True):
+                columns = [batch.column(name) for name in ("pos_scores", "neg_scores")]
                 nulls = [column.is_null().to_numpy(zero_copy_only=False).argmax() for column in columns if column.null_count]
                 if nulls:
                     return first + start + int(min(nulls))
         return None
 
-    def passage(self, prow: int) -> np.ndarray:
-        """Token ids of a passage, special tokens included: a read-only view, shape (T,)."""
-        batch, i = self._tables["passages"].locate(prow)
-        return batch["ids"].row(i)
+    def passages(self, prows_K: np.ndarray) -> Lists:
+        """Token ids of passages, special tokens included, copied."""
+        return self._tables["passages"].find(prows_K).lists("ids")
 
-    def passages(self, prows_K: np.ndarray) -> list[np.ndarray]:
-        """As `passage`, for many rows at once."""
-        return [batch["ids"].row(i) for batch, i in map(self._tables["passages"].locate, prows_K.tolist())]
+    def passage(self, prow: int) -> np.ndarray:
+        """Token ids of one passage, as a read-only view of its shard."""
+        return self._tables["passages"].find(np.array([prow])).views("ids")[0]
 
     def hashes(self, prows: np.ndarray) -> np.ndarray:
         """Content hashes of passages, uint64, of the shape of `prows`; equal raw texts have equal hashes."""
-        rows = np.asarray(prows).ravel().tolist()
-        found = [batch["hash"][i] for batch, i in map(self._tables["passages"].locate, rows)]
-        return np.array(found, dtype=np.uint64).reshape(np.shape(prows))
+        rows = np.asarray(prows, np.int64).ravel()
+        return self._tables["passages"].find(rows).numbers("hash").reshape(np.shape(prows))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -381,33 +274,3 @@ def open_folders(folders: Sequence[str | Path]) -> PretrainShards | FinetuneShar
     """One reader over folders of one kind and tokenizer, as if made as one. Raises ValueError where they do not fit."""
     readers = [open_folder(folder) for folder in folders]
     return readers[0] if len(readers) == 1 else Joined(readers, open_folders)
-
-
-def verify_folder(folder: str | Path) -> list[str]:
-    """Reads every byte: each shard's size, columns, rows and hash, and the manifest's own fingerprint.
-
-    Returns the problems found, each naming its file: none when the folder is as it was written. Raises ValueError
-    where the manifest itself cannot be read."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    problems = []
-    if fingerprint(manifest) != manifest["fingerprint"]:
-        problems.append(f"{folder / MANIFEST}: its fingerprint is not that of its content: it was edited")
-    fields = schemas(manifest["kind"], manifest["tokenizer"]["vocab_size"], manifest.get("max_seq_length", 0))
-    for entry in manifest["shards"]:
-        path = folder / entry["file"]
-        try:
-            _check_size(path, entry)
-            # First the hash: nothing of a shard with a flipped byte is interpreted.
-            if (found := hash_file(path).hexdigest()) != entry["hash"]:
-                raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
-            with pa.memory_map(str(path)) as file:
-                reader = _open_shard(file, path, fields[entry["table"]])
-                rows = sum(batch.num_rows for batch in reader)
-                if rows != entry["rows"]:
-                    raise ValueError(f"{path}: {rows} rows, the manifest says {entry['rows']}")
-        except ValueError as error:
-            problems.append(str(error))
-    named = {entry["file"] for entry in manifest["shards"]}
-    strays = sorted(path for path in folder.glob("*.arrow") if path.name not in named)
-    return problems + [f"{path}: the manifest does not name this shard" for path in strays]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import digests, records, shards, sources, workers
+from bge_ds.data import digests, records, shards, sources, verification, workers
 
 WHOLE = ["pretrain", "--input", "nowhere.jsonl", "--output", "o", "--tokenizer", "t"]
 GROUPS = [
@@ -105,7 +105,7 @@ def test_output_does_not_depend_on_workers(tmp_path, tiny_tokenizer_path, monkey
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     manifest = shards.read_manifest(tmp_path / "one")
     assert [source["rows"] for source in manifest["sources"]] == [[0, 50], [50, len(lines)]]
-    assert len(manifest["shards"]) > 2 and shards.verify_folder(tmp_path / "one") == []
+    assert len(manifest["shards"]) > 2 and verification.verify_folder(tmp_path / "one") == []
 
 
 def test_inputs_of_several_forms_give_the_same_rows(tmp_path, tiny_tokenizer_path):
@@ -332,7 +332,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
     folder = preprocess.prepare("finetune", given, tokenizer, **how)
     (folder / "groups-00000-000000.arrow").write_bytes(b"")
     assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
-    assert "preprocessed" in said[-1] and shards.verify_folder(folder) == []
+    assert "preprocessed" in said[-1] and verification.verify_folder(folder) == []
 
 
 def test_processes_of_a_host_build_once(tmp_path, tokenizer, monkeypatch):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_preprocess import GROUPS, contents, run, write
 
 from bge_ds import preprocess
-from bge_ds.data import records, shards, sources
+from bge_ds.data import records, shards, sources, verification
 
 FULL = [line | {"pos_scores": [0.5], "neg_scores": [0.25, 1, 2], "type": "sym", "prompt": f"p{i % 2}: "}
         for i, line in enumerate(GROUPS)]  # fmt: skip
@@ -131,7 +131,7 @@ def test_groups_name_passages_of_a_corpus(tmp_path, minilm_path, monkeypatch):
     how = ["--corpus", *corpus, "--shard_bytes", "600"]
     assert run("finetune", given, tmp_path / "s", minilm_path, *how, "--num_proc", "2") == 0
     data = shards.open_folder(tmp_path / "s")
-    assert (len(data), data.num_passages) == (50, 60) and shards.verify_folder(tmp_path / "s") == []
+    assert (len(data), data.num_passages) == (50, 60) and verification.verify_folder(tmp_path / "s") == []
     assert [source["rows"] for source in data.manifest["corpus"]] == [[0, 35], [35, 60]]
     tokenizer = records.load_tokenizer(minilm_path)
     for row, line in enumerate(NAMED):

@@ -15,7 +15,7 @@ import pytest
 from test_preprocess import GROUPS, contents, run, write
 
 from bge_ds import preprocess
-from bge_ds.data import shards, sources
+from bge_ds.data import shards, sources, verification
 
 TEXTS = [{"text": f"{text} {i}"} for i in range(30) for text in helpers.SENTENCES]
 
@@ -73,7 +73,7 @@ def test_merged_parts_are_the_undivided_run(tmp_path, tiny_tokenizer_path, small
             assert preprocess.main(["merge", *map(str, parts[::-1]), "--output", str(whole)]) == 0
             for part in parts:
                 shutil.rmtree(part)
-        assert shards.verify_folder(whole) == []
+        assert verification.verify_folder(whole) == []
         found.append(contents(whole))
     assert found[0] == found[1] == found[2]
     listed = [json.loads(line) for line in (whole / "skipped.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, choose_groups, cut, pack
+from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, choose_groups, pack
 from bge_ds.data.order import mix64
 
 
@@ -34,13 +34,6 @@ def test_moving_a_batch_moves_every_tensor():
     moved = packed.to("meta")
     assert all(t.device.type == "meta" for t in (moved.ids_T, moved.positions_T, moved.cu_seqlens, moved.place_N))
     assert moved.runs == packed.runs
-
-
-def test_cut_keeps_the_closing_tokens():
-    row = np.arange(10)
-    assert cut(row, 6, 1).tolist() == [0, 1, 2, 3, 4, 9]
-    assert cut(row, 6, 2).tolist() == [0, 1, 2, 3, 8, 9]
-    assert cut(row, 10, 1) is row
 
 
 def choose_group(positives: int, negatives: int, group_size: int, *key: int) -> tuple[int, np.ndarray]:

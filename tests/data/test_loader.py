@@ -11,7 +11,7 @@ import torch
 
 from bge_ds import preprocess
 from bge_ds.data import loader, shards
-from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts, cut, pack
+from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts, pack
 from bge_ds.data.order import Order, mix64
 
 LENGTHS = {"pretrain": {"max_seq_length": 12}, "finetune": {"query_max_len": 8, "passage_max_len": 10}}
@@ -39,6 +39,10 @@ def folder(request, tmp_path_factory, tiny_tokenizer_path):
     argv = [request.param, "--input", *map(str, parts), "--output", str(place / "s"), "--tokenizer", str(tiny_tokenizer_path)]
     assert preprocess.main([*argv, "--num_proc", "1"]) == 0
     return place / "s"
+
+
+def cut(ids, max_length, suffix):
+    return ids if len(ids) <= max_length else np.concatenate([ids[: max_length - suffix], ids[len(ids) - suffix :]])
 
 
 def order_of(data) -> Order:

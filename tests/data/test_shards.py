@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import folders, shards, writing
+from bge_ds.data import folders, mapped, shards, verification, writing
 
 MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
 
@@ -94,7 +94,7 @@ def test_opening_reads_no_rows(tmp_path, monkeypatch):
         raise AssertionError("a shard's batches were read at opening")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards._Table, "_load", refuse)
+        patch.setattr(mapped.Table, "_load", refuse)
         data = shards.open_folder(tmp_path / "s")
         assert len(data) == 203
         with pytest.raises(AssertionError):
@@ -124,13 +124,13 @@ def test_id_type_holds_the_largest_id(limit, wanted):
 def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path):
     """A flipped bit in a buffer changes a token and nothing else: only the hash shows it."""
     write_pretrain(tmp_path / "s", texts(203), 70)
-    assert shards.verify_folder(tmp_path / "s") == []
+    assert verification.verify_folder(tmp_path / "s") == []
     path = tmp_path / "s" / "texts-00000-000001.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     shards.open_folder(tmp_path / "s")
-    (problem,) = shards.verify_folder(tmp_path / "s")
+    (problem,) = verification.verify_folder(tmp_path / "s")
     assert "texts-00000-000001.arrow: corrupted shard, hash" in problem
 
 
@@ -141,10 +141,10 @@ def test_verify_finds_any_flipped_byte(tmp_path):
     whole = path.read_bytes()
     for at in [*range(0, len(whole), 13), len(whole) - 1]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
-        (problem,) = shards.verify_folder(tmp_path / "s")
+        (problem,) = verification.verify_folder(tmp_path / "s")
         assert "texts-00000-000001.arrow: corrupted shard" in problem
     path.write_bytes(whole)
-    assert shards.verify_folder(tmp_path / "s") == []
+    assert verification.verify_folder(tmp_path / "s") == []
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_verify_names_what_is_damaged(tmp_path, how, message, capsys):
     assert preprocess.main(["verify", str(tmp_path / "s")]) == 2
     assert re.search(message, capsys.readouterr().err)
     if isinstance(how, str):
-        assert any("texts-00000-000000" in problem for problem in shards.verify_folder(tmp_path / "s"))
+        assert any("texts-00000-000000" in problem for problem in verification.verify_folder(tmp_path / "s"))
 
 
 def test_a_shard_of_other_columns_is_named_though_its_hash_is_right(tmp_path):
@@ -174,7 +174,7 @@ def test_a_shard_of_other_columns_is_named_though_its_hash_is_right(tmp_path):
     known = orjson.loads(path.read_bytes())
     known["shards"][0]["hash"] = shards.hash_file(tmp_path / "s" / "texts-00000-000000.arrow").hexdigest()
     path.write_bytes(orjson.dumps(known))
-    assert any("texts-00000-000000.arrow: its columns are" in problem for problem in shards.verify_folder(tmp_path / "s"))
+    assert any("texts-00000-000000.arrow: its columns are" in problem for problem in verification.verify_folder(tmp_path / "s"))
     with pytest.raises(ValueError, match=r"texts-00000-000000\.arrow: its columns are"):
         shards.open_folder(tmp_path / "s").ids(0)
 
@@ -185,7 +185,7 @@ def test_lengths_are_counted_without_reading_values(tmp_path, monkeypatch, segme
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
     data = shards.open_folder(tmp_path / "s")
-    monkeypatch.setattr(shards._Lists, "row", None)
+    monkeypatch.setattr(mapped._Shard, "column", None)  # through which values are read
     assert data.length_counts("texts", "ids").tolist() == np.bincount([len(ids) for ids in rows]).tolist()
 
 
@@ -196,7 +196,7 @@ def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
     manifest = orjson.loads(path.read_bytes())
     path.write_bytes(orjson.dumps(manifest | {"max_seq_length": 128}))
     (tmp_path / "s" / "texts-00009.arrow").write_bytes(b"x")
-    edited, stray = shards.verify_folder(tmp_path / "s")
+    edited, stray = verification.verify_folder(tmp_path / "s")
     assert "it was edited" in edited and "texts-00009.arrow: the manifest does not name this shard" in stray
 
 
@@ -252,7 +252,7 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
     damage(tmp_path / "s", how)
     if how in ("schema", "columns"):
         data = shards.open_folder(tmp_path / "s")
-        assert shards.verify_folder(tmp_path / "s")
+        assert verification.verify_folder(tmp_path / "s")
         with pytest.raises(ValueError, match=message):
             data.ids(0)
     else:
@@ -262,7 +262,7 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
 
 def test_maps_are_let_go_while_their_rows_are_kept(tmp_path, monkeypatch):
     """Thousands of shards may not keep thousands of files open or maps alive; a row that is held stays valid all the same."""
-    monkeypatch.setattr(shards, "MAPPED", 3)
+    monkeypatch.setattr(mapped, "MAPPED", 3)
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, 5)
     data = shards.open_folder(tmp_path / "s")
