@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
 _GOLDEN, _MUL_1, _MUL_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LAST = (1 << 64) - 1
 _ROUNDS = 6
-_STRETCH = 4096  # places that are looked up together
+_STRETCH = 4096  # places that are looked up together: hashing 16 costs as much as hashing 4,096
 
 
 def mix64(*keys: int | np.ndarray) -> np.ndarray:
@@ -105,7 +105,15 @@ class Line:
 
     def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
-        return self.rows_at(np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64))
+        steps = max(1, _STRETCH // self.global_batch)
+        stretch, inside = divmod(step, steps)
+        kept = self.__dict__.get("_stretch")  # the one asked for last; not a field, as lines are frozen
+        if kept is None or kept[0] != stretch:
+            size = steps * self.global_batch
+            kept = stretch, *self.rows_at(np.arange(stretch * size, (stretch + 1) * size, dtype=np.int64))
+            self.__dict__["_stretch"] = kept
+        part = slice(inside * self.global_batch, (inside + 1) * self.global_batch)
+        return kept[1][part].copy(), kept[2][part].copy()
 
     def micro_batches(self, step: int, accumulation: int, rank: int, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(epochs_N, rows_N) of each accumulation step of one rank in one optimizer step."""
@@ -154,13 +162,6 @@ class Order(Line):
         """How many texts of each span the line's first `texts` are, on average."""
         return self.kept * (texts / len(self))
 
-    def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
-        stretch, inside = divmod(step, max(1, _STRETCH // self.global_batch))
-        epochs, rows = _rows_of_stretch(self, stretch)
-        part = slice(inside * self.global_batch, (inside + 1) * self.global_batch)
-        return epochs[part].copy(), rows[part].copy()
-
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_K, rows_K) at any places along the line of all epochs laid end to end."""
         return self._rows.at(places_K, 0)
@@ -199,13 +200,6 @@ class LinesRows:
             span = span_K[cut]
             within_K[cut] = permute(within_K[cut], self.span_sizes[span], seeds_K, 2, self.numbers[span])
         return epochs_K, self.starts[span_K] + within_K
-
-
-@lru_cache(maxsize=2)
-def _rows_of_stretch(order: Order, stretch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(epochs, rows) of as many whole steps as come near _STRETCH places: hashing 16 places costs as much as hashing 4,096."""
-    size = order.global_batch * max(1, _STRETCH // order.global_batch)
-    return order.rows_at(np.arange(stretch * size, (stretch + 1) * size, dtype=np.int64))
 
 
 def whole_steps(filled: float, drop_last: bool) -> int:
