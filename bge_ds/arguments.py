@@ -60,6 +60,9 @@ class TrainArguments:
     tokenizer_name: str | None = _flag(None, "tokenizer: name or folder, where it is not the model's own")
     cache_dir: str | None = _flag(None, "folder for downloaded models and for shards made from JSON lines")
     on_error: Literal["raise", "skip"] = _flag("raise", "bad line of raw JSON lines: stop, or skip it, count it and list it")
+    verify_data: bool = _flag(
+        True, "hold every shard's hash against its manifest first, once a host and file; false: for terabytes, sizes alone"
+    )
     kernels: Literal["auto", "torch", "fused"] = _flag(
         "auto", "which kernels: the best that runs here, plain torch, or fused or fail"
     )

@@ -168,7 +168,7 @@ def open_data(args: FinetuneArguments, tokenizer) -> shards.FinetuneShards:
         "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
-        explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error, say=say,
+        explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data, say=say,
     )  # fmt: skip
     data = shards.open_folders(folders)
     for name in ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval"):

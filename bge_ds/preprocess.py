@@ -49,13 +49,15 @@ def prepare(
     explicit: frozenset[str] = frozenset(),
     cache_dir: str | None = None,
     on_error: str = "raise",
+    verify_data: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
     """The folder of shards for `train_data`: itself when it is one, else JSON lines preprocessed once into a cache.
 
     Every process of a host may call it at the same time: one builds, the others wait. The cache folder is named by a
     hash of the input's bytes, the tokenizer and all settings, so an entry is never out of date. `explicit` names the
-    flags that the user gave: only those are held against a folder of shards. Raises ValueError for what cannot serve.
+    flags that the user gave: only those are held against a folder of shards. verify_data: every shard must have the hash
+    that its manifest says. Raises ValueError for what cannot serve.
     """
     inputs = [str(path) for path in ([train_data] if isinstance(train_data, str | Path) else train_data)]
     settings = make_settings(
@@ -69,13 +71,15 @@ def prepare(
         word_segmenter=word_segmenter,
     )
     core = records.core(tokenizer)
+    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
+    base = base.expanduser()
     if len(inputs) == 1 and (Path(inputs[0]) / shards.MANIFEST).is_file():
         check_fits(Path(inputs[0]), settings, core, explicit)
+        if verify_data:
+            verification.check_hashes(Path(inputs[0]), base)
         return Path(inputs[0])
     settings.check(records.Encoder(core, settings.word_segmenter))
     found = sources.find_sources(inputs)
-    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
-    base = base.expanduser()
     held = digests.of_sources(found, base)
     made_by = [shards.SCHEMA_VERSION, core.fingerprint, segmenting.version(settings.word_segmenter)]
     digest = xxhash.xxh3_128_hexdigest(orjson.dumps([*made_by, asdict(settings), held]))
@@ -104,6 +108,7 @@ def _build_once(folder: Path, inputs: list[sources.Source], job: Job, say: Calla
         if folder.exists():
             with contextlib.suppress(ValueError):  # damaged since: made anew
                 shards.open_folder(folder)
+                verification.check_hashes(folder, folder.parent)
                 say(f"using the cache {folder}")
                 return folder
         manifest = build(folder, inputs, job, overwrite=True, say=say)

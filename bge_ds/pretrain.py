@@ -145,7 +145,8 @@ def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
     folders = preprocess.prepare_all(
         "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
         max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter, explicit=args.explicit,
-        cache_dir=args.cache_dir, on_error=args.on_error, say=print if run.is_first_on_host() else run.silent,
+        cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data,
+        say=print if run.is_first_on_host() else run.silent,
     )  # fmt: skip
     data = shards.open_folders(folders)
     if "max_seq_length" not in args.explicit:

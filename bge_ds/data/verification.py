@@ -1,11 +1,32 @@
 """Shards against their manifest, byte by byte."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from bge_ds.data import digests
 from bge_ds.data.mapped import check_size, open_shard
 from bge_ds.data.shards import MANIFEST, fingerprint, hash_file, read_manifest, schemas
+
+
+def check_hashes(folder: Path, base: Path) -> None:
+    """Raises ValueError for the first shard that is missing, of another size, or of another hash than its manifest says.
+
+    Hashes are remembered in `base` (see `digests`): a shard is read once, and again only when its file has changed."""
+    entries = read_manifest(folder)["shards"]
+    paths = [folder / entry["file"] for entry in entries]
+    for path, entry in zip(paths, entries, strict=True):
+        check_size(path, entry)
+    for path, entry, found in zip(paths, entries, digests.of_files(paths, base), strict=True):
+        if found != entry["hash"]:
+            raise ValueError(_flipped(path, entry, found))
+
+
+def _flipped(path: Path, entry: dict[str, Any], found: str) -> str:
+    return (
+        f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}: copy the folder again, or preprocess again"
+    )
 
 
 def verify_folder(folder: str | Path) -> list[str]:
@@ -25,7 +46,7 @@ def verify_folder(folder: str | Path) -> list[str]:
             check_size(path, entry)
             # First the hash: nothing of a shard with a flipped byte is interpreted.
             if (found := hash_file(path).hexdigest()) != entry["hash"]:
-                raise ValueError(f"{path}: corrupted shard, hash {found}, the manifest says {entry['hash']}")
+                raise ValueError(_flipped(path, entry, found))
             with pa.memory_map(str(path)) as file:
                 reader = open_shard(file, path, fields[entry["table"]])
                 rows = sum(batch.num_rows for batch in reader)

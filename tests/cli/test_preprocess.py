@@ -314,23 +314,47 @@ def test_a_file_is_hashed_once(tmp_path, tokenizer, monkeypatch):
     """The processes of a host must not each read all of a large input to name its cache; a changed file is read again."""
     given, read = write(tmp_path / "a.jsonl", GROUPS), []
     original = digests.hash_file
-    monkeypatch.setattr(digests, "hash_file", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr(digests, "hash_file", lambda path: (read.append(path.name), original(path))[1])
     how = {"cache_dir": str(tmp_path / "cache"), "say": lambda line: None}
     first = preprocess.prepare("finetune", given, tokenizer, **how)
-    assert preprocess.prepare("finetune", given, tokenizer, **how) == first and len(read) == 1
+    assert preprocess.prepare("finetune", given, tokenizer, **how) == first
+    files = ["a.jsonl", "passages-00000-000000.arrow", "groups-00000-000000.arrow"]
+    assert read == files
+    assert preprocess.prepare("finetune", given, tokenizer, **how) == first and read == files
     write(tmp_path / "a.jsonl", GROUPS[:-1])
-    assert preprocess.prepare("finetune", given, tokenizer, **how) != first and len(read) == 2
+    assert preprocess.prepare("finetune", given, tokenizer, **how) != first and read == [*files, "a.jsonl"]
     (tmp_path / "cache" / "bge_ds" / digests.NAME).write_bytes(b"{")  # a hand or a full disk
     preprocess.prepare("finetune", given, tokenizer, **how)
-    assert len(read) == 3
+    assert read == [*files, "a.jsonl", *files]
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_no_run_begins_on_a_flipped_byte(tmp_path, tokenizer):
+    """A folder given to a trainer is held against its hashes before anything of it is read; the shard is named."""
+    assert run("finetune", write(tmp_path / "a.jsonl", GROUPS), tmp_path / "s", tokenizer.name_or_path) == 0
+    made, how = str(tmp_path / "s"), {"cache_dir": str(tmp_path / "cache")}
+    assert preprocess.prepare("finetune", made, tokenizer, **how) == tmp_path / "s"
+    flip(tmp_path / "s" / "groups-00000-000000.arrow")
+    with pytest.raises(ValueError, match=r"groups-00000-000000\.arrow: corrupted shard, hash \w+, the manifest says"):
+        preprocess.prepare("finetune", made, tokenizer, **how)
+    assert preprocess.prepare("finetune", made, tokenizer, verify_data=False, **how) == tmp_path / "s"
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
-    """A cache that a full disk or a hand cut short is rebuilt, not trained on and not an error."""
+    """A cache that a full disk or a hand cut short, or where a byte flipped, is rebuilt, not trained on and not an error."""
     given, said = write(tmp_path / "a.jsonl", GROUPS), []
     how = {"cache_dir": str(tmp_path / "cache"), "say": said.append}
     folder = preprocess.prepare("finetune", given, tokenizer, **how)
     (folder / "groups-00000-000000.arrow").write_bytes(b"")
+    assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
+    assert "preprocessed" in said[-1] and verification.verify_folder(folder) == []
+    flip(folder / "passages-00000-000000.arrow")
     assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
     assert "preprocessed" in said[-1] and verification.verify_folder(folder) == []
 
