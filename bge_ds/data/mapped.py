@@ -162,22 +162,17 @@ class Found(NamedTuple):
         found: list[Any] = [None] * self.rows
         for part in self.parts:
             values, begin, end = part.bounds(column)
-            places = np.arange(self.rows)[part.here]
-            for i, a, b in zip(places.tolist(), begin.tolist(), end.tolist(), strict=True):
+            places = range(self.rows) if isinstance(part.here, slice) else part.here.tolist()
+            for i, a, b in zip(places, begin.tolist(), end.tolist(), strict=True):
                 found[i] = values[a:b]
         return found
 
     def lists(self, column: str) -> Lists:
         """The rows of a list column, copied together."""
-        copies = []
-        for part in self.parts:
-            values, begin, end = part.bounds(column)
-            copies.append(Lists(stretches(values, begin, end - begin), end - begin))
-        if len(copies) == 1:
-            return copies[0]
-        back = np.empty(self.rows, np.int64)
-        back[np.concatenate([part.here for part in self.parts])] = np.arange(self.rows)
-        return Lists.join(copies).take(back)
+        if len(self.parts) == 1:
+            values, begin, end = self.parts[0].bounds(column)
+            return Lists(stretches(values, begin, end - begin), end - begin)
+        return Lists.of(self.views(column)) if self.parts else Lists(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def lengths(self, column: str) -> np.ndarray:
         """Values in each row of a list column, int64, shape K: differences of offsets, no value is read."""

@@ -180,7 +180,7 @@ class FinetuneShards(_Shards):
         """The groups of input lines, copied."""
         found, first_B = self._tables["groups"].find(rows_B), self._first_passage_of(rows_B)
         query, pos, neg = (found.lists(name) for name in ("query", "pos", "neg"))
-        for listed in (pos, neg):
+        for listed in (pos, neg) if first_B.any() else ():
             listed.values[...] += np.repeat(first_B, listed.lengths)
         return Groups(query, pos, neg)
 
