@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", type=Path, required=True, help="groups as JSON lines, .gz or not, with seven negatives each")
     add("--sets", nargs="+", choices=SETS, default=list(SETS))
     add("--bytes", type=int, default=10**9, help="JSON lines of the set preprocess")
-    add("--core_bytes", type=int, default=3 * 10**7, help="JSON lines of the set tokenizer")
+    add("--core_bytes", type=int, default=10**8, help="JSON lines of the set tokenizer, and of the shard that open links")
     add("--memory_bytes", type=int, default=64 * 10**6, help=f"JSON lines of the set memory, taken {TIMES} times")
     add("--shard_bytes", type=int, default=32 << 20, help="a segment of the set memory; of the input, as in the command")
     add("--open_bytes", type=int, default=10**10, help="shards of the set open")

@@ -131,17 +131,18 @@ def time_open(asked: dict) -> dict:
     began = time.perf_counter()
     data = shards.open_folder(asked["shards"])
     opened = time.perf_counter() - began
-    first = mapped_shards()
+    first = mapped_shards(data)
     began = time.perf_counter()
     tokens = len(data.ids(len(data) - 1))
     row = time.perf_counter() - began
-    grown, mapped = memory() - before, [first, mapped_shards()]
+    grown, mapped = memory() - before, [first, mapped_shards(data)]
     return {"seconds": opened, "with_a_row": opened + row, "grown": grown, "mapped": mapped, "tokens": tokens}
 
 
-def mapped_shards() -> int:
-    """Shards of which a part is mapped into this process."""
-    return len(set(re.findall(r"/\S+\.arrow$", Path("/proc/self/maps").read_text(encoding="utf-8"), re.MULTILINE)))
+def mapped_shards(data: shards.PretrainShards) -> int:
+    """Shards of a folder of which a part is mapped into this process."""
+    folder = re.escape(str(data.folder.resolve()))
+    return len(set(re.findall(rf" ({folder}/.+\.arrow)$", Path("/proc/self/maps").read_text("utf-8"), re.MULTILINE)))
 
 
 def memory() -> int:
@@ -226,10 +227,12 @@ def plan(asked: dict):
     return order, batches.collate_groups, {"seed": 42, "group_size": GROUP, **lengths}
 
 
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    work = {
+def work(asked: dict) -> dict:
+    return {
         "lines": write_lines, "groups": write_groups, "command": time_command, "bare": time_bare, "link": link_shards,
         "open": time_open, "export": export, "reads": time_reads, "loader": time_loader, "resume": time_resume,
-    }[asked["what"]]  # fmt: skip
-    print(json.dumps(work(asked)), flush=True)
+    }[asked["what"]](asked)  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(work(json.loads(sys.argv[1]))), flush=True)
