@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -28,6 +27,8 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from sides import different_texts, open_lines
 
 from bge_ds import preprocess
 from bge_ds.data import shards, writing
@@ -36,8 +37,6 @@ GROUP = 8
 
 
 def write_lines(asked: dict) -> dict:
-    from own_pretraining import different_texts
-
     texts = list(different_texts(Path(asked["source"])))
     size = 0
     with open(asked["target"], "w", encoding="utf-8") as out:
@@ -49,13 +48,12 @@ def write_lines(asked: dict) -> dict:
 
 def write_groups(asked: dict) -> dict:
     source, size, number, passes = Path(asked["source"]), 0, 0, 0
-    opened = gzip.open if source.suffix == ".gz" else open
     with open(asked["target"], "w", encoding="utf-8") as out:
         while size < asked["bytes"]:
             if passes and not number:
                 raise SystemExit(f"{source}: no group has {GROUP - 1} negatives")
             passes += 1
-            with opened(source, "rt", encoding="utf-8") as lines:
+            with open_lines(source) as lines:
                 for row in map(json.loads, lines):
                     if len(row["neg"]) < GROUP - 1:
                         continue
@@ -127,6 +125,7 @@ def link_shards(asked: dict) -> dict:
 
 
 def time_open(asked: dict) -> dict:
+    pa.array([0]).to_numpy()  # imports pandas, which would count as tens of MB of the first row
     before = memory()
     began = time.perf_counter()
     data = shards.open_folder(asked["shards"])
