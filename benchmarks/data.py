@@ -258,6 +258,7 @@ def reads_set(args: argparse.Namespace, run: Run, where: str) -> list[dict]:
             found = ask()
             tokens.add(found["tokens"])
             side.figures.append(args.reads / found["seconds"])
+            side.note = found.get("version", "")  # of a peer with an environment of its own
 
         return work
 

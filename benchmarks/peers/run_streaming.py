@@ -44,7 +44,8 @@ def time_reads(asked: dict) -> dict:
     for row in chosen:
         sample = data[row]
         tokens += len(np.concatenate([sample[name] for name in names]))
-    return {"seconds": time.perf_counter() - began, "tokens": tokens}
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens": tokens, "version": f"mosaicml-streaming {streaming.__version__}"}
 
 
 if __name__ == "__main__":
