@@ -56,14 +56,16 @@ def has_gpu() -> bool:
     return True
 
 
-def add_shared_flags(parser: argparse.ArgumentParser, name: str) -> None:
+def add_shared_flags(parser: argparse.ArgumentParser, name: str, stepped: bool = True) -> None:
+    """stepped: its sides are runs of training steps."""
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of the encoder")
     add("--envs", type=Path, default=HERE.parent / ".bench", help="folder that make_environments.sh filled")
     add("--work", type=Path, default=HERE.parent / "runs" / name, help="folder for data, models and logs")
     add("--output", type=Path, default=HERE / f"{name}.csv", help="CSV file the rows are appended to")
-    add("--warmup", type=int, default=1, help="first steps of each run that are not timed")
-    add("--steps", type=int, default=3, help="steps of a run, warm-up included")
+    if stepped:
+        add("--warmup", type=int, default=1, help="first steps of each run that are not timed")
+        add("--steps", type=int, default=3, help="steps of a run, warm-up included")
     add("--repeats", type=int, default=1, help="times that all sides of a set run in turn")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--threads", type=int, default=cores, help="threads of every side (all cores)")

@@ -12,7 +12,6 @@ Shapes: N texts, L tokens of a text, T tokens of all texts, D features.
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from own_parts import seconds_of, square_rate
+from sides import different_texts
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
@@ -52,19 +52,6 @@ def write_texts(asked: dict) -> dict:
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found)
     Path(asked["target"]).write_text("".join(lines), encoding="utf-8")
     return {"texts": len(found)}
-
-
-def different_texts(source: Path) -> Iterator[str]:
-    """The passages of a file in order, each once: `text` of a line, or the `pos` of a group."""
-    opened = gzip.open if source.suffix == ".gz" else open
-    seen = set()
-    with opened(source, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            for text in [row["text"]] if "text" in row else row["pos"]:
-                if text not in seen:
-                    seen.add(text)
-                    yield text
 
 
 def joined(texts: Iterator[str], tokenizer, least_tokens: int) -> Iterator[str]:

@@ -12,11 +12,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,12 +83,15 @@ class SideFailed(RuntimeError):
 # ----------------------------------------------------------------------------------------------- data and processes
 
 
+def open_lines(source: Path) -> TextIO:
+    return (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8")
+
+
 def write_groups(source: Path, target: Path, groups: int, negatives: int) -> None:
     """The first groups with enough negatives, each with its first positive and first negatives: nothing left to draw."""
-    opened = gzip.open if source.suffix == ".gz" else open
     target.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    with opened(source, "rt", encoding="utf-8") as lines, target.open("w", encoding="utf-8") as out:
+    with open_lines(source) as lines, target.open("w", encoding="utf-8") as out:
         for line in lines:
             row = json.loads(line)
             if len(row["neg"]) < negatives:
@@ -102,6 +105,18 @@ def write_groups(source: Path, target: Path, groups: int, negatives: int) -> Non
         f"{source}: {written} groups have {negatives} negatives or more, {groups} are needed; give more data, smaller batches "
         "or fewer --steps"
     )
+
+
+def different_texts(source: Path) -> Iterator[str]:
+    """The passages of a file in order, each once: `text` of a line, or the `pos` of a group."""
+    seen = set()
+    with open_lines(source) as lines:
+        for line in lines:
+            row = json.loads(line)
+            for text in [row["text"]] if "text" in row else row["pos"]:
+                if text not in seen:
+                    seen.add(text)
+                    yield text
 
 
 def environment(threads: int, **more: str) -> dict[str, str]:

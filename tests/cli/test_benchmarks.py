@@ -1,4 +1,4 @@
-"""The benchmark driver: what makes its comparisons fair, and its rows. No peer is run here."""
+"""The benchmark drivers of training: what makes their comparisons fair, and their rows. No peer is run here."""
 
 from __future__ import annotations
 
