@@ -31,6 +31,7 @@ SETS = ("tokenizer", "preprocess", "memory", "open", "reads", "loader", "resume"
 TIMES = (1, 4, 16)  # the inputs of the set memory
 SCRIPT = "own_data.py"
 GROUP = 8  # passages of a group
+READ_AT_ONCE = 32  # groups, as a training batch asks for them
 DEFAULT_SHARD = 256 << 20  # bge_ds.data.shards.SHARD_BYTES, which is not imported: this process stays small
 LENGTH = 512  # tokens of a text at most, in pre-training
 DATA_COLUMNS = (
@@ -262,9 +263,9 @@ def reads_set(args: argparse.Namespace, run: Run, where: str) -> list[dict]:
 
         return work
 
-    asked = {"what": "reads", "texts": str(texts), "reads": args.reads}
+    asked = {"what": "reads", "texts": str(texts), "reads": args.reads, "batch": READ_AT_ONCE}
     sides = {
-        "bge_ds": counted(lambda: own(run, "reads", shards=shards, reads=args.reads)),
+        "bge_ds": counted(lambda: own(run, "reads", shards=shards, reads=args.reads, batch=READ_AT_ONCE)),
         "datasets, numpy": counted(lambda: peer(run, "run_datasets.py", sys.executable, way="numpy", **asked)),
         "datasets, lists": counted(lambda: peer(run, "run_datasets.py", sys.executable, way="lists", **asked)),
         "datasets, Arrow": counted(lambda: peer(run, "run_datasets.py", sys.executable, way="arrow", **asked)),
@@ -273,7 +274,8 @@ def reads_set(args: argparse.Namespace, run: Run, where: str) -> list[dict]:
     results = in_turn(sides, args.repeats, "reads")
     if len(tokens) > 1:
         raise ValueError(f"the sides read {sorted(tokens)} tokens: not the same texts, so their rates mean nothing")
-    return rows_of("random reads, groups of 8 texts", f"{groups} groups", "groups/s", results, where, "10 times as fast")
+    size = f"{READ_AT_ONCE} of {groups} groups at a time"
+    return rows_of("random reads, groups of 8 texts", size, "groups/s", results, where, "10 times as fast")
 
 
 def loader_set(args: argparse.Namespace, run: Run, where: str) -> list[dict]:

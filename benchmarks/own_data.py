@@ -27,11 +27,11 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from sides import different_texts, open_lines
 
 from bge_ds import preprocess
 from bge_ds.data import shards, writing
+from bge_ds.data.lists import Lists
 
 GROUP = 8
 
@@ -125,7 +125,6 @@ def link_shards(asked: dict) -> dict:
 
 
 def time_open(asked: dict) -> dict:
-    pa.array([0]).to_numpy()  # imports pandas, which would count as tens of MB of the first row
     before = memory()
     began = time.perf_counter()
     data = shards.open_folder(asked["shards"])
@@ -153,33 +152,38 @@ def memory() -> int:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def full_groups(data: shards.FinetuneShards) -> list[int]:
+def full_groups(data: shards.FinetuneShards) -> np.ndarray:
     """The groups that have 8 texts: a positive and 7 negatives."""
-    return [row for row in range(len(data)) if len(data.group(row).neg) >= GROUP - 1]
-
-
-def passages_of(group: shards.Group) -> np.ndarray:
-    return np.concatenate([group.pos[:1], group.neg[: GROUP - 1]])
+    return np.flatnonzero(data.groups(np.arange(len(data))).neg.lengths >= GROUP - 1)
 
 
 def export(asked: dict) -> dict:
     data = shards.open_folder(asked["shards"])
-    texts = [text for row in full_groups(data) for text in data.passages(passages_of(data.group(row))).split()]
+    texts = texts_of(data, full_groups(data))
     target = Path(asked["target"])
-    np.save(target / "ids.npy", np.concatenate(texts))
-    np.save(target / "lengths.npy", np.array([len(text) for text in texts]))
-    return {"groups": len(texts) // GROUP}
+    np.save(target / "ids.npy", texts.values)
+    np.save(target / "lengths.npy", texts.lengths)
+    return {"groups": len(texts.lengths) // GROUP}
 
 
 def time_reads(asked: dict) -> dict:
+    """As many groups at a time as a batch asks for."""
     data = shards.open_folder(asked["shards"])
     rows = full_groups(data)
-    chosen = np.array(rows)[np.random.default_rng(0).integers(0, len(rows), asked["reads"])].tolist()
-    data.passages(passages_of(data.group(chosen[0])))  # imports
+    chosen = rows[np.random.default_rng(0).integers(0, len(rows), asked["reads"])]
+    texts_of(data, chosen[: asked["batch"]])  # the maps
     began, tokens = time.perf_counter(), 0
-    for row in chosen:
-        tokens += len(np.concatenate(data.passages(passages_of(data.group(row)))))
+    for first in range(0, len(chosen), asked["batch"]):
+        tokens += len(texts_of(data, chosen[first : first + asked["batch"]]).values)
     return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+
+def texts_of(data: shards.FinetuneShards, rows: np.ndarray) -> Lists:
+    """The first positive and 7 negatives of each group."""
+    groups = data.groups(rows)
+    negatives = groups.neg.starts[:, None] + np.arange(GROUP - 1)
+    passages = np.column_stack([groups.pos.values[groups.pos.starts], groups.neg.values[negatives]])
+    return data.passages(passages.ravel())
 
 
 def time_loader(asked: dict) -> dict:
