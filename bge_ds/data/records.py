@@ -1,29 +1,21 @@
-"""Input lines: checking each, turning its texts into token ids.
+"""Input lines: checking each; and taking the tokenizer apart that its texts are encoded by (`encoding.py`).
 
 Nothing here knows about ranks, shards or torch. The tokenizer is used through its Rust core alone: the core can be sent
 to a worker process as text, and Python-side settings (truncation, padding, `model_max_length`) cannot change an id.
-
-Word numbers come from the tokenizer's own word ids (its pre-tokenizer's pieces) and its offsets, not from a marker such
-as `##`, so they mean the same for WordPiece, byte-level BPE and SentencePiece. Two cases need the offsets. Scripts
-written without spaces arrive as one long piece in byte-level BPE and SentencePiece: there each token is a word, and the
-tokens that share one character stay together. And a tokenizer without a pre-tokenizer calls the whole text one piece:
-there white space parts the words.
 """
 
 import json
 import math
 import re
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import xxhash
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from . import segmenting
+from .encoding import Encoder as Encoder  # callers find all of a tokenizer's parts here
+from .encoding import TokenizerCore
 
 KEYS = {
     "pretrain": ("text",),
@@ -31,11 +23,6 @@ KEYS = {
     "by_id": ("query", "pos_ids", "neg_ids", "pos_scores", "neg_scores", "prompt", "type"),  # texts are in a corpus
     "corpus": ("_id", "title", "text"),
 }
-# Scripts whose words are not parted by spaces: Thai to Tibetan, Myanmar, Khmer, kana, ideographs and their extensions.
-UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
@@ -60,20 +47,6 @@ def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None) -> An
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-@dataclass(frozen=True)
-class TokenizerCore:
-    """What decides a tokenizer's ids, as plain values that travel to worker processes."""
-
-    name: str
-    json: str = field(repr=False)
-    fingerprint: str
-    vocab_size: int  # ids are below it
-    prefix_ids: tuple[int, ...]  # special tokens before a text, e.g. [CLS]
-    suffix_ids: tuple[int, ...]  # and after it, e.g. [SEP]
-    special_ids: frozenset[int]  # those that carry no text; the unknown token is not among them
-    unknown_id: int  # what text outside the vocabulary becomes; -1 where every text has tokens
 
 
 def core(tokenizer: Any) -> TokenizerCore:
@@ -111,103 +84,6 @@ def core(tokenizer: Any) -> TokenizerCore:
 def fingerprint(tokenizer: Any) -> str:
     """A hash of all that decides the ids a tokenizer gives; saving and loading it again keeps the hash."""
     return core(tokenizer).fingerprint
-
-
-class Encoder:
-    """Texts to token ids with the special tokens at the ends, cut to a length. One for each worker process.
-
-    word_segmenter: which library says what a word is in scripts without spaces, see `segmenting.py`. Raises ValueError
-    where it is not installed."""
-
-    def __init__(self, tokenizer: TokenizerCore, word_segmenter: str = segmenting.NONE) -> None:
-        self.core = tokenizer
-        self._segment = segmenting.load(word_segmenter)
-        self._backend = Tokenizer.from_str(tokenizer.json)
-        self._affixes = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
-        self._splits_at_space = len(set(self._backend.encode("a b", add_special_tokens=False).word_ids)) > 1
-        self.count_prompt = lru_cache(maxsize=1024)(self._count)
-
-    def check_room(self, length: int, name: str, instruction: str = "") -> None:
-        """Raises ValueError where a length (flag `name`) has no room for a text beside its specials and instruction."""
-        taken = self._affixes + self.count_prompt(instruction)
-        if taken >= length:
-            what = "special tokens and instruction" if instruction else "special tokens"
-            raise ValueError(f"{name} {length} leaves no room for text: {what} take {taken} tokens, give {taken + 1}")
-
-    def ids(self, texts: list[str], length: int, prefix: str = "") -> tuple[list[list[int]], list[bool]]:
-        """Ids of each `prefix + text`, at most `length`, and whether it was cut. [] where the text gives no token."""
-        rows, cuts = [], []
-        room = length - self._affixes
-        for text, encoding in zip(texts, self._encode([prefix + text for text in texts]), strict=True):
-            body = encoding.ids
-            rows.append([] if self._says_nothing(text, body, prefix) else self._wrap(body[:room]))
-            cuts.append(len(body) > room)
-        return rows, cuts
-
-    def ids_and_words(self, texts: list[str], length: int) -> tuple[list[list[int]], list[np.ndarray], list[bool]]:
-        """As `ids`, with the word that each token belongs to; each special token at the ends is a word of its own."""
-        rows, words, cuts = [], [], []
-        room = length - self._affixes
-        head, tail = len(self.core.prefix_ids), len(self.core.suffix_ids)
-        for text, encoding in zip(texts, self._encode(texts), strict=True):
-            body = encoding.ids
-            rows.append([] if self._says_nothing(text, body) else self._wrap(body[:room]))
-            cuts.append(len(body) > room)
-            inner = word_numbers(text, encoding, room, self._splits_at_space, self._segment) + head
-            last = inner[-1] if len(inner) else head - 1
-            words.append(np.concatenate([np.arange(head), inner, last + 1 + np.arange(tail)]))
-        return rows, words, cuts
-
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        # One at a time: a batch would start threads inside each worker, and threads make a later fork unsafe.
-        return [self._backend.encode(text, add_special_tokens=False) for text in texts]
-
-    def _wrap(self, body: list[int]) -> list[int]:
-        return [*self.core.prefix_ids, *body, *self.core.suffix_ids]
-
-    def _says_nothing(self, text: str, body: list[int], prefix: str = "") -> bool:
-        # An instruction has tokens of its own: look at the text alone, where it is short or begins without a letter.
-        if prefix and (len(text) < 64 or not any(map(str.isalnum, text[:64]))):
-            body = self._encode([text])[0].ids
-        return not body or (len(body) < 64 and self.core.special_ids.issuperset(body))
-
-    def _count(self, text: str) -> int:
-        return len(self._encode([text])[0].ids) if text else 0
-
-
-def word_numbers(
-    text: str, encoding: Encoding, room: int, splits_at_space: bool, segment: segmenting.Segment | None = None
-) -> np.ndarray:
-    """The word (0, 1, 2, ...) that each of the first `room` tokens of a text, encoded without specials, belongs to.
-
-    segment: tells the words of scripts without spaces; without it each token there is a word."""
-    pieces = encoding.word_ids[:room]
-    unspaced = UNSPACED.search(text) is not None
-    if splits_at_space and None not in pieces and not unspaced:
-        starts = np.diff(np.array(pieces, dtype=np.int64), prepend=-1) != 0
-    else:
-        spans = encoding.offsets[:room]
-        known = zip(pieces[1:], pieces[:-1], spans[1:], spans[:-1], strict=True)
-        starts = [True] + [a is None or a != b or _starts_word(text, span, last) for a, b, span, last in known]
-        starts = np.array(starts[: len(pieces)])
-        if segment is not None and unspaced and spans:
-            inside = segment(text[: segmenting.end_of_block(text, spans[-1][1])])
-            # The same character, cut into bytes, begins no word either way; a token that crosses into the next word stays.
-            begins = np.array([span[0] for span in spans[1:]], dtype=np.int64)
-            starts[1:] &= ~inside[np.minimum(begins, len(inside) - 1)]
-    return np.cumsum(np.array(starts, dtype=np.int64)) - 1
-
-
-def _starts_word(text: str, span: tuple[int, int], last: tuple[int, int]) -> bool:
-    """Whether a token begins a word inside one piece of the pre-tokenizer; spans are (start, end) in characters."""
-    start, end = span[0], last[1]
-    if start < end or start >= len(text):  # the same character, cut into bytes
-        return False
-    if any(map(str.isspace, text[end : start + 1])):
-        return True
-    if not text[last[0] : end].strip():  # a token for the space alone (its span may be trimmed to nothing)
-        return False
-    return bool(UNSPACED.match(text, start) or (end and UNSPACED.match(text, end - 1)))
 
 
 # ------------------------------------------------------------------------------------------------------------ lines

@@ -6,9 +6,12 @@ word, it belongs to the word that it begins in.
 """
 
 import importlib.metadata
+import importlib.util
 import logging
 import re
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -22,25 +25,31 @@ _BETWEEN = re.compile(r"\s|[^\w+#&.%-]")  # what never lies inside a word: jieba
 
 
 def load(name: str) -> Segment | None:
-    """The segmenter of that name; None for `none`. Raises ValueError for an unknown one, or one that is not installed."""
+    """The segmenter of that name; None for `none`. Its dictionary, some seconds, is read when the first text comes.
+
+    Raises ValueError for an unknown one, or one that is not installed."""
     if name == NONE:
         return None
     if name not in SEGMENTERS:
         raise ValueError(f"--word_segmenter {name}: give {' or '.join(SEGMENTERS)}")
-    try:
-        import jieba
-    except ImportError:
+    if importlib.util.find_spec(name) is None:
         raise ValueError(
             "--word_segmenter jieba needs jieba, which is not installed: pip install jieba (or bge_ds with [chinese]),"
             f" or leave the flag out, or give {NONE}"
-        ) from None
-    jieba.setLogLevel(logging.WARNING)
-    tokenizer = jieba.Tokenizer()
-    tokenizer.initialize()
+        )
+
+    @lru_cache(maxsize=1)
+    def tokenizer() -> Any:
+        import jieba
+
+        jieba.setLogLevel(logging.WARNING)
+        made = jieba.Tokenizer()
+        made.initialize()
+        return made
 
     def segment(text: str) -> np.ndarray:
         inside = np.zeros(max(1, len(text)), bool)
-        for word, start, end in tokenizer.tokenize(text):
+        for word, start, end in tokenizer().tokenize(text):
             if end - start > 1 and _HAN.search(word):
                 inside[start + 1 : end] = True
         return inside

@@ -28,6 +28,7 @@ from .sources import Block
 LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32, "passage_max_len": 128}}
 INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
 WORDS = {"pretrain": ("word_segmenter",), "finetune": ()}  # what decides words, which fine-tuning has no use for
+EMPTY = "{} is an empty text to this tokenizer: it gives no token"
 SEEN_LIMIT = 500_000  # passages a worker remembers (about 60 MB); past it some are tokenised again, no row changes
 
 
@@ -88,13 +89,11 @@ class Worker:
 
     def __call__(self, block: Block) -> dict[str, Any]:
         """The rows of a block; `bad` lists (line of the segment from 0, reason). With on_error "raise" it stops there."""
-        take = {"pretrain": self._text, "finetune": self._group, "corpus": self._entry, "by_id": self._named_group}
-        take_one, form = take[self.settings.form], self.settings.form
-        rows: dict[str, list[Any]] = {"texts": [], "words": [], "cuts": [], "passages": [], "hashes": [], "groups": []}
-        self._local: dict[bytes, int] = {}
+        form, stops = self.settings.form, self.settings.on_error == "raise"
         if self.segment != (block.source, block.segment):
             self.segment, self.seen = (block.source, block.segment), set()
-        good, bad, first = 0, [], None
+        found: list[tuple[int, dict[str, Any]]] = []
+        bad: list[tuple[int, str]] = []
         for number, raw in self._lines(block):
             try:
                 if isinstance(raw, bytes):
@@ -103,14 +102,15 @@ class Worker:
                     raise raw
                 else:
                     record = records.check(raw, form, self.settings.columns)
-                take_one(record, rows)
-                good, first = good + 1, number if first is None else first
+                found.append((number, record))
             except ValueError as error:
                 bad.append((number, str(error)))
-                if self.settings.on_error == "raise":
+                if stops:
                     break
-        pack = self._pack_groups if form in ("finetune", "by_id") else self._pack_texts
-        return {"good": good, "bad": bad, "first": first, "lines": self._count_lines, **pack(rows)}
+        good, more, packed = self._texts(found) if form == "pretrain" else self._rows(found)
+        # What only the tokenizer sees comes later, maybe for an earlier line.
+        bad = sorted(bad + more)[: 1 if stops else None]
+        return {"good": len(good), "bad": bad, "first": good[0] if good else None, "lines": self._count_lines, **packed}
 
     def _lines(self, block: Block) -> Iterator[tuple[int, Any]]:
         """(number in the segment, line or row) of all that are not blank."""
@@ -128,35 +128,75 @@ class Worker:
             if raw.strip():
                 yield number, raw
 
-    def _text(self, record: dict[str, Any], rows: dict[str, list[Any]]) -> None:
-        (ids,), (words,), (cut,) = self.encoder.ids_and_words([record["text"]], self.settings.max_seq_length)
-        if not ids:
-            raise ValueError('"text" is an empty text to this tokenizer: it gives no token')
-        rows["texts"].append(ids)
-        rows["words"].append(words)
-        rows["cuts"].append(cut)
+    def _texts(self, found: list[tuple[int, dict[str, Any]]]) -> tuple[list[int], list[tuple[int, str]], dict[str, Any]]:
+        """(numbers of the good lines, the bad ones, their rows), as `_rows`; all texts as one array."""
+        made = self.encoder.encode([record["text"] for _, record in found], self.settings.max_seq_length)
+        if made.silent.any() and self.settings.on_error == "raise":
+            first = int(np.argmax(made.silent))
+            good, _, packed = self._texts(found[:first])
+            return good, [(found[first][0], EMPTY.format('"text"'))], packed
+        bad = [(number, EMPTY.format('"text"')) for (number, _), silent in zip(found, made.silent, strict=True) if silent]
+        good = [number for (number, _), silent in zip(found, made.silent, strict=True) if not silent]
+        ids, cuts = made.ids.astype(self.id_type), int(made.cuts.sum())
+        return good, bad, {"ids": ids, "lengths": made.lengths, "words": made.words, "cuts": cuts}
 
-    def _entry(self, record: dict[str, Any], rows: dict[str, list[Any]]) -> None:
-        prefix = self.settings.passage_instruction_for_retrieval
-        (ids,), (cut,) = self.encoder.ids([record["text"]], self.settings.passage_max_len, prefix)
+    def _rows(self, found: list[tuple[int, dict[str, Any]]]) -> tuple[list[int], list[tuple[int, str]], dict[str, Any]]:
+        """(numbers of the good lines, the bad ones, their rows) of entries or groups; stops at a bad one as told."""
+        form = self.settings.form
+        take = {"finetune": self._group, "corpus": self._entry, "by_id": self._named_group}[form]
+        rows: dict[str, list[Any]] = {"texts": [], "cuts": [], "passages": [], "hashes": [], "groups": []}
+        self._local: dict[bytes, int] = {}
+        good, bad = [], []
+        for (number, record), texts in zip(found, self._encode_ahead([record for _, record in found]), strict=True):
+            try:
+                take(record, texts, rows)
+                good.append(number)
+            except ValueError as error:
+                bad.append((number, str(error)))
+                if self.settings.on_error == "raise":
+                    break
+        self._keys, self._fresh = {}, {}
+        return good, bad, (self._pack_entries if form == "corpus" else self._pack_groups)(rows)
+
+    def _encode_ahead(self, found: list[dict[str, Any]]) -> Iterable[Any]:
+        """For each record (ids, cut) of its text or query, all encoded at once. New passages of groups go to `_fresh`."""
+        settings = self.settings
+        instruction = settings.passage_instruction_for_retrieval
+        if settings.form == "corpus":
+            texts = [record["text"] for record in found]
+            return zip(*self.encoder.ids(texts, settings.passage_max_len, instruction), strict=True)
+        if settings.form == "finetune":
+            # Of the lines that prove bad too: what counts as seen is told line by line.
+            passages = (text for record in found for name in ("pos", "neg") for text in record[name])
+            self._keys = {text: xxhash.xxh3_128_digest(text.encode()) for text in passages}
+            new = [text for text, key in self._keys.items() if key not in self.seen]
+            self._fresh = dict(
+                zip(new, zip(*self.encoder.ids(new, settings.passage_max_len, instruction), strict=True), strict=True)
+            )
+        queries, before = [record["query"] for record in found], [self._instruction(record) for record in found]
+        return zip(*self.encoder.ids(queries, settings.query_max_len, before), strict=True)
+
+    def _instruction(self, record: dict[str, Any]) -> str:
+        prompt = record.get("prompt")
+        return self.settings.query_instruction_for_retrieval if prompt is None else prompt
+
+    def _entry(self, record: dict[str, Any], text: tuple[list[int], bool], rows: dict[str, list[Any]]) -> None:
+        ids, cut = text
         if not ids:
-            raise ValueError('"text" is an empty text to this tokenizer: it gives no token')
+            raise ValueError(EMPTY.format('"text"'))
         rows["texts"].append(ids)
         rows["hashes"].append(xxhash.xxh3_64_intdigest(record["text"].encode()))
         rows["cuts"].append(cut)
 
-    def _query(self, record: dict[str, Any]) -> tuple[list[int], bool]:
-        prompt, length = record.get("prompt"), self.settings.query_max_len
-        if prompt:
-            self.encoder.check_room(length, '"prompt": query_max_len', prompt)
-        instruction = self.settings.query_instruction_for_retrieval if prompt is None else prompt
-        (query,), (query_cut,) = self.encoder.ids([record["query"]], length, instruction)
-        if not query:
-            raise ValueError('"query" is an empty text to this tokenizer: it gives no token')
-        return query, query_cut
+    def _check_query(self, record: dict[str, Any], ids: list[int]) -> None:
+        if prompt := record.get("prompt"):
+            self.encoder.check_room(self.settings.query_max_len, '"prompt": query_max_len', prompt)
+        if not ids:
+            raise ValueError(EMPTY.format('"query"'))
 
-    def _named_group(self, record: dict[str, Any], rows: dict[str, list[Any]]) -> None:
-        query, query_cut = self._query(record)
+    def _named_group(self, record: dict[str, Any], text: tuple[list[int], bool], rows: dict[str, list[Any]]) -> None:
+        query, query_cut = text
+        self._check_query(record, query)
         ids = [*record["pos_ids"], *record["neg_ids"]]
         found = self.index.rows(ids)
         if (found < 0).any():
@@ -168,22 +208,21 @@ class Worker:
         rows["groups"].append((query, *refs, *others))
         rows["cuts"].append(query_cut)
 
-    def _group(self, record: dict[str, Any], rows: dict[str, list[Any]]) -> None:
-        query, query_cut = self._query(record)
+    def _group(self, record: dict[str, Any], text: tuple[list[int], bool], rows: dict[str, list[Any]]) -> None:
+        query, query_cut = text
+        self._check_query(record, query)
         keys: dict[str, list[bytes]] = {}
         fresh: dict[bytes, tuple[list[int], int, bool]] = {}
         for name in ("pos", "neg"):
             keys[name] = []
-            for i, text in enumerate(record[name]):
-                encoded = text.encode()
-                key = xxhash.xxh3_128_digest(encoded)
+            for i, passage in enumerate(record[name]):
+                key = self._keys[passage]
                 keys[name].append(key)
                 if key not in self.seen and key not in fresh:
-                    prefix = self.settings.passage_instruction_for_retrieval
-                    (ids,), (cut,) = self.encoder.ids([text], self.settings.passage_max_len, prefix)
+                    ids, cut = self._fresh[passage]
                     if not ids:
-                        raise ValueError(f'"{name}"[{i}] is an empty text to this tokenizer: it gives no token')
-                    fresh[key] = (ids, xxhash.xxh3_64_intdigest(encoded), cut)
+                        raise ValueError(EMPTY.format(f'"{name}"[{i}]'))
+                    fresh[key] = (ids, xxhash.xxh3_64_intdigest(passage.encode()), cut)
         # Only now that the whole line is good may its passages count as seen.
         self.seen.update(fresh)
         for key in itertools.chain(*keys.values()):
@@ -196,12 +235,9 @@ class Worker:
         rows["groups"].append((query, *refs, *others))
         rows["cuts"].append(query_cut)
 
-    def _pack_texts(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        words = np.concatenate(rows["words"]) if rows["words"] else np.zeros(0)
+    def _pack_entries(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
         ids, lengths = self._join(rows["texts"])
-        hashes = np.array(rows["hashes"], dtype=np.uint64)
-        words = words.astype(np.int32)
-        return {"ids": ids, "lengths": lengths, "words": words, "hash": hashes, "cuts": sum(rows["cuts"])}
+        return {"ids": ids, "lengths": lengths, "hash": np.array(rows["hashes"], dtype=np.uint64), "cuts": sum(rows["cuts"])}
 
     def _pack_groups(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
         if len(self.seen) > SEEN_LIMIT:
