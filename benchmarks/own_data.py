@@ -52,7 +52,7 @@ def time_command(asked: dict) -> dict:
     argv = ["pretrain", "--input", asked["lines"], "--output", str(target), "--tokenizer", asked["model"], "--num_proc", "1"]
     began = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        failed = preprocess.main([*argv, "--max_seq_length", str(asked["max_seq_length"])])
+        failed = preprocess.main([*argv, "--max_seq_length", str(asked["max_seq_length"])], alone=True)
     seconds = time.perf_counter() - began
     if failed:
         raise SystemExit(f"preprocess ended with status {failed}")
