@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from . import segmenting, words
 
-BATCH = 64  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
+BATCH = 256  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
 
 
 @dataclass(frozen=True)
