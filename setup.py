@@ -93,7 +93,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "bge-ds-preprocess = bge_ds.preprocess:main",
+            "bge-ds-preprocess = bge_ds.preprocess:run",
             "bge-ds-evaluate = bge_ds.evaluate:main",
         ]
     },

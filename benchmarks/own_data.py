@@ -82,7 +82,7 @@ def time_command(asked: dict) -> dict:
     records.load_tokenizer(asked["model"])  # imports: the bare tokenizer's are not timed either
     began = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        failed = preprocess.main([*argv, "--max_seq_length", str(asked["max_seq_length"])])
+        failed = preprocess.main([*argv, "--max_seq_length", str(asked["max_seq_length"])], alone=True)
     seconds = time.perf_counter() - began
     if failed:
         raise SystemExit(f"preprocess ended with status {failed}")

@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make(args: argparse.Namespace) -> None:
+def _make(args: argparse.Namespace, alone: bool) -> None:
     for name, least in (("num_proc", 0), ("shard_bytes", 1), ("sample", 0), *((name, 1) for name in LENGTHS[args.command])):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more")
@@ -217,7 +217,7 @@ def _make(args: argparse.Namespace) -> None:
     folders.check_output(Path(args.output), args.overwrite)
     found = sources.find_sources(args.input, args.skip_unknown)
     entries = sources.find_sources(corpus, args.skip_unknown) if corpus else []
-    core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir))
+    core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone))
     names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command], *WORDS[args.command])
     settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
     made = build(
@@ -259,8 +259,10 @@ def _say_written(output: Path, manifest: dict[str, Any]) -> None:
     print(f"wrote {output}: {counts}, {len(manifest['shards'])} shards")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 after one line `error: ...` on stderr."""
+def main(argv: list[str] | None = None, alone: bool = False) -> int:
+    """The command. alone: the process loads no model after it, see `records.load_tokenizer`.
+
+    Returns the exit status: 0, or 2 after one line `error: ...` on stderr."""
     try:
         args = _parser().parse_args(argv)
         if args.command == "inspect":
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "merge":
             _merge(args)
         else:
-            _make(args)
+            _make(args, alone)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -282,5 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run() -> int:
+    """The command as a process of its own."""
+    return main(alone=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

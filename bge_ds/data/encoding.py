@@ -17,8 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from . import segmenting, words
 
-BATCH = 64  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
-PARALLELISM = "TOKENIZERS_PARALLELISM"
+BATCH = 256  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
 
 
 @dataclass(frozen=True)
@@ -180,18 +179,23 @@ def _inside(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
+def _one_thread() -> contextlib.AbstractContextManager[None]:
+    """Within it a batch starts no threads, which would make a later fork unsafe; cores are shared out by process."""
+    return environment_variable("TOKENIZERS_PARALLELISM", "false")
+
+
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within it a batch starts no threads, which would make a later fork unsafe, and cores are shared out by process."""
-    before = os.environ.get(PARALLELISM)
-    if before == "false":
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Sets it for a while; it is not touched where it has that value."""
+    before = os.environ.get(name)
+    if before == value:
         yield
         return
-    os.environ[PARALLELISM] = "false"
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[PARALLELISM]
+            del os.environ[name]
         else:
-            os.environ[PARALLELISM] = before
+            os.environ[name] = before

@@ -4,9 +4,12 @@ Nothing here knows about ranks, shards or torch. The tokenizer is used through i
 to a worker process as text, and Python-side settings (truncation, padding, `model_max_length`) cannot change an id.
 """
 
+import contextlib
 import json
 import math
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from .encoding import Encoder as Encoder  # callers find all of a tokenizer's parts here
-from .encoding import TokenizerCore
+from .encoding import TokenizerCore, environment_variable
 
 KEYS = {
     "pretrain": ("text",),
@@ -28,14 +31,16 @@ KEYS = {
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None) -> Any:
+def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None, only_texts: bool = False) -> Any:
     """A fast Hugging Face tokenizer, with the truncation and padding that its file may have baked in removed.
 
-    Raises ValueError when it cannot be loaded, or has no fast version (word boundaries come from the fast core)."""
-    from transformers import AutoTokenizer  # slow to import, and many commands end before they need it
-
+    only_texts: this process will load no model, so torch, which takes seconds to import, is left out. Raises ValueError
+    when it cannot be loaded, or has no fast version (word boundaries come from the fast core)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), cache_dir=cache_dir)
+        with _torch_hidden() if only_texts else contextlib.nullcontext():
+            from transformers import AutoTokenizer  # slow to import, and many commands end before they need it
+
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), cache_dir=cache_dir)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
         raise ValueError(f"tokenizer {name_or_path} cannot be loaded: {reason}: give a folder or a hub name") from error
@@ -47,6 +52,22 @@ def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None) -> An
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+@contextlib.contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Within it torch is not installed; transformers, which is made to work so, finds no models from then on.
+
+    Nothing where either is imported already."""
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment] - what Python's own import takes for "there is none"
+    try:
+        with environment_variable("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"):  # that torch is missing
+            yield
+    finally:
+        del sys.modules["torch"]  # other libraries look for the name alone, and then import it
 
 
 def core(tokenizer: Any) -> TokenizerCore:

@@ -53,7 +53,7 @@ class SegmentWriter:
         if form == "pretrain":
             self._add_lists("texts", result, ("ids", "words"), [])
         elif form == "corpus":
-            self._add_lists("passages", result, ("ids",), [pa.array(result["hash"])])
+            self._add_lists("passages", result, ("ids",), [shards.plain_array(result["hash"])])
         else:
             at = self._add_passages(result) if form == "finetune" else None
             self._add_groups(result, at)
@@ -73,7 +73,7 @@ class SegmentWriter:
         keep = new[result["sent"]]
         kept = {"ids": result["ids"][np.repeat(keep, result["lengths"])], "lengths": result["lengths"][keep]}
         if keep.any():
-            self._add_lists("passages", kept, ("ids",), [pa.array(result["hash"][keep])])
+            self._add_lists("passages", kept, ("ids",), [shards.plain_array(result["hash"][keep])])
         self.cut += int(result["passage_cuts"][keep].sum())
         return np.array([self.rows[key] for key in result["keys"]], dtype=np.int64)
 
@@ -87,7 +87,9 @@ class SegmentWriter:
             columns.append(shards.list_array(flat if at is None else at[flat], counts, pa.int64()))
             self.named += len(flat)
         self.alone += sum(not len(refs) for refs in result["columns"][1])
-        columns += [pa.array(values, groups.types[3 + i]) for i, values in enumerate(result["columns"][2:])]
+        for values, kind in zip(result["columns"][2:], groups.types[3:], strict=True):
+            given = any(value is not None for value in values)
+            columns.append(pa.array(values, kind) if given else pa.nulls(len(values), kind))
         self.writers["groups"].write(columns)
         self._count(query)
 

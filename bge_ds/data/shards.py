@@ -63,7 +63,13 @@ def list_array(values: np.ndarray, lengths: np.ndarray, value_type: pa.DataType)
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
     values = values.astype(value_type.to_pandas_dtype(), copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return pa.ListArray.from_arrays(plain_array(offsets), plain_array(values))
+
+
+def plain_array(values: np.ndarray) -> pa.Array:
+    """Numbers as an Arrow array that shares their memory. `pyarrow.array` would import pandas, half a second."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def hash_file(path: Path, digest: "xxhash.xxh3_128 | None" = None) -> "xxhash.xxh3_128":

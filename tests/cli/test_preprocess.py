@@ -452,3 +452,37 @@ def test_shards_of_another_tokenizer_are_refused(made, minilm_path):
     """Ids of another vocabulary are valid numbers and wrong words: only the fingerprint tells."""
     with pytest.raises(ValueError, match=r"was made with another tokenizer: .* this run's is"):
         preprocess.prepare("finetune", str(made), records.load_tokenizer(minilm_path))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_bad_lines_keep_their_order_whoever_finds_them(tmp_path, minilm_path, on_error, capsys):
+    """The reader sees a broken line before the tokenizer sees an earlier empty one: still the first of them is named."""
+    good = b'{"text": "a text"}'
+    lines = [good, good, b'{"text": "[SEP]"}', good, b"{oops", good, b'{"text": "[PAD] [SEP]"}', good]
+    given = tmp_path / "a.jsonl"
+    given.write_bytes(b"\n".join(lines))
+    argv = ["pretrain", "--input", str(given), "--output", str(tmp_path / "s"), "--tokenizer", str(minilm_path)]
+    assert preprocess.main([*argv, "--on_error", on_error]) == (2 if on_error == "raise" else 0)
+    said = capsys.readouterr()
+    if on_error == "raise":
+        assert f'{given}:3: "text" is an empty text to this tokenizer' in said.err and "oops" not in said.err
+        return
+    assert [line.split(":")[1] for line in said.out.splitlines() if line.startswith("skipped /")] == ["3", "5", "7"]
+    assert shards.read_manifest(tmp_path / "s")["counts"]["texts"] == 5
+
+
+def test_the_command_needs_no_torch(tmp_path, minilm_path):
+    """Importing torch takes seconds and memory of each worker; the shards are those of a process that has it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "the quick fox"}\n')
+    argv = ["pretrain", "--input", str(tmp_path / "a.jsonl"), "--tokenizer", str(minilm_path), "--output"]
+    script = "import sys; from bge_ds import preprocess; assert preprocess.main(sys.argv[1:], alone=True) == 0; "
+    script += "assert not {'torch', 'pandas'} & set(sys.modules); import torch; assert torch.ones(1).sum() == 1"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv, str(tmp_path / "s")], env=helpers.environment(), cwd=helpers.REPO,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" not in done.stderr
+    assert preprocess.main([*argv, str(tmp_path / "t")]) == 0
+    found, wanted = (shards.read_manifest(tmp_path / name)["fingerprint"] for name in "st")
+    assert found == wanted

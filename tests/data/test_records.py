@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import helpers
 import numpy as np
@@ -10,7 +14,7 @@ import orjson
 import pytest
 from transformers import AutoTokenizer
 
-from bge_ds.data import records
+from bge_ds.data import encoding, records
 
 LONG = "retrieval models embed questions and passages into one vector space, " * 40
 
@@ -218,6 +222,60 @@ def test_a_missing_segmenter_is_named_with_the_remedy(minilm_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ValueError, match=r"needs jieba, which is not installed: pip install jieba"):
         records.Encoder(records.core(records.load_tokenizer(minilm_path)), "jieba")
+
+
+def test_a_batch_gives_what_each_text_gives_alone(tokenizer, monkeypatch):
+    """Texts are encoded many at a time: neighbours, silent ones among them, and where a batch ends change no row."""
+    unusual = ["</s>", "[SEP]", "\u200b", "北京 quick是", "กรุงเทพ hello", "a<mask>b [MASK]c", "e\u0301 ﾃｽﾄ 東京"]
+    texts = [*helpers.SENTENCES, *unusual, LONG, "!", *unusual[::-1], LONG]
+    encoder = records.Encoder(records.core(tokenizer))
+    alone = [encoder.ids_and_words([text], 40) for text in texts]
+    prefixes = (["", "query: ", "[SEP]"] * 8)[: len(texts)]
+    alone_ids = [encoder.ids([text], 40, prefix) for text, prefix in zip(texts, prefixes, strict=True)]
+    for size in (1, 3, 5, 256):
+        monkeypatch.setattr(encoding, "BATCH", size)
+        rows, words, cuts = encoder.ids_and_words(texts, 40)
+        assert rows == [row for (row,), _, _ in alone] and cuts == [cut for *_, (cut,) in alone]
+        assert [found.tolist() for found in words] == [wanted.tolist() for _, (wanted,), _ in alone]
+        assert encoder.ids(texts, 40, prefixes) == ([row for (row,), _ in alone_ids], [cut for _, (cut,) in alone_ids])
+    assert [] in rows and True in cuts and encoder.encode([], 40).lengths.tolist() == []
+
+
+def test_encoding_starts_no_thread():
+    """A process with threads must not fork, and workers would fight over the cores; the caller's setting is put back."""
+    script = """
+import os, sys
+from pathlib import Path
+from bge_ds.data import records
+encoder = records.Encoder(records.core(records.load_tokenizer(sys.argv[1])))
+before = os.listdir("/proc/self/task")
+encoder.encode(["the quick brown fox"] * 2000, 64), encoder.ids(["the quick brown fox"] * 2000, 64, "query: ")
+assert os.listdir("/proc/self/task") == before
+assert os.environ.get("TOKENIZERS_PARALLELISM") == (sys.argv[2:] or [None])[0]
+"""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("the threads of a process are counted under /proc")
+    for given in ([], ["true"]):
+        env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+        env["PYTHONPATH"] = str(helpers.REPO)
+        if given:
+            env["TOKENIZERS_PARALLELISM"] = given[0]
+        with tempfile.TemporaryDirectory() as folder:
+            helpers.make_tokenizer("wordpiece", Path(folder))
+            subprocess.run([sys.executable, "-c", script, folder, *given], check=True, env=env, timeout=120)
+
+
+def test_a_segmenters_dictionary_waits_for_the_first_text_that_needs_it(minilm_path, monkeypatch):
+    """It takes seconds to read: a run over English, or one that only checks lengths, must not wait for it."""
+    jieba = pytest.importorskip("jieba")
+    made = []
+    tokenizer = jieba.Tokenizer
+    monkeypatch.setattr(jieba, "Tokenizer", lambda: made.append(1) or tokenizer())
+    encoder = records.Encoder(records.core(records.load_tokenizer(minilm_path)), "jieba")
+    encoder.encode(["plain words, é"], 64)
+    assert made == []
+    encoder.encode(["北京大学"], 64), encoder.encode(["北京大学"], 64)
+    assert made == [1]
 
 
 def test_a_cut_text_keeps_whole_numbering(tokenizer):
