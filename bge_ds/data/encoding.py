@@ -15,7 +15,8 @@ from functools import lru_cache
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from . import segmenting, words
+from . import memo, segmenting, words
+from .lists import Lists, inside
 
 BATCH = 256  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
 
@@ -59,6 +60,9 @@ class Encoder:
         self._is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_special[[i for i in tokenizer.special_ids if 0 <= i < tokenizer.vocab_size]] = True
         self._splits_at_space = len(set(self._backend.encode("a b", add_special_tokens=False).word_ids)) > 1
+        # jieba finds words in whole texts.
+        local = word_segmenter == segmenting.NONE and memo.is_local(tokenizer.json)
+        self._memo = memo.Memo(self._tokenize) if local else None
         self.count_prompt = lru_cache(maxsize=1024)(self._count)
 
     def check_room(self, length: int, name: str, instruction: str = "") -> None:
@@ -96,19 +100,22 @@ class Encoder:
         return Texts(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Texts)))
 
     def _encode_some(self, texts: list[str], length: int) -> "Texts":
+        room = length - self._affixes
+        (ids, counts), starts = self._tokenize(texts, room) if self._memo is None else self._memo.look_up(texts, room)
+        silent, kept = self._without_text(ids, counts), np.minimum(counts, room)
+        if silent.any():
+            ids, starts = ids[np.repeat(~silent, counts)], starts[np.repeat(~silent, kept)]
+            counts, kept = counts[~silent], kept[~silent]
+        if (kept < counts).any():
+            ids = ids[inside(counts) < np.repeat(kept, counts)]
+        return self._with_affixes(ids, starts, kept, counts > room, silent)
+
+    def _tokenize(self, texts: list[str], room: int) -> tuple[Lists, np.ndarray]:
+        """(ids of each, and, for the first `room` of each, whether a word begins there), without special tokens."""
         encodings = self._batch(texts)
         counts = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
         ids = _flat((encoding.ids for encoding in encodings), counts)
-        silent = self._without_text(ids, counts)
-        if silent.any():
-            texts, encodings = list(itertools.compress(texts, ~silent)), list(itertools.compress(encodings, ~silent))
-            ids, counts = ids[np.repeat(~silent, counts)], counts[~silent]
-        room = length - self._affixes
-        kept = np.minimum(counts, room)
-        if (kept < counts).any():
-            ids = ids[_inside(counts) < np.repeat(kept, counts)]
-        starts = words.starts(texts, encodings, room, self._splits_at_space, self._segment)
-        return self._with_affixes(ids, starts, kept, counts > room, silent)
+        return Lists(ids, counts), words.starts(texts, encodings, room, self._splits_at_space, self._segment)
 
     def _with_affixes(
         self, ids: np.ndarray, starts: np.ndarray, kept: np.ndarray, cuts: np.ndarray, silent: np.ndarray
@@ -118,7 +125,7 @@ class Encoder:
         number = np.cumsum(starts, dtype=np.int32)
         first, last = number[np.cumsum(kept) - kept], number[np.cumsum(kept) - 1]
         begin = np.cumsum(lengths) - lengths
-        place = _inside(kept) + np.repeat(begin + head, kept)
+        place = inside(kept) + np.repeat(begin + head, kept)
         made = Texts(np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.int32), lengths, cuts, silent)
         made.ids[place] = ids
         made.words[place] = number - np.repeat(first - head, kept)
@@ -135,6 +142,10 @@ class Encoder:
 
     def _bodies(self, texts: list[str]) -> list[list[int]]:
         """Ids without special tokens; the tokenizer need not find offsets for them."""
+        if self._memo is not None:
+            ids, _ = self._memo.look_up(texts, 0)
+            values, ends = ids.values.tolist(), np.cumsum(ids.lengths).tolist()
+            return [values[a:b] for a, b in zip([0, *ends], ends, strict=False)]
         with _one_thread():
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -172,11 +183,6 @@ def _batches(values: list[str]) -> Iterator[list[str]]:
 
 def _flat(lists: Iterable[list[int]], lengths: np.ndarray) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum()))
-
-
-def _inside(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... for each of the lengths, end to end."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _one_thread() -> contextlib.AbstractContextManager[None]:

@@ -68,3 +68,8 @@ def stretches(values: np.ndarray, begin_K: np.ndarray, lengths_K: np.ndarray) ->
     places_T = np.repeat(begin_K - (ends_K - lengths_K), lengths_K)
     places_T += np.arange(size)
     return values[places_T]
+
+
+def inside(lengths_K: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... for each of the lengths, end to end."""
+    return np.arange(lengths_K.sum()) - np.repeat(np.cumsum(lengths_K) - lengths_K, lengths_K)
