@@ -101,7 +101,7 @@ class Encoder:
 
     def _encode_some(self, texts: list[str], length: int) -> "Texts":
         room = length - self._affixes
-        (ids, counts), starts = self._tokenize(texts, room) if self._memo is None else self._memo.look_up(texts, room)
+        (ids, counts), starts = self._tokens(texts, room)
         silent, kept = self._without_text(ids, counts), np.minimum(counts, room)
         if silent.any():
             ids, starts = ids[np.repeat(~silent, counts)], starts[np.repeat(~silent, kept)]
@@ -110,12 +110,23 @@ class Encoder:
             ids = ids[inside(counts) < np.repeat(kept, counts)]
         return self._with_affixes(ids, starts, kept, counts > room, silent)
 
-    def _tokenize(self, texts: list[str], room: int) -> tuple[Lists, np.ndarray]:
+    def _tokens(self, texts: list[str], room: int) -> tuple[Lists, np.ndarray]:
         """(ids of each, and, for the first `room` of each, whether a word begins there), without special tokens."""
+        if self._memo is None:
+            encodings = self._batch(texts)
+            return _ids(encodings), words.starts(texts, encodings, room, self._splits_at_space, self._segment)
+        ids, starts = self._memo.look_up(texts)
+        if (ids.lengths > room).any():
+            starts = starts[inside(ids.lengths) < np.repeat(np.minimum(ids.lengths, room), ids.lengths)]
+        return ids, starts
+
+    def _tokenize(self, texts: list[str]) -> tuple[Lists, np.ndarray, np.ndarray]:
+        """What `memo.Memo` asks for."""
         encodings = self._batch(texts)
-        counts = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
-        ids = _flat((encoding.ids for encoding in encodings), counts)
-        return Lists(ids, counts), words.starts(texts, encodings, room, self._splits_at_space, self._segment)
+        ids = _ids(encodings)
+        at = (begin for encoding in encodings for begin, _ in encoding.offsets)
+        starts = words.starts(texts, encodings, ids.lengths.max(initial=0), self._splits_at_space, None)
+        return ids, starts, np.fromiter(at, np.int64, len(ids.values))
 
     def _with_affixes(
         self, ids: np.ndarray, starts: np.ndarray, kept: np.ndarray, cuts: np.ndarray, silent: np.ndarray
@@ -143,7 +154,7 @@ class Encoder:
     def _bodies(self, texts: list[str]) -> list[list[int]]:
         """Ids without special tokens; the tokenizer need not find offsets for them."""
         if self._memo is not None:
-            ids, _ = self._memo.look_up(texts, 0)
+            ids, _ = self._memo.look_up(texts)
             values, ends = ids.values.tolist(), np.cumsum(ids.lengths).tolist()
             return [values[a:b] for a, b in zip([0, *ends], ends, strict=False)]
         with _one_thread():
@@ -179,6 +190,11 @@ class Encoder:
 def _batches(values: list[str]) -> Iterator[list[str]]:
     """At least one, so that no text at all needs no care."""
     return (values[first : first + BATCH] for first in range(0, max(1, len(values)), BATCH))
+
+
+def _ids(encodings: list[Encoding]) -> Lists:
+    counts = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
+    return Lists(_flat((encoding.ids for encoding in encodings), counts), counts)
 
 
 def _flat(lists: Iterable[list[int]], lengths: np.ndarray) -> np.ndarray:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import orjson
 
-from .lists import Lists, inside, stretches
+from .lists import Lists, stretches
 
-CHARACTERS = 1 << 20  # that are remembered, some 25 MB of stretches; then all are forgotten, and soon met again
-_ALL = 1 << 60  # tokens: more than any text has
+CHARACTERS = 1 << 21  # that are remembered, some 50 MB of stretches; then those that came once are forgotten
+TOGETHER = 64  # new stretches that are tokenized as one text: one by one takes twice as long
 
 
 def is_local(tokenizer_json: str) -> bool:
@@ -31,44 +31,62 @@ def is_local(tokenizer_json: str) -> bool:
 class Memo:
     """Stretches and their tokens.
 
-    encode: (texts, room) -> (ids of each, and, for the first `room` of each, whether a word begins there, end to end)."""
+    encode: texts -> (ids of each, whether a word begins at each token, the character where each token begins), all whole
+    and end to end."""
 
-    def __init__(self, encode: Callable[[list[str], int], tuple[Lists, np.ndarray]]) -> None:
+    def __init__(self, encode: Callable[[list[str]], tuple[Lists, np.ndarray, np.ndarray]]) -> None:
         self._encode = encode
-        self._forget()
+        self._known: dict[str, int] = {}  # stretch -> its number
+        self._starts = self._lengths = np.zeros(0, np.int64)  # of each stretch, in `_tokens`
+        self._tokens = np.zeros(0, np.int32)  # id and, in the lowest bit, whether a word begins there
+        self._uses = np.zeros(0, np.int64)  # of each stretch, since the last time that some were forgotten
+        self._characters = 0
 
-    def look_up(self, texts: list[str], room: int) -> tuple[Lists, np.ndarray]:
-        """What `encode` would give."""
+    def look_up(self, texts: list[str]) -> tuple[Lists, np.ndarray]:
+        """(ids of each text, whether a word begins at each token), without special tokens."""
         parts = [text.split(" ") for text in texts]
         flat = list(itertools.chain.from_iterable(parts))
         places = list(map(self._known.get, flat))
         if None in places:
-            new = [part for part, place in zip(flat, places, strict=True) if place is None]
+            new = dict.fromkeys(part for part, place in zip(flat, places, strict=True) if place is None)
             if self._characters + sum(map(len, new)) > CHARACTERS:
                 self._forget()
-                new = flat
-            self._learn(list(dict.fromkeys(new)))
+                new = dict.fromkeys(part for part in flat if part not in self._known)
+            self._learn(list(new))
             places = list(map(self._known.__getitem__, flat))
         places = np.array(places, np.int64)
+        self._uses += np.bincount(places, minlength=len(self._known))
         lengths = self._lengths[places]
         tokens = stretches(self._tokens, self._starts[places], lengths)
         ends = np.cumsum(list(map(len, parts)), dtype=np.int64)  # of each text, in stretches
         counts = np.diff(np.append(0, np.cumsum(lengths))[ends], prepend=0)
-        starts = tokens & 1
-        if (counts > room).any():
-            starts = starts[inside(counts) < np.repeat(np.minimum(counts, room), counts)]
-        return Lists(tokens >> 1, counts), starts.astype(bool)
+        return Lists(tokens >> 1, counts), (tokens & 1).astype(bool)
 
-    def _learn(self, parts: list[str]) -> None:
-        ids, begins = self._encode(parts, _ALL)
-        self._known.update(zip(parts, range(len(self._known), len(self._known) + len(parts)), strict=True))
-        self._characters += sum(map(len, parts))
-        self._starts = np.append(self._starts, len(self._tokens) + ids.starts)
-        self._lengths = np.append(self._lengths, ids.lengths)
+    def _learn(self, new: list[str]) -> None:
+        texts = [" ".join(new[first : first + TOGETHER]) for first in range(0, len(new), TOGETHER)]
+        ids, begins, at = self._encode(texts)
+        # Where stretches begin when the texts, too, are joined by a space.
+        first = np.cumsum([0] + [len(part) + 1 for part in new])[:-1]
+        text_begins = first[::TOGETHER]
+        part_of_token = np.searchsorted(first, at + np.repeat(text_begins, ids.lengths), side="right") - 1
+        lengths = np.bincount(part_of_token, minlength=len(new))
+        self._known.update(zip(new, range(len(self._known), len(self._known) + len(new)), strict=True))
+        self._characters += sum(map(len, new))
+        self._starts = np.append(self._starts, len(self._tokens) + np.cumsum(lengths) - lengths)
+        self._lengths = np.append(self._lengths, lengths)
         self._tokens = np.append(self._tokens, ids.values.astype(np.int32) << 1 | begins)
+        self._uses = np.append(self._uses, np.zeros(len(new), np.int64))
 
     def _forget(self) -> None:
-        self._known: dict[str, int] = {}  # stretch -> its number
-        self._starts = self._lengths = np.zeros(0, np.int64)  # of each stretch, in `_tokens`
-        self._tokens = np.zeros(0, np.int32)  # id and, in the lowest bit, whether a word begins there
-        self._characters = 0
+        """Keeps what came most often, more than once, and fills half of the room."""
+        parts = list(self._known)  # in the order of their numbers
+        most = np.argsort(-self._uses, kind="stable")
+        most = most[self._uses[most] > 1]
+        most = most[np.cumsum([len(parts[place]) for place in most.tolist()]) <= CHARACTERS // 2]
+        kept = np.sort(most)
+        self._known = {parts[place]: number for number, place in enumerate(kept.tolist())}
+        self._characters = sum(map(len, self._known))
+        self._tokens = stretches(self._tokens, self._starts[kept], self._lengths[kept])
+        self._lengths = self._lengths[kept]
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._uses = np.zeros(len(kept), np.int64)

@@ -50,13 +50,17 @@ def starts(
         unspaced = not text.isascii() and UNSPACED.search(text) is not None
         if (unspaced or not plain) and pieces[i]:
             found[begins[i] : begins[i] + lengths[i]] = _by_offsets(
-                text, encodings[i], pieces[i], segment if unspaced else None
+                text, encodings[i], pieces[i], splits_at_space, segment if unspaced else None
             )
     return found
 
 
 def _by_offsets(
-    text: str, encoding: Encoding, pieces: list[int | None], segment: segmenting.Segment | None
+    text: str,
+    encoding: Encoding,
+    pieces: list[int | None],
+    splits_at_space: bool,
+    segment: segmenting.Segment | None,
 ) -> list[bool] | np.ndarray:
     """`starts` for one text that has tokens; `pieces` are the word ids of those asked for."""
     joined = [i for i in range(1, len(pieces)) if pieces[i] is not None and pieces[i] == pieces[i - 1]]
@@ -65,7 +69,7 @@ def _by_offsets(
         span = encoding.offsets.__getitem__  # all of them at once: dearer where few are needed
     found = [True] * len(pieces)
     for i in joined:
-        found[i] = _starts_word(text, span(i), span(i - 1))
+        found[i] = _starts_word(text, span(i), span(i - 1), splits_at_space)
     if segment is None:
         return found
     inside = segment(text[: segmenting.end_of_block(text, span(len(pieces) - 1)[1])])
@@ -76,12 +80,12 @@ def _by_offsets(
     return starting
 
 
-def _starts_word(text: str, span: Span, last: Span) -> bool:
+def _starts_word(text: str, span: Span, last: Span, splits_at_space: bool) -> bool:
     """Whether a token begins a word inside one piece of the pre-tokenizer."""
     start, end = span[0], last[1]
     if start < end or start >= len(text):  # the same character, cut into bytes
         return False
-    if any(map(str.isspace, text[end : start + 1])):
+    if not splits_at_space and any(map(str.isspace, text[end : start + 1])):
         return True
     if not text[last[0] : end].strip():  # a token for the space alone (its span may be trimmed to nothing)
         return False

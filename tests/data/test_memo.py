@@ -53,14 +53,15 @@ def test_real_texts_by_a_real_tokenizer(minilm_path):
         np.testing.assert_array_equal(ours.words, theirs.words)
 
 
-def test_what_is_remembered_is_bounded(pair, monkeypatch):
-    """When the memory is full it begins anew, and what it gives stays the same."""
+def test_what_is_remembered_is_bounded(tiny_tokenizer_path, monkeypatch):
+    """When the memory is full it keeps what came often, and what it gives stays the same."""
     monkeypatch.setattr(memo, "CHARACTERS", 60)
-    ours, theirs = pair
+    ours, theirs = encoders(tiny_tokenizer_path)
     for i in range(20):
         texts = [f"fox{i} jumps over{i % 3} dogs", f"the end{i}"]
         np.testing.assert_array_equal(ours.encode(texts, 64).ids, theirs.encode(texts, 64).ids)
         assert ours._memo._characters <= 60 and len(ours._memo._known) <= 60
+    assert "dogs" in ours._memo._known and "fox1" not in ours._memo._known
 
 
 @pytest.mark.parametrize(
