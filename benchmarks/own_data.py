@@ -155,7 +155,7 @@ def memory() -> int:
 
 def full_groups(data: shards.FinetuneShards) -> np.ndarray:
     """The groups that have 8 texts: a positive and 7 negatives."""
-    return np.flatnonzero(data.groups(np.arange(len(data))).neg.lengths >= GROUP - 1)
+    return np.flatnonzero(data.passage_rows(np.arange(len(data)))[1].lengths >= GROUP - 1)
 
 
 def export(asked: dict) -> dict:
@@ -181,9 +181,10 @@ def time_reads(asked: dict) -> dict:
 
 def texts_of(data: shards.FinetuneShards, rows: np.ndarray) -> Lists:
     """The first positive and 7 negatives of each group."""
-    groups = data.groups(rows)
-    negatives = groups.neg.starts[:, None] + np.arange(GROUP - 1)
-    passages = np.column_stack([groups.pos.values[groups.pos.starts], groups.neg.values[negatives]])
+    pos, neg = data.passage_rows(rows)
+    passages = np.empty((len(rows), GROUP), np.int64)
+    passages[:, 0] = pos.values[pos.starts]
+    passages[:, 1:] = neg.values[neg.starts[:, None] + np.arange(GROUP - 1)]
     return data.passages(passages.ravel())
 
 

@@ -334,7 +334,7 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
     """
     weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
     suffix = len(data.manifest["tokenizer"]["suffix_ids"])
-    ids = data.groups(np.arange(1)).query.cut(args.query_max_len, suffix).split()
+    ids = data.queries(np.arange(1)).cut(args.query_max_len, suffix).split()
     ids += data.passages(np.arange(min(8, data.num_passages))).cut(args.passage_max_len, suffix).split()
     encoder: Encoder = engine.module
     live_ND = encoder.encode_ids(ids)

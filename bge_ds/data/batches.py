@@ -253,8 +253,7 @@ def collate_groups(
     own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
     """
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
-    groups = shards.groups(rows_B)
-    pos, neg = groups.pos, groups.neg
+    pos, neg = shards.passage_rows(rows_B)
     chosen = choose_groups(pos.lengths, neg.lengths, group_size, seed, epochs_B, rows_B)
     taken_BG = np.concatenate([chosen[0][:, None], chosen[1]], 1) >= 0
     own_BG = np.where(taken_BG, (np.cumsum(taken_BG) - 1).reshape(taken_BG.shape), -1)
@@ -263,7 +262,7 @@ def collate_groups(
     if distill:
         teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
     passages = shards.passages(passages_P).cut(passage_max_len, suffix)
-    texts, _ = pack(Lists.join([groups.query.cut(query_max_len, suffix), passages]))
+    texts, _ = pack(Lists.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
     hashes = torch.from_numpy(shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64))
     own_only_B = np.zeros(len(rows_B), bool)
     for start, end in own_only_spans:

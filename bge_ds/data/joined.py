@@ -59,10 +59,13 @@ class Joined:
     def lengths(self, rows_K: np.ndarray, *longest: int) -> np.ndarray:
         return self._gather(self.starts, rows_K, np.int64, lambda reader, rows: reader.lengths(rows, *longest))
 
-    def groups(self, rows_B: np.ndarray) -> Any:
-        def ask(k: int, rows: np.ndarray) -> Any:
-            groups, first = self.readers[k].groups(rows), self.passage_starts[k]
-            return groups._replace(pos=_shifted(groups.pos, first), neg=_shifted(groups.neg, first))
+    def queries(self, rows_B: np.ndarray) -> Lists:
+        return self._collect(self.starts, rows_B, lambda k, rows: (self.readers[k].queries(rows),))[0]
+
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, ...]:
+        def ask(k: int, rows: np.ndarray) -> tuple[Lists, ...]:
+            first = self.passage_starts[k]
+            return tuple(part._replace(values=part.values + first) for part in self.readers[k].passage_rows(rows))
 
         return self._collect(self.starts, rows_B, ask)
 
@@ -104,7 +107,7 @@ class Joined:
             found_K[here] = ask(self.readers[k], rows_K[here] - starts[k])
         return found_K
 
-    def _collect(self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]) -> Any:
+    def _collect(self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]) -> tuple[Lists, ...]:
         """The tuple of `Lists` that each folder (by its number) answers for its rows, put together in the order asked."""
         here, answers = [], []
         for k, places in self._by_folder(starts, rows_K):
@@ -113,8 +116,7 @@ class Joined:
         if len(answers) == 1:
             return answers[0]
         back = np.argsort(np.concatenate(here))
-        joined = [Lists.join(parts).take(back) for parts in zip(*answers, strict=True)]
-        return answers[0]._make(joined) if hasattr(answers[0], "_make") else tuple(joined)
+        return tuple(Lists.join(parts).take(back) for parts in zip(*answers, strict=True))
 
     def _by_folder(self, starts: list[int], rows_K: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(folder, places in `rows_K` of its rows) of each folder that has one."""
@@ -123,10 +125,6 @@ class Joined:
             if not 0 <= k < len(self.readers):
                 raise IndexError(f"rows {rows_K.min()} to {rows_K.max()} of folders that have {starts[-1]}")
             yield k, np.flatnonzero(folder_K == k)
-
-
-def _shifted(rows: Lists, first: int) -> Lists:
-    return rows._replace(values=rows.values + first)
 
 
 def _starts(sizes: list[int]) -> list[int]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 _LONG = 128  # values an array from which copying stretch by stretch is quicker than looking up each value
+_MOST_COUNTED = 1 << 20
+_counted = np.arange(0)
 
 
 class Lists(NamedTuple):
@@ -66,8 +68,18 @@ def stretches(values: np.ndarray, begin_K: np.ndarray, lengths_K: np.ndarray) ->
     if size > _LONG * len(ends_K):
         return np.concatenate([values[a:b] for a, b in zip(begin_K.tolist(), (begin_K + lengths_K).tolist(), strict=True)])
     places_T = np.repeat(begin_K - (ends_K - lengths_K), lengths_K)
-    places_T += np.arange(size)
+    places_T += _counting(size)
     return values[places_T]
+
+
+def _counting(size: int) -> np.ndarray:
+    """0, 1, 2, ...: to count anew costs as much as the look-up that it is for."""
+    global _counted
+    if size > _MOST_COUNTED:
+        return np.arange(size)
+    if size > len(_counted):
+        _counted = np.arange(min(_MOST_COUNTED, 2 * size))
+    return _counted[:size]
 
 
 def inside(lengths_K: np.ndarray) -> np.ndarray:

@@ -101,7 +101,7 @@ class Table:
     def value(self, column: str, row: int) -> Any:
         """One row of any column as a Python object; None where it is null."""
         ((shard, _, batch, within),) = self.find(np.array([row])).parts
-        return shard.batches[int(batch[0])].column(column)[int(within[0])].as_py()
+        return shard.batches[int(np.ravel(batch)[0])].column(column)[int(within[0])].as_py()
 
     def length_counts(self, column: str) -> np.ndarray:
         """How many rows have each number of values in a list column, int64: element n counts those of n values."""
@@ -132,6 +132,8 @@ class Table:
 
     def _within(self, k: int, here: np.ndarray | slice, rows: np.ndarray) -> _Part:
         shard, rows = self.shard(k), rows - self._starts[k]
+        if len(shard.starts_B) == 1:
+            return _Part(shard, here, 0, rows)
         batch = shard.starts_B.searchsorted(rows, side="right") - 1
         return _Part(shard, here, batch, rows - shard.starts_B[batch])
 
@@ -141,7 +143,7 @@ class _Part(NamedTuple):
 
     shard: _Shard
     here: np.ndarray | slice
-    batch: np.ndarray
+    batch: np.ndarray | int  # one number where there is one batch
     within: np.ndarray
 
     def bounds(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,7 +173,8 @@ class Found(NamedTuple):
         """The rows of a list column, copied together."""
         if len(self.parts) == 1:
             values, begin, end = self.parts[0].bounds(column)
-            return Lists(stretches(values, begin, end - begin), end - begin)
+            lengths = end - begin
+            return Lists(stretches(values, begin, lengths), lengths)
         return Lists.of(self.views(column)) if self.parts else Lists(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def lengths(self, column: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import orjson
 
 from .lists import Lists, stretches
 
-CHARACTERS = 1 << 21  # that are remembered, some 50 MB of stretches; then those that came once are forgotten
+CHARACTERS = 1 << 20  # that are remembered, some 25 MB of stretches; then those that came once are forgotten
 TOGETHER = 64  # new stretches that are tokenized as one text: one by one takes twice as long
 
 

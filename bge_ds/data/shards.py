@@ -94,16 +94,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-class Groups(NamedTuple):
-    """Lines of fine-tuning data. `pos` and `neg` (which may be empty) are rows of the passage table, int64."""
-
-    query: Lists  # token ids
-    pos: Lists
-    neg: Lists
-
-
 class Group(NamedTuple):
-    """One line of fine-tuning data, with a teacher's score (float32) for each positive and negative, or None."""
+    """One line of fine-tuning data: a query's ids, and rows of passages with a teacher's score (float32) each, or None."""
 
     query: np.ndarray
     pos: np.ndarray
@@ -182,13 +174,19 @@ class FinetuneShards(_Shards):
     def num_passages(self) -> int:
         return self._tables["passages"].rows
 
-    def groups(self, rows_B: np.ndarray) -> Groups:
-        """The groups of input lines, copied."""
-        found, first_B = self._tables["groups"].find(rows_B), self._first_passage_of(rows_B)
-        query, pos, neg = (found.lists(name) for name in ("query", "pos", "neg"))
-        for listed in (pos, neg) if first_B.any() else ():
-            listed.values[...] += np.repeat(first_B, listed.lengths)
-        return Groups(query, pos, neg)
+    def queries(self, rows_B: np.ndarray) -> Lists:
+        """Token ids of each group's query, special tokens included, copied."""
+        return self._tables["groups"].find(rows_B).lists("query")
+
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+        """(positives, negatives) of each group: int64 rows of the passage table, copied. Negatives may be none."""
+        found = self._tables["groups"].find(rows_B)
+        pos, neg = found.lists("pos"), found.lists("neg")
+        if self._first_passage.any():
+            first_B = self._first_passage_of(rows_B)
+            for listed in (pos, neg):
+                listed.values[...] += np.repeat(first_B, listed.lengths)
+        return pos, neg
 
     def scores(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
         """The teacher's scores (float32) of each group's positives and negatives; an empty array where there are none."""
@@ -200,7 +198,7 @@ class FinetuneShards(_Shards):
         table, rows = self._tables["groups"], np.array([row])
         absent = [table.value(name, row) is None for name in ("pos_scores", "neg_scores")]
         scores = (None if none else of.values for none, of in zip(absent, self.scores(rows), strict=True))
-        return Group(*(part.values for part in self.groups(rows)), *scores)
+        return Group(self.queries(rows).values, *(listed.values for listed in self.passage_rows(rows)), *scores)
 
     def _first_passage_of(self, rows_B: np.ndarray) -> np.ndarray:
         return self._first_passage[np.searchsorted(self._tables["groups"].starts, rows_B, side="right") - 1]
