@@ -73,7 +73,7 @@ def stretches(values: np.ndarray, begin_K: np.ndarray, lengths_K: np.ndarray) ->
 
 
 def _counting(size: int) -> np.ndarray:
-    """0, 1, 2, ...: to count anew costs as much as the look-up that it is for."""
+    """0, 1, 2, ..., counted once: it is asked for with every look-up. Not to be written to."""
     global _counted
     if size > _MOST_COUNTED:
         return np.arange(size)

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import torch
 
-# Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; half of it makes a CPU's products 8 % slower.
+# Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; with half of it a step on a CPU took 8 % longer.
 _BLOCK_ELEMENTS = 1 << 24
 # Rows of a block at least, whatever the vocabulary: every block goes over the whole gradient of W once.
 _BLOCK_ROWS = 256
