@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import helpers
+import hosts as two
 import pytest
 
 
@@ -41,6 +42,19 @@ def tiny_bert_path(tmp_path_factory, tiny_tokenizer_path) -> Path:
     folder = helpers.make_model("bert", tmp_path_factory.mktemp("bert"))
     helpers.make_tokenizer("wordpiece", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """(folder with keys and ssh configurations, names of two network namespaces), an sshd running in each."""
+    with two.two_hosts(tmp_path_factory.mktemp("ssh")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """The folder that both hosts work in: model, data, a copy of `launch/` with its hostfile and `.deepspeed_env`."""
+    return two.make_work(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(autouse=True)
