@@ -86,16 +86,8 @@ class Encoder:
             cuts += [len(body) > room for body in bodies]
         return rows, cuts
 
-    def ids_and_words(self, texts: list[str], length: int) -> tuple[list[list[int]], list[np.ndarray], list[bool]]:
-        """As `ids`, with the word that each token belongs to; each special token at the ends is a word of its own."""
-        made = self.encode(texts, length)
-        ends = np.cumsum(made.lengths)[:-1]
-        rows = iter(zip(np.split(made.ids, ends), np.split(made.words, ends), made.cuts, strict=True))
-        found = [([], np.zeros(0, np.int32), False) if silent else next(rows) for silent in made.silent]
-        return [list(map(int, ids)) for ids, _, _ in found], [words for _, words, _ in found], [bool(cut) for *_, cut in found]
-
     def encode(self, texts: list[str], length: int) -> "Texts":
-        """Ids of each text, at most `length`, and the word that each token belongs to, as in `ids_and_words`."""
+        """Ids of each text, at most `length`, and the word of each token; a special token is a word of its own."""
         parts = [self._encode_some(some, length) for some in _batches(texts)]
         return Texts(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Texts)))
 

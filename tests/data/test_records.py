@@ -25,10 +25,19 @@ def tokenizer(request, tmp_path_factory):
     return records.load_tokenizer(folder)
 
 
+def ids_and_words(encoder, texts: list[str], length: int) -> tuple[list[list[int]], list[np.ndarray], list[bool]]:
+    """What `encode` says of each text: its ids, the word of each, whether it was cut; nothing of one without text."""
+    made = encoder.encode(texts, length)
+    ends = np.cumsum(made.lengths)[:-1]
+    rows = iter(zip(np.split(made.ids, ends), np.split(made.words, ends), made.cuts, strict=True))
+    found = [([], np.zeros(0, np.int32), False) if silent else next(rows) for silent in made.silent]
+    return [list(map(int, ids)) for ids, _, _ in found], [words for _, words, _ in found], [bool(cut) for *_, cut in found]
+
+
 def pieces_by_word(tokenizer, text: str, length: int = 512) -> list[list[str]]:
     """The tokens of a text, those of one word together, special tokens left out."""
     core = records.core(tokenizer)
-    (ids,), (words,), _ = records.Encoder(core).ids_and_words([text], length)
+    (ids,), (words,), _ = ids_and_words(records.Encoder(core), [text], length)
     assert len(ids) == len(words)
     groups: dict[int, list[str]] = {}
     for token, word in zip(tokenizer.convert_ids_to_tokens(ids), words.tolist(), strict=True):
@@ -68,7 +77,7 @@ def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
         wanted = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         rows, _ = encoder.ids(texts, length)
         assert rows == wanted
-        with_words, words, _ = encoder.ids_and_words(texts, length)
+        with_words, words, _ = ids_and_words(encoder, texts, length)
         assert with_words == wanted and [len(w) for w in words] == [len(row) for row in wanted]
 
 
@@ -177,7 +186,7 @@ def test_spaces_part_words_where_the_tokenizer_has_no_pre_tokenizer(tmp_path):
 def segmented(tokenizer, text: str, length: int = 512) -> list[str]:
     """The pieces of each word, joined, where jieba tells the words; the special tokens at the ends left out."""
     encoder = records.Encoder(records.core(tokenizer), "jieba")
-    (ids,), (words,), _ = encoder.ids_and_words([text], length)
+    (ids,), (words,), _ = ids_and_words(encoder, [text], length)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     found = [[] for _ in range(words[-1] + 1)]
     for token, word in zip(tokens, words, strict=True):
@@ -201,9 +210,9 @@ def test_segmented_words_do_not_depend_on_the_cut(minilm_path):
     tokenizer = records.load_tokenizer(minilm_path)
     encoder = records.Encoder(records.core(tokenizer), "jieba")
     text = "中华人民共和国的首都是北京。研究生命的起源，很有意思。" * 3
-    _, (whole,), _ = encoder.ids_and_words([text], 512)
+    _, (whole,), _ = ids_and_words(encoder, [text], 512)
     for length in range(3, 40):
-        _, (words,), (cut,) = encoder.ids_and_words([text], length)
+        _, (words,), (cut,) = ids_and_words(encoder, [text], length)
         assert cut and words[:-1].tolist() == whole[: length - 1].tolist() and words[-1] == words[-2] + 1
 
 
@@ -212,7 +221,7 @@ def test_bytes_of_a_segmented_character_stay_together(tmp_path):
     pytest.importorskip("jieba")
     tokenizer = records.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
     encoder = records.Encoder(records.core(tokenizer), "jieba")
-    (ids,), (words,), _ = encoder.ids_and_words(["北京是中国的首都"], 512)
+    (ids,), (words,), _ = ids_and_words(encoder, ["北京是中国的首都"], 512)
     assert (np.diff(words) >= 0).all() and (np.diff(words) <= 1).all() and len(ids) == len(words)
     assert words[-1] + 1 < 2 + 8
 
@@ -229,12 +238,12 @@ def test_a_batch_gives_what_each_text_gives_alone(tokenizer, monkeypatch):
     unusual = ["</s>", "[SEP]", "\u200b", "北京 quick是", "กรุงเทพ hello", "a<mask>b [MASK]c", "e\u0301 ﾃｽﾄ 東京"]
     texts = [*helpers.SENTENCES, *unusual, LONG, "!", *unusual[::-1], LONG]
     encoder = records.Encoder(records.core(tokenizer))
-    alone = [encoder.ids_and_words([text], 40) for text in texts]
+    alone = [ids_and_words(encoder, [text], 40) for text in texts]
     prefixes = (["", "query: ", "[SEP]"] * 8)[: len(texts)]
     alone_ids = [encoder.ids([text], 40, prefix) for text, prefix in zip(texts, prefixes, strict=True)]
     for size in (1, 3, 5, 256):
         monkeypatch.setattr(encoding, "BATCH", size)
-        rows, words, cuts = encoder.ids_and_words(texts, 40)
+        rows, words, cuts = ids_and_words(encoder, texts, 40)
         assert rows == [row for (row,), _, _ in alone] and cuts == [cut for *_, (cut,) in alone]
         assert [found.tolist() for found in words] == [wanted.tolist() for _, (wanted,), _ in alone]
         assert encoder.ids(texts, 40, prefixes) == ([row for (row,), _ in alone_ids], [cut for _, (cut,) in alone_ids])
