@@ -1,0 +1,442 @@
+"""What the doctor makes of the hosts' answers: plain functions from what they told (`probing.py`) to findings and remedies.
+
+`told` is host -> facts, of the hosts that answered, in the hostfile's order; what differs is held against the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from bge_ds.cluster import NO_FOLDER, NO_PYTHON, SSH_LOST
+
+OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
+ALL = "all"  # in place of a host's name: what concerns them all
+LARGEST_DIFFERENCE = 1e-4  # relative, of fp32 gradients summed in another order
+LARGEST_CLOCK_DIFFERENCE_S = 5.0
+ROOMY = 0.8  # the share of a device's memory that may go to weights and states: activations need the rest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    check: str
+    host: str
+    mark: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run would be. port: where the ranks meet. keep: --save_total_limit, None for all."""
+
+    slots: dict[str, int]
+    hostfile: str | None = None
+    port: int = 29500
+    keep: int | None = None
+    data: tuple[str, ...] = ()
+    model: str = ""
+    output_dir: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the model needs, in bytes a rank by kind; offloaded kinds are the host's. checkpoint: bytes of one, all ranks'."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    offloaded: tuple[str, ...] = ()
+    checkpoint: float = 0.0
+
+
+def size(number: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB"
+
+
+def _alike(
+    check: str, told: dict[str, dict], value: Callable[[dict], object], what: str, remedy: str, mark: str = FAILED
+) -> Iterator[Finding]:
+    """A finding for each host whose value is not the first one's; none where all are alike."""
+    first = next(iter(told))
+    wanted = value(told[first])
+    for host, facts in told.items():
+        if (found := value(facts)) != wanted:
+            yield Finding(check, host, mark, f"{what} {found}, and {wanted} on {first}", remedy)
+
+
+# ------------------------------------------------------------------------------------------------- one host by itself
+
+
+def silence(host: str, status: int | None, said: list[str], timeout_s: float) -> Finding:
+    """Why a host gave no answer, by how its ssh ended."""
+    last = said[-1] if said else "without a word"
+    if status is None:
+        remedy = f"look whether `ssh {host} true` ends and the host's disks answer; --timeout takes more seconds"
+        return Finding("ssh", host, FAILED, f"no answer within {timeout_s:.0f} s", remedy)
+    if status == SSH_LOST:
+        if "permission denied" in last.lower():
+            remedy = f"let this user in without a password: ssh-copy-id {host}"
+        elif "host key" in last.lower():
+            remedy = f"accept its key once: ssh {host} true"
+        else:
+            remedy = (
+                f"look whether it is up, its name right and sshd running: `ssh {host} true` must work; its port and key belong "
+                "into ~/.ssh/config or PDSH_SSH_ARGS_APPEND; or take it out of the hostfile"
+            )
+        return Finding("ssh", host, FAILED, f"cannot be reached: {last}", remedy)
+    if status == NO_FOLDER:
+        return Finding("python", host, FAILED, "this working folder does not exist there", "start from a folder all hosts have")
+    if status == NO_PYTHON:
+        remedy = "install the environment at the same path on every host: the launcher starts this very Python there"
+        return Finding("python", host, FAILED, "this Python does not exist there", remedy)
+    remedy = "install bge_ds there, the same version in the same environment, and look at what it said"
+    return Finding("python", host, FAILED, f"the probe ended with status {status}: {last}", remedy)
+
+
+def launcher(has_pdsh: bool, has_ssh_options: bool, has_address: bool) -> Iterator[Finding]:
+    """What the launcher needs on the machine that it is started on."""
+    if not has_pdsh:
+        yield Finding("launcher", ALL, FAILED, "no pdsh here: the launcher starts every host by it", "install pdsh (apt, dnf)")
+    if has_ssh_options and not has_address:
+        text = "PDSH_SSH_ARGS_APPEND is set: the launcher asks the first host for its address without these options"
+        remedy = "set MASTER_ADDR to the first host's address (launch/finetune_multinode.sh wants it), or use ~/.ssh/config"
+        yield Finding("launcher", ALL, WARNING, text, remedy)
+
+
+# ------------------------------------------------------------------------------------------------------ software, data
+
+
+def software(told: dict[str, dict]) -> Iterator[Finding]:
+    check, remedy = "versions", "install the same versions on every host"
+    found = list(_alike(check, told, lambda facts: facts["python"], "Python", "use the same Python on every host"))
+    found += _alike(check, told, lambda facts: facts["executable"], "Python's path is", "install it at the same path")
+    for package in next(iter(told.values()))["versions"]:
+        found += _alike(check, told, lambda facts, package=package: facts["versions"].get(package), package, remedy)
+    for host, facts in told.items():
+        missing = [name for name, version in facts["versions"].items() if version == "missing"]
+        if missing:
+            found.append(Finding(check, host, FAILED, f"not installed: {', '.join(missing)}", "pip install bge_ds there"))
+        if "error" in facts["code"]:
+            found.append(Finding(check, host, FAILED, f"bge_ds: {facts['code']['error']}", "install bge_ds there again"))
+    if not any("bge_ds" in finding.text for finding in found):
+        remedy = "bring the same checkout to every host; its version is the same and its files are not"
+        found += _alike(check, told, lambda facts: facts["code"]["mark"], "bge_ds's files hash to", remedy)
+    if not found:
+        facts = next(iter(told.values()))
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        found = [Finding(check, ALL, OK, f"Python {facts['python']}, {versions}")]
+    yield from found
+
+
+def data(told: dict[str, dict], plan: Plan) -> Iterator[Finding]:
+    for path in plan.data:
+        check = "data"
+        bad = [(host, facts["data"][path]["error"]) for host, facts in told.items() if "error" in facts["data"][path]]
+        for host, error in bad:
+            remedy = f"bring {path} to this host, at the same path (a shared folder does it), or mend --train_data"
+            yield Finding(check, host, FAILED, f"{path}: {error}", remedy)
+        whole = {host: facts for host, facts in told.items() if host not in dict(bad)}
+        if not whole:
+            continue
+        remedy = f"copy {path} from one host to the others: each rank reads its own host's rows"
+        differing = list(_alike(check, whole, lambda facts, path=path: facts["data"][path]["mark"][:16], f"{path} is", remedy))
+        yield from differing
+        if not differing and not bad:
+            one = next(iter(whole.values()))["data"][path]
+            of = f", {size(one['bytes'])}" if one["bytes"] else ""
+            yield Finding(check, ALL, OK, f"{path}: {one['kind']}{of}, {one['mark'][:16]}")
+
+
+def model(told: dict[str, dict], plan: Plan) -> Iterator[Finding]:
+    if not plan.model:
+        return
+    check, found = "model", []
+    remedy = f"bring {plan.model} to every host, at the same path"
+    for host, facts in told.items():
+        if "error" in facts["model"]:
+            found.append(Finding(check, host, FAILED, facts["model"]["error"], remedy))
+    told = {host: facts for host, facts in told.items() if "error" not in facts["model"]}
+    if told:
+        found += _alike(check, told, lambda facts: f"is a {facts['model']['kind']}'s", f"{plan.model}", remedy)
+    if not found and next(iter(told.values()))["model"]["kind"] == "folder":
+        files = next(iter(told.values()))["model"]["files"]
+        for host, facts in told.items():
+            others = facts["model"]["files"]
+            differing = sorted(name for name in files.keys() | others.keys() if files.get(name) != others.get(name))
+            if differing:
+                text = f"{plan.model} differs from the first host's in {', '.join(differing[:4])}"
+                found.append(Finding(check, host, FAILED, text, "copy the folder from the first host: it must be one model"))
+    elif not found:
+        for host, facts in told.items():
+            if not facts["model"]["revision"] and facts["variables"].get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+                text = f"{plan.model} is neither a folder nor in the hub's cache there, and HF_HUB_OFFLINE is set"
+                remedy = "download it there first, or unset HF_HUB_OFFLINE; is it meant to be a path?"
+                found.append(Finding(check, host, FAILED, text, remedy))
+        held = {host: facts for host, facts in told.items() if facts["model"]["revision"]}
+        if held:
+            remedy = "remove it from the hub's cache of one of them, or give a folder that all share"
+            found += _alike(check, held, lambda facts: facts["model"]["revision"], f"{plan.model} is revision", remedy)
+    if not found:
+        facts = next(iter(told.values()))["model"]
+        what = f"{len(facts['files'])} files, one model" if facts["kind"] == "folder" else "a name of the hub"
+        if facts.get("revision"):
+            what += f", revision {facts['revision'][:12]} in the cache"
+        found = [Finding(check, ALL, OK, f"{plan.model}: {what}")]
+    yield from found
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+
+
+def accelerators(told: dict[str, dict], plan: Plan) -> Iterator[Finding]:
+    check, found = "devices", []
+    bad = [host for host, facts in told.items() if "error" in facts["devices"]]
+    for host in bad:
+        remedy = "mend torch or the driver there: `python -c 'import torch; print(torch.cuda.device_count())'` must work"
+        found.append(Finding(check, host, FAILED, told[host]["devices"]["error"], remedy))
+    told = {host: facts for host, facts in told.items() if host not in bad}
+    if not told:
+        yield from found
+        return
+    found += _alike(check, told, lambda facts: facts["devices"]["kind"], "trains on", "give all hosts GPUs, or --use_cpu")
+    for host, facts in told.items():
+        of, slots = facts["devices"], plan.slots[host]
+        if of["kind"] == "cpu":
+            if of["unseen"]:
+                text = f"nvidia-smi lists {len(of['unseen'])} GPUs and torch {facts['versions']['torch']} sees none"
+                remedy = "install a torch build for CUDA that the driver knows, or give --use_cpu"
+                found.append(Finding(check, host, FAILED, text, remedy))
+            if slots > facts["cores"]:
+                text = f"{slots} ranks on {facts['cores']} cores: they wait for one another"
+                found.append(Finding(check, host, WARNING, text, f"lower the number of ranks to {facts['cores']} or fewer"))
+            continue
+        count = len(of["names"])
+        if slots > count:
+            remedy = f"write slots={count}" if plan.hostfile else f"give --num_gpus {count}"
+            found.append(Finding(check, host, FAILED, f"{slots} ranks and {count} GPUs", remedy))
+        elif slots < count:
+            found.append(Finding(check, host, WARNING, f"{slots} ranks leave {count - slots} of {count} GPUs idle"))
+        for k, (free, total) in enumerate(zip(of["free"][:slots], of["memory"], strict=False)):
+            if free < ROOMY * total:
+                text = f"GPU {k}: {size(total - free)} of its {size(total)} are in use already"
+                remedy = "nvidia-smi shows by whom; wait for them or take other GPUs"
+                found.append(Finding(check, host, WARNING, text, remedy))
+    gpus = {host: facts for host, facts in told.items() if facts["devices"]["kind"] == "cuda"}
+    if gpus:
+        names = "the slowest GPU sets everybody's pace; take hosts of one kind"
+        remedy = "install the same on every host: NCCL of other versions may not talk"
+        kinds = lambda facts: ", ".join(sorted(set(facts["devices"]["names"])))  # noqa: E731
+        found += _alike(check, gpus, kinds, "GPUs are", names, WARNING)
+        found += _alike(check, gpus, lambda facts: facts["devices"]["cuda"], "torch's CUDA is", remedy)
+        found += _alike(check, gpus, lambda facts: facts["devices"]["driver"], "the driver is", remedy, WARNING)
+    if not found:
+        facts = next(iter(told.values()))
+        of = facts["devices"]
+        what = f"{facts['cores']} cores, {size(facts['memory'])}, no GPU in use"
+        if of["kind"] == "cuda":
+            what = f"{len(of['names'])} x {of['names'][0]}, CUDA {of['cuda']}, driver {of['driver'] or 'unknown'}"
+        found = [Finding(check, ALL, OK, what)]
+    yield from found
+
+
+def memory(told: dict[str, dict], plan: Plan, needs: Needs) -> Iterator[Finding]:
+    """Weights, gradients and states against what the smallest device, or a host's share a rank, holds."""
+    check = "memory"
+    on_device = {kind: count for kind, count in needs.parts.items() if kind not in needs.offloaded}
+    listed = ", ".join(f"{kind} {size(count)}" for kind, count in needs.parts.items())
+    remedy = (
+        "take a higher ZeRO stage (--deepspeed zero2, zero3), one that offloads (zero2_offload, zero3_offload), more ranks, "
+        "or a smaller model"
+    )
+    for host, facts in told.items():
+        slots, of = plan.slots[host], facts["devices"]
+        if "error" in of:
+            continue
+        checks = []  # (bytes needed, bytes there, whose)
+        if of["kind"] == "cuda":
+            checks.append((sum(on_device.values()), min(of["memory"]), "a GPU"))
+            aside = sum(needs.parts[kind] for kind in needs.offloaded)
+            if aside:
+                checks.append((aside * slots, facts["memory"], f"the host, {slots} ranks together"))
+        else:
+            checks.append((sum(needs.parts.values()), facts["memory"] / slots, "the host's memory a rank"))
+        for need, there, whose in checks:
+            text = f"{size(need)} of {size(there)} of {whose}, and activations ({listed})"
+            if need > there:
+                yield Finding(check, host, FAILED, text, remedy)
+            elif need > ROOMY * there:
+                yield Finding(check, host, WARNING, f"{text}: little is left for activations", remedy)
+            else:
+                yield Finding(check, host, OK, text)
+
+
+# ------------------------------------------------------------------------------------------------------ disk and clock
+
+
+def output(
+    told: dict[str, dict], plan: Plan, needs: Needs | None, written: dict | None, looked: dict[str, dict]
+) -> Iterator[Finding]:
+    """written: the first host's answer to `write`; looked: the others' to `look`."""
+    if not plan.output_dir:
+        return
+    check, first = "output", next(iter(told))
+    for host, facts in told.items():
+        if "error" in facts["output"]:
+            yield Finding(check, host, FAILED, facts["output"]["error"], "mend --output_dir")
+    room = told[first]["output"]
+    if "error" in room or written is None:
+        return
+    if "error" in written:
+        remedy = f"let this user write in {room['parent']}, or name another --output_dir"
+        yield Finding(check, first, FAILED, f"cannot be written: {written['error']}", remedy)
+        return
+    blind = [host for host, answer in looked.items() if not answer.get("seen")]
+    for host in blind:
+        text = f"does not see what {first} writes into {room['parent']}"
+        remedy = "mount one folder of all hosts at this path there, or name another --output_dir: checkpoints are one folder"
+        yield Finding(check, host, FAILED, text, remedy)
+    seen = f", one folder of all {len(told)} hosts" if looked and not blind else ""
+    text = f"{size(room['free'])} free in {room['parent']}{seen}"
+    if needs is None:
+        yield Finding(check, first, OK, f"{text}; with --model_name_or_path, held against the size of checkpoints")
+        return
+    kept = plan.keep or 1
+    need = needs.checkpoint * (kept + 1)
+    text += f"; a checkpoint is {size(needs.checkpoint)}, and {kept} kept and one being written are {size(need)}"
+    if need > room["free"]:
+        remedy = f"free {size(need - room['free'])} there, name another --output_dir, or lower --save_total_limit"
+        yield Finding(check, first, FAILED, text, remedy)
+    elif plan.keep is None:
+        fit = int(room["free"] // needs.checkpoint)
+        remedy = "give --save_total_limit N, which keeps the last N (and the best)"
+        yield Finding(check, first, WARNING, f"{text}; no --save_total_limit: the disk is full after {fit}", remedy)
+    else:
+        yield Finding(check, first, OK, text)
+
+
+def clocks(times: dict[str, dict]) -> Iterator[Finding]:
+    """times: host -> its answer to `tell_time`, with when it was asked and answered by the clock here."""
+    ahead = {host: answer["time"] - (answer["sent"] + answer["received"]) / 2 for host, answer in times.items()}
+    first = next(iter(ahead))
+    worst = max((abs(ahead[host] - ahead[first]) for host in ahead), default=0.0)
+    for host in ahead:
+        if abs(difference := ahead[host] - ahead[first]) > LARGEST_CLOCK_DIFFERENCE_S:
+            text = f"{abs(difference):.0f} s {'ahead of' if difference > 0 else 'behind'} {first}"
+            remedy = "let a time service (chrony, systemd-timesyncd) run: logs and files' times of the hosts do not fit"
+            yield Finding("clock", host, WARNING, text, remedy)
+    if worst <= LARGEST_CLOCK_DIFFERENCE_S:
+        yield Finding("clock", ALL, OK, f"at most {worst:.1f} s apart")
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+
+
+def meant(setting: str, name: str, exact: bool) -> bool:
+    """Whether the value of GLOO_SOCKET_IFNAME (exact names) or NCCL_SOCKET_IFNAME (beginnings; = exact, ^ not) means `name`."""
+    inverse, setting = setting.startswith("^"), setting.removeprefix("^")
+    exact, setting = exact or setting.startswith("="), setting.removeprefix("=")
+    hit = any(name == word or (not exact and name.startswith(word)) for word in setting.split(",") if word)
+    return hit != inverse
+
+
+def interfaces(told: dict[str, dict], connected: dict[str, dict]) -> Iterator[Finding]:
+    """The interface that the ranks talk by: named and there with an address, or, unnamed, what each host would take.
+
+    connected: host -> answer to `connect`, whose `from` is the address that reaches the first host."""
+    check = "interface"
+    for host, facts in told.items():
+        found = {name: held for name, held in facts["interfaces"].items() if name != "lo"}
+        gpu = facts["devices"].get("kind") == "cuda"
+        variable = "NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME"
+        setting = facts["variables"].get(variable)
+        shown = ", ".join(f"{name} {held[0] if held else 'without an address'}" for name, held in sorted(found.items()))
+        where = "in .deepspeed_env (a name=value line there reaches all hosts)"
+        reaches = connected.get(host, {}).get("from") or next(iter(facts["addresses"]), "")
+        right = next((name for name, held in found.items() if reaches in held), "")
+        if setting:
+            named = [name for name in facts["interfaces"] if meant(setting, name, exact=not gpu)]
+            held = [name for name in named if facts["interfaces"][name]]
+            if not held:
+                what = f"{', '.join(named)} has no address" if named else "no such interface"
+                remedy = f"name one of these {where}: {shown or 'none has an address'}"
+                yield Finding(check, host, FAILED, f"{variable}={setting}: {what}", remedy)
+            elif right and right not in held:
+                text = f"{variable}={setting}, and the way between the hosts is by {right}"
+                yield Finding(check, host, WARNING, text, f"set {variable}={right} {where} if ranks cannot talk")
+            else:
+                yield Finding(check, host, OK, f"{variable}={setting}: {held[0]} {facts['interfaces'][held[0]][0]}")
+        elif not gpu and (facts["own_address"].startswith("127.") or not facts["own_address"]):
+            # Measured: gloo listens at what the host's name stands for, and the others are refused there.
+            text = f"{variable} is not set, and the host's own name stands for {facts['own_address'] or 'no address'}"
+            yield Finding(check, host, FAILED, text, f"set {variable}={right or 'NAME'} {where}; here are {shown}")
+        elif sum(1 for held in found.values() if held) > 1:
+            remedy = f"set {variable}={right or 'NAME'} {where}"
+            yield Finding(check, host, WARNING, f"{variable} is not set, and there are several: {shown}", remedy)
+        else:
+            yield Finding(check, host, OK, shown or "unknown")
+
+
+def port(plan: Plan, first: str, address: str, listened: dict, connected: dict[str, dict]) -> Iterator[Finding]:
+    """The place where the ranks meet: free on the first host, open to the others."""
+    check = "port"
+    if plan.hostfile and not address:
+        text = "`hostname -I` gives no address there, and the ranks meet at it"
+        yield Finding(check, first, FAILED, text, "set MASTER_ADDR to an address of it that the other hosts reach")
+        return
+    if "error" in listened:
+        remedy = (
+            f"`ss -ltnp` on {first} shows who has it (an earlier run's ranks?): end it, or set MASTER_PORT to a free port, "
+            "here and for the run"
+        )
+        yield Finding(check, first, FAILED, f"{plan.port} cannot be had: {listened['error']}", remedy)
+        return
+    for host, answer in connected.items():
+        if "error" in answer:
+            remedy = (
+                f"open the firewall between the hosts for all ports (ranks take others too), or name an address of {first} "
+                f"that {host} reaches in MASTER_ADDR"
+            )
+            yield Finding(check, host, FAILED, f"cannot connect to {address}:{plan.port}: {answer['error']}", remedy)
+    if not any("error" in answer for answer in connected.values()):
+        reached = f", reached at {address} by the others" if connected else ""
+        yield Finding(check, first, OK, f"{plan.port} is free{reached}")
+
+
+# --------------------------------------------------------------------------------------------------------- the ranks
+
+
+def ranks(status: int | None, result: dict | None, printed: list[str], wanted: int, timeout_s: float) -> Iterator[Finding]:
+    """What came of the test across ranks. status: the launcher's, None where it was ended; result: the first rank's."""
+    check = "gradients"
+    said = "".join(f"\n    | {line}" for line in printed)
+    if result is None:
+        late = status is None or any("Timeout (" in line for line in printed)  # the ranks' own clocks say so
+        what = f"no result within {timeout_s:.0f} s" if late else f"the launcher ended with status {status}"
+        remedy = (
+            "look at the lines above; a rank that hangs shows where (File ...); an interface or a firewall is the usual cause "
+            f"of a hang (NCCL_DEBUG=INFO says more), --timeout takes more seconds than {timeout_s:.0f}"
+        )
+        yield Finding(check, ALL, FAILED, f"{what}. Printed last:{said or ' nothing'}", remedy)
+        return
+    text = f"{result['ranks']} ranks against one process, ZeRO {result['stage']}: largest relative difference "
+    text += f"{result['difference']:.1e}"
+    if result["ranks"] != wanted:
+        remedy = "look at the hostfile and at CUDA_VISIBLE_DEVICES: the launcher counts otherwise"
+        yield Finding(check, ALL, FAILED, f"{text}; {wanted} ranks were to start", remedy)
+    elif not result["difference"] < LARGEST_DIFFERENCE:  # nan too
+        remedy = "do not train: ranks add up wrong gradients; hold the versions of torch, deepspeed and NCCL against others"
+        yield Finding(check, ALL, FAILED, f"{text}, and less than {LARGEST_DIFFERENCE:g} is right", remedy)
+    elif status:
+        remedy = "the test itself went well; look at what the ranks say when they leave"
+        yield Finding(check, ALL, WARNING, f"{text}; the launcher ended with status {status}:{said}", remedy)
+    else:
+        yield Finding(check, ALL, OK, text)
+    if result.get("bytes_per_second"):
+        text = f"all_reduce of 16 MiB: {size(result['bytes_per_second'])}/s a rank, {result['seconds'] * 1000:.1f} ms"
+        yield Finding("bandwidth", ALL, OK, text)
