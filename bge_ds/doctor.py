@@ -25,12 +25,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from bge_ds import cluster, judging, probing, statuses
 from bge_ds.cluster import MARK, Silence, Talk
-from bge_ds.judging import ALL, FAILED, OK, SKIPPED, WARNING, Finding, Needs, Plan
+from bge_ds.judging import ALL, FAILED, OK, SKIPPED, WARNING, Finding, Plan
 
 HERE = "this machine"
 CPU_RANKS = 2  # without GPUs and --num_gpus, as the scripts of launch/ start them
 WIDTH = 118
 SHOWN = 4  # hosts that are well, a line each; more are one line
+SHOWN_LINES = 25  # of what ranks printed last
+_CHATTER = ("[INFO]", "^^^^", "exits with return code")  # of the launcher and of tracebacks
 _COLOURS = {OK: "32", WARNING: "33", FAILED: "31", SKIPPED: "36"}
 
 
@@ -49,6 +51,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     precision.add_argument("--bf16", action="store_true", help="of the run, for the memory it takes")
     precision.add_argument("--fp16", action="store_true", help="of the run, for the memory it takes")
     add("--use_cpu", action="store_true", help="of the run: train on the CPU even where there is a GPU")
+    for name in ("per_device_train_batch_size", "query_max_len", "passage_max_len", "max_seq_length", "sub_batch_tokens",
+                 "per_device_train_tokens"):  # fmt: skip
+        add(f"--{name}", type=_positive, help="of the run, for the memory of activations")
+    add("--train_group_size", type=_positive, default=8, help="of the run, for the memory of activations")
     add("--timeout", type=_positive, default=120, help="seconds for the hosts' answers, and again for the test across ranks")
     # What this command starts elsewhere: a probe on each host, a test on each rank (the launcher adds --local_rank).
     add("--probe", action="store_true", help=argparse.SUPPRESS)
@@ -112,12 +118,14 @@ class Table:
         if self.colour:
             mark = f"\033[{_COLOURS[finding.mark]}m{mark}\033[0m"
         indent = " " * (8 + 11 + self.column + 2)
-        lines = [part for line in finding.text.split("\n") for part in _wrapped(line, WIDTH - len(indent))]
+        lines = _wrapped(finding.text, WIDTH - len(indent))
         if finding.remedy:
             lines += _wrapped(f"-> {finding.remedy}", WIDTH - len(indent))
         print(f"{mark}{finding.check:<11}{finding.host:<{self.column}}  {lines[0]}", flush=True)
         for line in lines[1:]:
             print(indent + line, flush=True)
+        for line in finding.printed:
+            print(f"    | {line}"[:WIDTH], flush=True)
 
     def close(self) -> None:
         said = ", ".join(f"{count} {mark}" for mark, count in self.counts.items() if count)
@@ -158,7 +166,10 @@ def examine(args: argparse.Namespace) -> bool:
     """All checks, printed as they are made; whether none failed. Raises ValueError before anything is contacted."""
     slots = cluster.read_hostfile(args.hostfile) if args.hostfile else {HERE: args.num_gpus or 0}
     variables, env_files = cluster.forwarded_variables() if args.hostfile else ({}, [])
-    plan, config, commands = make_plan(args, slots), read_config(args, sum(slots.values())), {}
+    from bge_ds import sizing  # torch and transformers: what is wrong above is said at once
+
+    plan, commands = make_plan(args, slots), {}
+    config = sizing.read_config(args.deepspeed, sum(slots.values()), args.bf16, args.fp16)
     table = Table(slots)
     if args.hostfile:
         files = f"; forwards {', '.join(env_files)}" if env_files else ""
@@ -173,26 +184,21 @@ def examine(args: argparse.Namespace) -> bool:
         question = {"data": plan.data, "model": plan.model, "output_dir": plan.output_dir}
         question |= {"cache_dir": args.cache_dir, "use_cpu": args.use_cpu}
         asked = {host: pool.submit(talk.ask, args.timeout, "facts", **question) for host, talk in talks.items()}
-        elements = count_parameters(plan.model, args.cache_dir) if plan.model else None  # meanwhile
+        size, sizeless = measure_model(args, config)  # meanwhile
         told, silent = collect(asked, args.timeout)
         table.add(silent)
         if told:
             if not args.hostfile and not args.num_gpus:
                 count = len(told[HERE]["devices"].get("names", ())) or CPU_RANKS
                 plan = dataclasses.replace(plan, slots={HERE: count})
-                config = read_config(args, count)
+                config = sizing.read_config(args.deepspeed, count, args.bf16, args.fp16)
             if args.hostfile and not silent:
                 table.add([Finding("ssh", ALL, OK, f"{_counted(len(told), 'host')} let this user in")])
             table.add(judging.software(told))
             for findings in (judging.model, judging.data, judging.accelerators):
                 table.add(findings(told, plan))
-            needs = None
-            if isinstance(elements, str):
-                remedy = "give a folder or a hub name that transformers' AutoConfig reads here"
-                table.add([Finding("memory", ALL, FAILED, f"the model's size is unknown: {elements}", remedy)])
-            elif elements:
-                needs = needs_of(elements, config, args, sum(plan.slots.values()))
-                table.add(judging.memory(told, plan, needs))
+            needs = sizing.needs(size, config, sum(plan.slots.values())) if size else None
+            table.add(judging.memory(told, plan, needs) if needs else sizeless)
             address = os.environ.get("MASTER_ADDR") or next(iter(next(iter(told.values()))["addresses"]), "")
             check_together(table, plan, {host: talks[host] for host in told}, pool, told, needs, address, args.timeout)
     if table.failed:
@@ -240,7 +246,7 @@ def check_together(table: Table, plan: Plan, talks: dict[str, Talk], pool, told,
         connected = ask(others, "connect", address=address, port=plan.port)
     times = ask(talks, "tell_time")
     table.add(judging.output(told, plan, needs, written, looked))
-    if plan.hostfile:
+    if len(plan.slots) > 1:
         table.add(judging.interfaces(told, connected))
         table.add(judging.clocks(times))
     if listened:
@@ -250,48 +256,29 @@ def check_together(table: Table, plan: Plan, talks: dict[str, Talk], pool, told,
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def read_config(args: argparse.Namespace, ranks: int) -> dict:
-    """The DeepSpeed config, its precision filled from the flags."""
-    from bge_ds.distributed import config as configs
-
-    auto = "zero0" if ranks == 1 else "zero1"
-    config, _ = configs.read_config(auto if args.deepspeed == "auto" else args.deepspeed)
-    for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled") == "auto" or getattr(args, name):
-            config[name] = {"enabled": getattr(args, name)}
-    return config
+def texts_at_once(args: argparse.Namespace) -> tuple[int, int]:
+    """(tokens that a rank computes at a time, length of a text) by the run's flags; (0, _) where they do not say."""
+    length = args.max_seq_length or args.passage_max_len or 128
+    tokens = args.sub_batch_tokens or args.per_device_train_tokens or 0
+    if not tokens and args.per_device_train_batch_size:
+        group = length if args.max_seq_length else (args.query_max_len or 32) + args.train_group_size * length
+        tokens = args.per_device_train_batch_size * group
+    return tokens, length
 
 
-def count_parameters(name: str, cache_dir: str) -> tuple[int, int] | str:
-    """(elements, those that train) of a model, without its weights; or why they cannot be counted."""
-    import torch
-    from transformers import AutoConfig, AutoModel
+def measure_model(args: argparse.Namespace, config: dict):
+    """The model's `sizing.Size`, or a finding that says why there is none; neither where no model is named."""
+    from bge_ds import sizing
 
-    from bge_ds.distributed import engine as engines
-    from bge_ds.modeling.encoder import Encoder, build_backbone
-
+    half = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    if not args.model_name_or_path:
+        return None, []
     try:
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir or None)
-        with torch.device("meta"):
-            encoder = Encoder(build_backbone(AutoModel, config), "mean")
+        return sizing.measure(args.model_name_or_path, args.cache_dir, *texts_at_once(args), half), []
     except (OSError, ValueError) as error:
-        return str(error).strip().split("\n")[0]
-    return engines.count_elements(encoder), engines.count_elements(encoder, trainable=True)
-
-
-def needs_of(elements: tuple[int, int], config: dict, args: argparse.Namespace, ranks: int) -> Needs:
-    from bge_ds.distributed import config as configs
-
-    zero, (every, trained) = config.get("zero_optimization", {}), elements
-    parts = configs.memory_estimate(every, trained, config, ranks)
-    places = {"optimizer": zero.get("offload_optimizer", {}), "weights": zero.get("offload_param", {})}
-    places = {kind: place.get("device", "none") for kind, place in places.items()}
-    return Needs(
-        parts={kind: count for kind, count in parts.items() if places.get(kind) != "nvme"},
-        offloaded=tuple(kind for kind, place in places.items() if place == "cpu"),
-        # fp32 weights and Adam's two moments, of all ranks together, and the saved model.
-        checkpoint=12 * trained + 4 * every,
-    )
+        remedy = "give a folder or a hub name that transformers' AutoConfig reads here"
+        text = f"unknown, as the model's config cannot be read here: {str(error).strip().splitlines()[0]}"
+        return None, [Finding("memory", ALL, FAILED, text, remedy)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the ranks
@@ -331,8 +318,8 @@ def test_ranks(
         printed = log.read()
     _, mark, rest = printed.partition(MARK)
     result = json.JSONDecoder().raw_decode(rest)[0] if mark else None
-    lines = [line.rstrip() for line in printed.splitlines() if line.strip() and "[INFO]" not in line and MARK not in line]
-    return status, result, lines[-25:]
+    lines = [line.rstrip() for line in printed.splitlines() if not any(word in line for word in (*_CHATTER, MARK))]
+    return status, result, [line for line in lines if line.strip()][-SHOWN_LINES:]
 
 
 def rank_test(task: str) -> int:

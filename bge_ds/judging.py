@@ -14,18 +14,20 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 ALL = "all"  # in place of a host's name: what concerns them all
 LARGEST_DIFFERENCE = 1e-4  # relative, of fp32 gradients summed in another order
 LARGEST_CLOCK_DIFFERENCE_S = 5.0
+MANY_CHECKPOINTS = 50  # with room for fewer, a run that keeps all of them may fill the disk
 ROOMY = 0.8  # the share of a device's memory that may go to weights and states: activations need the rest
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One line of the table. printed: what processes said, to be shown as it is."""
 
     check: str
     host: str
     mark: str
     text: str
     remedy: str = ""
+    printed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,14 +262,16 @@ def memory(told: dict[str, dict], plan: Plan, needs: Needs) -> Iterator[Finding]
             continue
         checks = []  # (bytes needed, bytes there, whose)
         if of["kind"] == "cuda":
-            checks.append((sum(on_device.values()), min(of["memory"]), "a GPU"))
+            checks.append((sum(on_device.values()), min(of["memory"]), "of a GPU"))
             aside = sum(needs.parts[kind] for kind in needs.offloaded)
             if aside:
-                checks.append((aside * slots, facts["memory"], f"the host, {slots} ranks together"))
+                checks.append((aside * slots, facts["memory"], f"of the host, {slots} ranks together"))
         else:
-            checks.append((sum(needs.parts.values()), facts["memory"] / slots, "the host's memory a rank"))
+            checks.append((sum(needs.parts.values()), facts["memory"] / slots, "of host memory a rank"))
         for need, there, whose in checks:
-            text = f"{size(need)} of {size(there)} of {whose}, and activations ({listed})"
+            text = (
+                f"{size(need)} ({listed}) of {size(there)} {whose}{'' if 'activations' in needs.parts else ', and activations'}"
+            )
             if need > there:
                 yield Finding(check, host, FAILED, text, remedy)
             elif need > ROOMY * there:
@@ -312,8 +316,7 @@ def output(
     if need > room["free"]:
         remedy = f"free {size(need - room['free'])} there, name another --output_dir, or lower --save_total_limit"
         yield Finding(check, first, FAILED, text, remedy)
-    elif plan.keep is None:
-        fit = int(room["free"] // needs.checkpoint)
+    elif plan.keep is None and (fit := int(room["free"] // needs.checkpoint)) < MANY_CHECKPOINTS:
         remedy = "give --save_total_limit N, which keeps the last N (and the best)"
         yield Finding(check, first, WARNING, f"{text}; no --save_total_limit: the disk is full after {fit}", remedy)
     else:
@@ -368,9 +371,11 @@ def interfaces(told: dict[str, dict], connected: dict[str, dict]) -> Iterator[Fi
                 yield Finding(check, host, FAILED, f"{variable}={setting}: {what}", remedy)
             elif right and right not in held:
                 text = f"{variable}={setting}, and the way between the hosts is by {right}"
-                yield Finding(check, host, WARNING, text, f"set {variable}={right} {where} if ranks cannot talk")
+                mark = FAILED if held == ["lo"] else WARNING  # there may be a second, faster network
+                yield Finding(check, host, mark, text, f"set {variable}={right} {where}, unless the hosts share {held[0]} too")
             else:
-                yield Finding(check, host, OK, f"{variable}={setting}: {held[0]} {facts['interfaces'][held[0]][0]}")
+                taken = right or held[0]
+                yield Finding(check, host, OK, f"{variable}={setting}: {taken} {facts['interfaces'][taken][0]}")
         elif not gpu and (facts["own_address"].startswith("127.") or not facts["own_address"]):
             # Measured: gloo listens at what the host's name stands for, and the others are refused there.
             text = f"{variable} is not set, and the host's own name stands for {facts['own_address'] or 'no address'}"
@@ -413,16 +418,15 @@ def port(plan: Plan, first: str, address: str, listened: dict, connected: dict[s
 
 def ranks(status: int | None, result: dict | None, printed: list[str], wanted: int, timeout_s: float) -> Iterator[Finding]:
     """What came of the test across ranks. status: the launcher's, None where it was ended; result: the first rank's."""
-    check = "gradients"
-    said = "".join(f"\n    | {line}" for line in printed)
+    check, said = "gradients", tuple(printed)
     if result is None:
         late = status is None or any("Timeout (" in line for line in printed)  # the ranks' own clocks say so
         what = f"no result within {timeout_s:.0f} s" if late else f"the launcher ended with status {status}"
         remedy = (
-            "look at the lines above; a rank that hangs shows where (File ...); an interface or a firewall is the usual cause "
-            f"of a hang (NCCL_DEBUG=INFO says more), --timeout takes more seconds than {timeout_s:.0f}"
+            "read what was printed last, below; a rank that hung shows where (File ...), and a wrong interface or a firewall "
+            f"is the usual cause (NCCL_DEBUG=INFO says more); --timeout gives more than {timeout_s:.0f} s"
         )
-        yield Finding(check, ALL, FAILED, f"{what}. Printed last:{said or ' nothing'}", remedy)
+        yield Finding(check, ALL, FAILED, what, remedy, said or ("nothing was printed",))
         return
     text = f"{result['ranks']} ranks against one process, ZeRO {result['stage']}: largest relative difference "
     text += f"{result['difference']:.1e}"
@@ -432,9 +436,10 @@ def ranks(status: int | None, result: dict | None, printed: list[str], wanted: i
     elif not result["difference"] < LARGEST_DIFFERENCE:  # nan too
         remedy = "do not train: ranks add up wrong gradients; hold the versions of torch, deepspeed and NCCL against others"
         yield Finding(check, ALL, FAILED, f"{text}, and less than {LARGEST_DIFFERENCE:g} is right", remedy)
-    elif status:
-        remedy = "the test itself went well; look at what the ranks say when they leave"
-        yield Finding(check, ALL, WARNING, f"{text}; the launcher ended with status {status}:{said}", remedy)
+    elif status != 0:
+        remedy = "the test itself went well; look at what the ranks said when they left, below"
+        ended = "did not end" if status is None else f"ended with status {status}"
+        yield Finding(check, ALL, WARNING, f"{text}; the launcher {ended}", remedy, said)
     else:
         yield Finding(check, ALL, OK, text)
     if result.get("bytes_per_second"):
