@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from bge_ds import cluster, judging, probing, statuses
+from bge_ds import cluster, judging, meeting, probing, statuses
 from bge_ds.cluster import MARK, Silence, Talk
 from bge_ds.judging import ALL, FAILED, OK, SKIPPED, WARNING, Finding, Plan
 
@@ -158,29 +158,26 @@ def collect(futures: dict[str, Future], timeout_s: float) -> tuple[dict[str, dic
         try:
             answers[host] = future.result()
         except Silence as silence:
-            silent.append(judging.silence(host, silence.status, silence.said, timeout_s))
+            silent.append(meeting.silence(host, silence.status, silence.said, timeout_s))
     return answers, silent
 
 
 def examine(args: argparse.Namespace) -> bool:
     """All checks, printed as they are made; whether none failed. Raises ValueError before anything is contacted."""
-    slots = cluster.read_hostfile(args.hostfile) if args.hostfile else {HERE: args.num_gpus or 0}
+    slots = cluster.read_hostfile(args.hostfile) if args.hostfile else {}
     variables, env_files = cluster.forwarded_variables() if args.hostfile else ({}, [])
     from bge_ds import sizing  # torch and transformers: what is wrong above is said at once
 
-    plan, commands = make_plan(args, slots), {}
-    config = sizing.read_config(args.deepspeed, sum(slots.values()), args.bf16, args.fp16)
-    table = Table(slots)
+    plan = make_plan(args, slots or {HERE: args.num_gpus or sizing.gpus(args.use_cpu) or CPU_RANKS})
+    config = sizing.read_config(args.deepspeed, plan.ranks, args.bf16, args.fp16)
+    table = Table(plan.slots)
     if args.hostfile:
         files = f"; forwards {', '.join(env_files)}" if env_files else ""
-        ranks = sum(slots.values())
-        table.add([Finding("hostfile", ALL, OK, f"{_counted(len(slots), 'host')}, {_counted(ranks, 'rank')}{files}")])
+        table.add([Finding("hostfile", ALL, OK, f"{_counted(len(slots), 'host')}, {_counted(plan.ranks, 'rank')}{files}")])
         options, has_address = os.environ.get("PDSH_SSH_ARGS_APPEND"), bool(os.environ.get("MASTER_ADDR"))
-        table.add(judging.launcher(bool(shutil.which("pdsh")), bool(options), has_address))
-    for host in slots:
-        here = [sys.executable, "-u", "-m", "bge_ds.doctor", "--probe"]
-        commands[host] = cluster.on_host(host, variables, *here[3:]) if args.hostfile else here
-    with talking(commands) as (talks, pool):
+        table.add(meeting.launcher(bool(shutil.which("pdsh")), bool(options), has_address))
+    address, told = os.environ.get("MASTER_ADDR", ""), {}
+    with talking(probes(plan, variables)) as (talks, pool):
         question = {"data": plan.data, "model": plan.model, "output_dir": plan.output_dir}
         question |= {"cache_dir": args.cache_dir, "use_cpu": args.use_cpu}
         asked = {host: pool.submit(talk.ask, args.timeout, "facts", **question) for host, talk in talks.items()}
@@ -188,27 +185,31 @@ def examine(args: argparse.Namespace) -> bool:
         told, silent = collect(asked, args.timeout)
         table.add(silent)
         if told:
-            if not args.hostfile and not args.num_gpus:
-                count = len(told[HERE]["devices"].get("names", ())) or CPU_RANKS
-                plan = dataclasses.replace(plan, slots={HERE: count})
-                config = sizing.read_config(args.deepspeed, count, args.bf16, args.fp16)
+            address = address or next(iter(next(iter(told.values()))["addresses"]), "")
+            needs = sizing.needs(size, config, plan.ranks) if size else None
             if args.hostfile and not silent:
                 table.add([Finding("ssh", ALL, OK, f"{_counted(len(told), 'host')} let this user in")])
             table.add(judging.software(told))
-            for findings in (judging.model, judging.data, judging.accelerators):
-                table.add(findings(told, plan))
-            needs = sizing.needs(size, config, sum(plan.slots.values())) if size else None
+            for judge in (judging.model, judging.data, judging.accelerators):
+                table.add(judge(told, plan))
             table.add(judging.memory(told, plan, needs) if needs else sizeless)
-            address = os.environ.get("MASTER_ADDR") or next(iter(next(iter(told.values()))["addresses"]), "")
             check_together(table, plan, {host: talks[host] for host in told}, pool, told, needs, address, args.timeout)
     if table.failed:
         table.add([Finding("gradients", ALL, SKIPPED, "the test across ranks waits until nothing above has failed")])
     else:
-        kind = next(iter(told.values()))["devices"]["kind"]
-        status, result, printed = test_ranks(args, plan, config.get("zero_optimization", {}), address, kind == "cpu")
-        table.add(judging.ranks(status, result, printed, sum(plan.slots.values()), args.timeout))
+        on_cpu = next(iter(told.values()))["devices"]["kind"] == "cpu"
+        outcome = test_ranks(plan, config.get("zero_optimization", {}), address, on_cpu, args.timeout)
+        table.add(meeting.ranks(*outcome, plan.ranks, args.timeout))
     table.close()
     return not table.failed
+
+
+def probes(plan: Plan, variables: dict[str, str]) -> dict[str, list[str]]:
+    """Host -> the command that starts its probe; without a hostfile it takes no ssh."""
+    words = ["bge_ds.doctor", "--probe"]
+    if not plan.hostfile:
+        return {host: [sys.executable, "-u", "-m", *words] for host in plan.slots}
+    return {host: cluster.on_host(host, variables, *words) for host in plan.slots}
 
 
 def _counted(count: int, what: str) -> str:
@@ -247,10 +248,10 @@ def check_together(table: Table, plan: Plan, talks: dict[str, Talk], pool, told,
     times = ask(talks, "tell_time")
     table.add(judging.output(told, plan, needs, written, looked))
     if len(plan.slots) > 1:
-        table.add(judging.interfaces(told, connected))
-        table.add(judging.clocks(times))
+        table.add(meeting.interfaces(told, connected))
+        table.add(meeting.clocks(times))
     if listened:
-        table.add(judging.port(plan, first, address, listened, connected))
+        table.add(meeting.port(plan, first, address, listened, connected))
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -285,14 +286,14 @@ def measure_model(args: argparse.Namespace, config: dict):
 
 
 def test_ranks(
-    args: argparse.Namespace, plan: Plan, zero: dict, address: str, use_cpu: bool
+    plan: Plan, zero: dict, address: str, use_cpu: bool, timeout_s: int
 ) -> tuple[int | None, dict | None, list[str]]:
     """(the launcher's exit status, the first rank's result, what was printed last) of the test across all ranks.
 
-    Each rank ends by its own clock after --timeout seconds. So nothing is left running on other hosts when the launcher is
+    Each rank ends by its own clock after `timeout_s`. So nothing is left running on other hosts when the launcher is
     killed here, which happens by SIGKILL: asked to stop, it would end every DeepSpeed run of this user on all the hosts.
     """
-    task = json.dumps({"zero": zero, "use_cpu": use_cpu, "timeout_s": args.timeout})
+    task = json.dumps({"zero": zero, "use_cpu": use_cpu, "timeout_s": timeout_s})
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(plan.port)]
     if plan.hostfile:
         # The address is given and ssh has been tried, so the launcher asks for neither.
@@ -307,7 +308,7 @@ def test_ranks(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
         try:
-            status = launcher.wait(args.timeout + 30)  # ranks start to count when they have started
+            status = launcher.wait(timeout_s + 30)  # ranks start to count when they have started
         except subprocess.TimeoutExpired:
             status = None
         finally:

@@ -41,7 +41,6 @@ def facts(undo, *, data: list[str], model: str, output_dir: str, cache_dir: str,
     """All that is true of this host before anything is tried. A part that fails is {"error": why}."""
     return {
         "python": platform.python_version(),
-        "executable": sys.executable,
         "versions": {name: _version(name) for name in PACKAGES} | {"bge_ds": bge_ds.__version__},
         "code": _tried(_code),
         "devices": _tried(lambda: devices(use_cpu)),

@@ -27,6 +27,10 @@ class Size:
     activations: int | None
 
 
+def gpus(use_cpu: bool) -> int:
+    return 0 if use_cpu else torch.cuda.device_count()
+
+
 def read_config(name: str, ranks: int, bf16: bool, fp16: bool) -> dict:
     """The DeepSpeed config, its precision filled from the flags. Raises ValueError as for --deepspeed."""
     auto = "zero0" if ranks == 1 else "zero1"
