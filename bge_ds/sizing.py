@@ -52,6 +52,7 @@ def measure(name: str, cache_dir: str, tokens: int, length: int, half: bool) -> 
     size = Size(engines.count_elements(encoder), engines.count_elements(encoder, trainable=True), None)
     if not tokens:
         return size
+    length -= length % 2 == 0  # odd, as no head's number of features is: `_kept` tells scores by their shape
     texts, _ = batches.pack([np.ones(length, dtype=np.int64)] * -(-tokens // length))
     try:
         kept = _kept(encoder.to(torch.bfloat16) if half else encoder, texts.to("meta"))
