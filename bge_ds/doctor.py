@@ -22,6 +22,7 @@ import textwrap
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NoReturn
 
 from bge_ds import cluster, judging, meeting, probing, statuses
 from bge_ds.cluster import MARK, Silence, Talk
@@ -36,8 +37,13 @@ _CHATTER = ("[INFO]", "^^^^", "exits with return code")  # of the launcher and o
 _COLOURS = {OK: "32", WARNING: "33", FAILED: "31", SKIPPED: "36"}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(statuses.MISTAKE, f"error: {message} (--help explains every flag)\n")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bge_ds.doctor", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m bge_ds.doctor", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--hostfile", help="lines `NAME slots=N`; unset: this machine alone")
     add("--num_gpus", type=_positive, help="ranks on this machine, where there is no hostfile (default: its GPUs, else 2)")
@@ -67,10 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table

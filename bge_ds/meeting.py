@@ -151,8 +151,8 @@ def ranks(status: int | None, result: dict | None, printed: list[str], wanted: i
         )
         yield Finding(check, ALL, FAILED, what, remedy, said or ("nothing was printed",))
         return
-    text = f"{result['ranks']} ranks against one process, ZeRO {result['stage']}: largest relative difference "
-    text += f"{result['difference']:.1e}"
+    count = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    text = f"{count} against one process, ZeRO {result['stage']}: largest relative difference {result['difference']:.1e}"
     if result["ranks"] != wanted:
         remedy = "look at the hostfile and at CUDA_VISIBLE_DEVICES: the launcher counts otherwise"
         yield Finding(check, ALL, FAILED, f"{text}; {wanted} ranks were to start", remedy)

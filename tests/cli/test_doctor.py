@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def test_this_machine_is_not_ready(tmp_path, tiny_bert_path):
     (tmp_path / "file").write_text("")
     command = [*COMMAND, "--num_gpus", 2, "--use_cpu", "--output_dir", tmp_path / "file/run", "--train_data", "absent.jsonl"]
     command += ["--model_name_or_path", tiny_bert_path.parent]
-    with contextlib.closing(helpers.socket.create_server(("", 0))) as taken:
+    with contextlib.closing(socket.create_server(("", 0))) as taken:
         port = taken.getsockname()[1]
         status, printed = run(command, tmp_path, MASTER_PORT=port)
     assert status == 1, printed
@@ -97,7 +98,8 @@ def test_this_machine_is_not_ready(tmp_path, tiny_bert_path):
         (["--hostfile", "good", "--num_gpus", "2"], {}, "--num_gpus is for this machine alone"),
         (["--deepspeed", "zero9"], {}, "--deepspeed zero9: neither a file nor one of the shipped"),
         (["--train_data", "a=1", "b"], {}, "give each PATH=WEIGHT"),
-        (["--num_gpus", "0"], {}, "0 is less than 1"),
+        (["--num_gpus", "0"], {}, "--num_gpus: '0' is no whole number above 0"),
+        (["--timeout", "1m"], {}, "--timeout: '1m' is no whole number above 0"),
         (["--nodes", "2"], {}, "unrecognized arguments: --nodes"),
         ([], {"MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
     ],
