@@ -32,7 +32,8 @@ HERE = "this machine"
 CPU_RANKS = 2  # without GPUs and --num_gpus, as the scripts of launch/ start them
 WIDTH = 118
 SHOWN = 4  # hosts that are well, a line each; more are one line
-SHOWN_LINES = 25  # of what ranks printed last
+SHOWN_LINES = 40  # of what ranks printed last
+TIMED_OUT = "Timeout ("  # what faulthandler prints where a rank's clock ran out
 _CHATTER = ("[INFO]", "^^^^", "exits with return code")  # of the launcher and of tracebacks
 _COLOURS = {OK: "32", WARNING: "33", FAILED: "31", SKIPPED: "36"}
 
@@ -293,7 +294,7 @@ def measure_model(args: argparse.Namespace, config: dict):
 def test_ranks(
     plan: Plan, zero: dict, address: str, use_cpu: bool, timeout_s: int
 ) -> tuple[int | None, dict | None, list[str]]:
-    """(the launcher's exit status, the first rank's result, what was printed last) of the test across all ranks.
+    """(the launcher's exit status, None: the time ran out; the first rank's result; what was printed last) of the test.
 
     Each rank ends by its own clock after `timeout_s`. So nothing is left running on other hosts when the launcher is
     killed here, which happens by SIGKILL: asked to stop, it would end every DeepSpeed run of this user on all the hosts.
@@ -317,11 +318,13 @@ def test_ranks(
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
+                launcher.wait()
         log.seek(0)
         printed = log.read()
+    if TIMED_OUT in printed:
+        status = None
     _, mark, rest = printed.partition(MARK)
     result = json.JSONDecoder().raw_decode(rest)[0] if mark else None
     lines = [line.rstrip() for line in printed.splitlines() if not any(word in line for word in (*_CHATTER, MARK))]
