@@ -103,7 +103,7 @@ def data(told: dict[str, dict], plan: Plan) -> Iterator[Finding]:
         bad = [(host, facts["data"][path]["error"]) for host, facts in told.items() if "error" in facts["data"][path]]
         for host, error in bad:
             remedy = f"bring {path} to this host, at the same path (a shared folder does it), or mend --train_data"
-            yield Finding(check, host, FAILED, f"{path}: {error}", remedy)
+            yield Finding(check, host, FAILED, error, remedy)
         whole = {host: facts for host, facts in told.items() if host not in dict(bad)}
         if not whole:
             continue
@@ -255,7 +255,7 @@ def output(
     check, first = "output", next(iter(told))
     for host, facts in told.items():
         if "error" in facts["output"]:
-            yield Finding(check, host, FAILED, facts["output"]["error"], "mend --output_dir")
+            yield Finding(check, host, FAILED, facts["output"]["error"], "name a folder in --output_dir")
     room = told[first]["output"]
     if "error" in room or written is None:
         return

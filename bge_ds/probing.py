@@ -60,7 +60,7 @@ def _tried(work: Callable[[], dict]) -> dict:
     try:
         return work()
     except Exception as error:  # a broken driver or library may say anything, and the other facts are wanted all the same
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}
 
 
 def _version(package: str) -> str:
