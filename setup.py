@@ -95,6 +95,7 @@ setup(
         "console_scripts": [
             "bge-ds-preprocess = bge_ds.preprocess:run",
             "bge-ds-evaluate = bge_ds.evaluate:main",
+            "bge-ds-doctor = bge_ds.doctor:main",
         ]
     },
     cmdclass={"build_py": BuildWithStartupLine},

@@ -1,0 +1,228 @@
+"""What one host tells of itself: versions, data, devices, network, disk. What it makes for a question it takes back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bge_ds
+from bge_ds.cluster import MARK
+
+PACKAGES = ("torch", "deepspeed", "transformers")
+VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
+
+
+def answer(lines, out) -> None:
+    """Answers until the questions end, then takes back what it made (a file, an open port)."""
+    with contextlib.ExitStack() as undo:
+        for line in lines:
+            question = json.loads(line)
+            try:
+                found = _ANSWERS[question.pop("do")](undo, **question)
+            except OSError as error:
+                found = {"error": str(error)}
+            print(MARK + json.dumps({**found, "time": time.time()}), file=out, flush=True)
+
+
+def facts(undo, *, data: list[str], model: str, output_dir: str, cache_dir: str, use_cpu: bool) -> dict:
+    """All that is true of this host before anything is tried. A part that fails is {"error": why}."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES} | {"bge_ds": bge_ds.__version__},
+        "code": _tried(_code),
+        "devices": _tried(lambda: devices(use_cpu)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "interfaces": interfaces(),
+        "addresses": addresses(),
+        "own_address": _own_address(),
+        "variables": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        "data": {path: _tried(lambda path=path: held(path, cache_dir)) for path in data},
+        "model": _tried(lambda: model_files(model, cache_dir)) if model else None,
+        "output": _tried(lambda: room(output_dir)) if output_dir else None,
+    }
+
+
+def _tried(work: Callable[[], dict]) -> dict:
+    try:
+        return work()
+    except Exception as error:  # a broken driver or library may say anything, and the other facts are wanted all the same
+        return {"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _code() -> dict:
+    """A hash of this package's own files: two checkouts may differ under one version."""
+    import xxhash
+
+    digest, folder = xxhash.xxh3_64(), Path(bge_ds.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return {"mark": digest.hexdigest(), "folder": str(folder)}
+
+
+def devices(use_cpu: bool) -> dict:
+    """kind (cuda or cpu), and of GPUs: names, memory (bytes), CUDA's version in torch, the driver's version."""
+    import torch
+
+    if use_cpu or not torch.cuda.is_available():
+        # Where torch sees none and the driver does, the two do not fit: a run would go to the CPU without a word.
+        return {"kind": "cpu", "unseen": [] if use_cpu else _ask_driver("name")}
+    known = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
+    return {
+        "kind": "cuda",
+        "names": [one.name for one in known],
+        "memory": [one.total_memory for one in known],
+        "free": [torch.cuda.mem_get_info(k)[0] for k in range(len(known))],
+        "cuda": torch.version.cuda,
+        "driver": ", ".join(sorted(set(_ask_driver("driver_version")))),
+    }
+
+
+def _ask_driver(what: str) -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def interfaces() -> dict[str, list[str]]:
+    """Name -> IPv4 addresses, then IPv6 ones, of every network interface; on Linux."""
+    if sys.platform != "linux":
+        return {}
+    import fcntl
+
+    found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex()}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for name, held_here in found.items():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                reply = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                held_here.append(socket.inet_ntoa(reply[20:24]))
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text().splitlines() if table.is_file() else ():
+        address, *_, name = line.split()
+        if name in found and not address.startswith("fe80"):
+            found[name].append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
+    return found
+
+
+def addresses() -> list[str]:
+    """As the launcher asks for them: it takes the first host's first one for the meeting place. None where it cannot."""
+    try:
+        return subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _own_address() -> str:
+    """What this host's own name stands for, "" where nothing does; gloo listens there when it is told no interface."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+
+
+def held(path: str, cache_dir: str) -> dict:
+    """What an entry of --train_data holds: a mark that is the same where the rows are, and its size in bytes."""
+    import xxhash
+
+    from bge_ds.data import digests, shards, sources
+
+    if path.startswith(sources.tables.HUB):
+        return {"kind": "hub data set", "mark": path, "bytes": 0}
+    if (Path(path) / shards.MANIFEST).is_file():
+        reader = shards.open_folder(path)  # every shard is there, in its size
+        size = sum((Path(path) / shard["file"]).stat().st_size for shard in reader.manifest["shards"])
+        return {"kind": "shards", "mark": reader.fingerprint, "bytes": size}
+    files = [file for source in sources.find_sources([path]) for file in source.files()]
+    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
+    marks = digests.of_files(files, base.expanduser())
+    return {
+        "kind": f"{len(files)} file{'s' * (len(files) > 1)}",
+        "mark": xxhash.xxh3_128_hexdigest(" ".join(marks).encode()),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def model_files(name: str, cache_dir: str) -> dict:
+    """A model folder's files -> a mark each: the hash of small ones, the size of weights; or a hub model's revision here."""
+    from bge_ds.data import shards
+
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            return {"error": f"{name} is a folder without config.json"}
+        marks = {}
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _WEIGHTS:  # maybe many gigabytes: the size tells other models apart
+                marks[path.name] = f"{path.stat().st_size} bytes"
+            elif path.suffix in (".json", ".txt", ".model"):
+                marks[path.name] = shards.hash_file(path).hexdigest()
+        return {"kind": "folder", "files": marks}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir or None)
+    return {"kind": "hub", "revision": Path(cached).parent.name if isinstance(cached, str) else ""}
+
+
+def room(output_dir: str) -> dict:
+    """Where the output folder is or would be made, free bytes there."""
+    parent = Path(output_dir).absolute()
+    while not parent.is_dir():
+        if parent.exists():
+            return {"error": f"{parent} is a file"}
+        parent = parent.parent
+    return {"parent": str(parent), "free": shutil.disk_usage(parent).free}
+
+
+def write(undo, *, folder: str, name: str) -> dict:
+    """Leaves a file for the other hosts to see, until the talk ends."""
+    path = Path(folder) / name
+    path.write_text(name)
+    undo.callback(path.unlink, missing_ok=True)
+    return {"path": str(path)}
+
+
+def look(undo, *, folder: str, name: str) -> dict:
+    for _ in range(20):  # a network file system may take a moment
+        if os.path.exists(os.path.join(folder, name)):
+            return {"seen": True}
+        time.sleep(0.25)
+    return {"seen": False}
+
+
+def listen(undo, *, port: int) -> dict:
+    """Holds a port open until the talk ends."""
+    sock = undo.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks' meeting place does
+    sock.bind(("", port))
+    sock.listen()
+    return {}
+
+
+def connect(undo, *, address: str, port: int) -> dict:
+    with socket.create_connection((address, port), timeout=10) as sock:
+        return {"from": sock.getsockname()[0]}
+
+
+_ANSWERS = {f.__name__: f for f in (facts, write, look, listen, connect)} | {"tell_time": lambda undo: {}}
