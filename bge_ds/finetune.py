@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from bge_ds import evaluation, ordering, preprocess, run
+from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives, gradcache
@@ -33,7 +33,7 @@ _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cro
 
 def train(args: FinetuneArguments) -> None:
     started = time.perf_counter()
-    resume = run.set_up(args)
+    run.set_up(args)
     tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
     eval_sets = evaluation.open_sets(args)
@@ -41,6 +41,7 @@ def train(args: FinetuneArguments) -> None:
     check_lengths(model_config, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
+    taken = resuming.take_up(args)
     torch.manual_seed(args.seed)
     with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
         model = Encoder.load(
@@ -62,10 +63,8 @@ def train(args: FinetuneArguments) -> None:
     if args.mrl_dims and args.mrl_dims[-1] > width:
         raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
     engine, config = run.build_engine(args, model, plan)
-    agreement = run.agreement(args, data, config, plan, _AGREE)
-    if args.use_lora:
-        agreement[checkpoint.FROZEN] = engines.mark_of_frozen(engine)
-    first_step, tokens_seen = run.resume(args, resume, engine, agreement)
+    agreement = resuming.agreement(args, data, plan, _AGREE) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
+    first_step, tokens_seen = resuming.resume(args, taken, engine, agreement)
     log = run.open_log(args, engine, first_step, plan)
     ranks = collectives.world_size() if args.negatives_cross_device else 1
     passages = args.per_device_train_batch_size * args.train_group_size * ranks
@@ -82,8 +81,8 @@ def train(args: FinetuneArguments) -> None:
         log.say(f"warning: sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
     if args.gradient_accumulation_steps > 1 and args.use_inbatch_neg:
         log.say("warning: accumulation adds no negatives; a larger batch on each rank does")
-    if resume:
-        log.say(f"resumed from {resume} at step {first_step}")
+    if taken:
+        log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
     batches_of_steps = run.load_steps(
         args, data, order, batches.collate_groups, device, first_step, plan.total,
         seed=order.seed, group_size=args.train_group_size,
@@ -92,13 +91,14 @@ def train(args: FinetuneArguments) -> None:
     )  # fmt: skip
     save = partial(write_model, engine, tokenizer, args, data)
     evaluations = evaluation.prepare(
-        args, eval_sets, tokenizer, engine.module, device, plan, log, resume,
+        args, eval_sets, tokenizer, engine.module, device, plan, log, taken and taken.path,
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_prompt=args.query_instruction_for_retrieval or "", passage_prompt=args.passage_instruction_for_retrieval or "",
     )  # fmt: skip
 
     objective = objective_of(args)
     meter = Meter(device, args.logging_nan_inf_filter)
+    saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, started)
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
@@ -134,29 +134,19 @@ def train(args: FinetuneArguments) -> None:
                 "margin_negatives_hidden": sums["hidden_by_margin"] / queries,
                 "temperature": sums["steps"] * collectives.world_size() / sums["scale"],
                 **run.rates(args, engine, device, sums, tokens_seen),
+                **saver.record(),
             })  # fmt: skip
             engine.train()
         to_save = evaluations.at(step, meter)
         if plan.saves(step) or to_save:
-            folder = checkpoint.save(
-                engine,
-                Path(args.output_dir),
-                step,
-                tokens_seen,
-                agreement,
-                save,
-                keep=args.save_total_limit,
-                only_model=args.save_only_model,
-                best=evaluations.judge(step),
-            )
-            log.say(f"step {step}: saved {folder}")
+            saver.save(step, tokens_seen, evaluations.judge(step))
             engine.train()
 
     difference = finish(evaluations.result(save), Path(args.output_dir))
     log.close()
     log.say(
         f"done in {time.perf_counter() - started:.0f} s: the model is in {args.output_dir}\n"
-        f"  {evaluations.say_result(difference)}"
+        f"  {evaluations.say_result(difference)}\n  {saver.say_total()}"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from bge_ds import evaluation, ordering, preprocess, run
+from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives
@@ -32,7 +32,7 @@ _COUNTS = tuple(f"{name}_targets" for name in LOSSES)
 
 def train(args: PretrainArguments) -> None:
     started = time.perf_counter()
-    resume = run.set_up(args)
+    run.set_up(args)
     tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
     eval_sets = evaluation.open_sets(args)
@@ -42,14 +42,15 @@ def train(args: PretrainArguments) -> None:
     check_vocabulary(model_config, tokenizer, args)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
+    taken = resuming.take_up(args)
     choose(args.kernels, device.type)  # what cannot run here is said before anything is loaded
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
     order = ordering.make_order(args, data)
     plan = run.StepPlan.make(args, order)
     engine, config = run.build_engine(args, model, plan)
-    agreement = run.agreement(args, data, config, plan, _AGREE)
-    first_step, tokens_seen = run.resume(args, resume, engine, agreement)
+    agreement = resuming.agreement(args, data, plan, _AGREE) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
+    first_step, tokens_seen = resuming.resume(args, taken, engine, agreement)
     log = run.open_log(args, engine, first_step, plan)
     source = args.model_name_or_path or f"from scratch, {args.config_name}"
     facts = [
@@ -59,8 +60,8 @@ def train(args: PretrainArguments) -> None:
         ("sets", ordering.table(args, data, order, plan.total)),
     ]
     log.say(f"pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
-    if resume:
-        log.say(f"resumed from {resume} at step {first_step}")
+    if taken:
+        log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
     batches_of_steps = run.load_steps(
         args, data, order, batches.collate_texts, device, first_step, plan.total,
         seed=order.seed, max_seq_length=args.max_seq_length,
@@ -69,12 +70,16 @@ def train(args: PretrainArguments) -> None:
     output = Path(args.output_dir)
     probe = Encoder(engine.module.model.base_model, "cls", normalize=True)
     evaluations = evaluation.prepare(
-        args, eval_sets, tokenizer, probe, device, plan, log, resume,
+        args, eval_sets, tokenizer, probe, device, plan, log, taken and taken.path,
         query_max_len=args.max_seq_length, passage_max_len=args.max_seq_length,
     )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
     weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
+    saver = resuming.Saver(
+        args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, started,
+        publish=lambda folder: publish(partial(copy_model, folder), output),
+    )  # fmt: skip
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
@@ -112,30 +117,19 @@ def train(args: PretrainArguments) -> None:
                     "learning_rate": learning_rate,
                     "grad_norm": engines.gradient_norm(engine),
                     **run.rates(args, engine, device, sums, tokens_seen),
+                    **saver.record(),
                 }
             )
         to_save = evaluations.at(step, meter)
         if plan.saves(step) or to_save:
-            folder = checkpoint.save(
-                engine,
-                Path(args.output_dir),
-                step,
-                tokens_seen,
-                agreement,
-                write,
-                keep=args.save_total_limit,
-                only_model=args.save_only_model,
-                best=evaluations.judge(step),
-            )
-            publish(partial(copy_model, folder), output)
-            log.say(f"step {step}: saved {folder} and {output / 'encoder_model'}")
+            saver.save(step, tokens_seen, evaluations.judge(step))
             engine.train()
 
     difference = publish(evaluations.result(write), output)
     log.close()
     log.say(
         f"done in {time.perf_counter() - started:.0f} s: the encoder is in {output / 'encoder_model'}\n"
-        f"  {evaluations.say_result(difference)}"
+        f"  {evaluations.say_result(difference)}\n  {saver.say_total()}"
     )
 
 

@@ -21,13 +21,12 @@ from bge_ds.data import loader
 from bge_ds.data.mixture import SetBatches
 from bge_ds.data.order import Line, mix64
 from bge_ds.data.token_order import TokenOrder
-from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import checkpoint, collectives, disk
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
-from bge_ds.ordering import split_weights
 
-_OURS = ("metrics.jsonl", "runs")
+_OURS = ("metrics.jsonl", "runs", disk.LOCK)
 
 
 def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> int:
@@ -46,8 +45,8 @@ def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> in
     return 0
 
 
-def set_up(args: TrainArguments) -> Path | None:
-    """Logging, deterministic kernels, the output folder; the checkpoint to resume from. Writes nothing."""
+def set_up(args: TrainArguments) -> None:
+    """Logging, deterministic kernels, whether the output folder may be used and has what is to be resumed. Writes nothing."""
     level = args.log_level if os.environ.get("RANK", "0") == "0" else args.log_level_replica
     number = logging.INFO if level == "passive" else getattr(logging, level.upper())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -75,12 +74,11 @@ def set_up(args: TrainArguments) -> Path | None:
             f"--output_dir {output} is not empty (it holds {shown}); give another folder, --overwrite_output_dir to train "
             "into it all the same, or --resume_from_checkpoint auto to go on"
         )
-    return resume
 
 
 def _only_a_start(held: list[str], args: TrainArguments) -> bool:
     """A run asked to resume that was stopped before its first checkpoint left nothing but its log."""
-    return bool(args.resume_from_checkpoint) and all(n in _OURS or n.endswith(checkpoint.PARTIAL) for n in held)
+    return bool(args.resume_from_checkpoint) and all(n in _OURS or n.endswith((disk.PARTIAL, disk.OLD)) for n in held)
 
 
 def seed_step(seed: int, step: int, micro: int, piece: int = 0) -> None:
@@ -254,35 +252,6 @@ def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, f
     others = ", ".join(f"{name}={value!r}" for name, value in describe(args) if name not in {d[0] for d in differing})
     lines += ["other settings", textwrap.fill(others, 118, initial_indent="  ", subsequent_indent="  ")]
     return "\n".join(lines)
-
-
-def agreement(args: TrainArguments, shards, config: dict, plan: StepPlan, names: tuple[str, ...]) -> dict:
-    """What a resumed run must share with the stopped one to go on exactly as if it had not stopped."""
-    common = (
-        "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "bf16", "fp16",
-        "train_sampling_strategy", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "mixing_temperature",
-    )  # fmt: skip
-    return {
-        "command": args.command,
-        "data_fingerprint": shards.fingerprint,
-        "train_weights": split_weights(args.train_data)[1],
-        "total_steps": plan.total,
-        "ranks": collectives.world_size(),
-        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
-        **{name: getattr(args, name) for name in (*common, *names)},
-    }
-
-
-def resume(args: TrainArguments, path: Path | None, engine, agreement: dict) -> tuple[int, int]:
-    """(steps done, tokens this rank counts as seen): of the checkpoint, loaded into the engine, or (0, 0)."""
-    if path is None:
-        if args.overwrite_output_dir and collectives.rank() == 0:
-            # Another run's checkpoints would be taken for this one's newest, and be kept in place of this one's.
-            checkpoint.drop_oldest(Path(args.output_dir), keep=0)
-        return 0, 0
-    state = checkpoint.read_state(path, agreement)
-    checkpoint.restore(engine, path, without_frozen=checkpoint.FROZEN in agreement)
-    return state["step"], state["tokens_seen"] if collectives.rank() == 0 else 0
 
 
 def open_log(args: TrainArguments, engine, first_step: int, plan: StepPlan) -> RunLog:

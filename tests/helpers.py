@@ -150,6 +150,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
 
 
+# No test cuts the power, and on a busy disk each fsync takes a tenth of a second, or ten.
+_NO_WAITING = """
+import os
+os.fsync = lambda number: None
+"""
 _LEAVE = """
 from bge_ds.distributed import collectives
 collectives.leave()
@@ -161,7 +166,7 @@ def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300) -> str:
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script + _LEAVE, *map(str, args)], cwd=REPO, text=True,
+            [sys.executable, "-c", _NO_WAITING + script + _LEAVE, *map(str, args)], cwd=REPO, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),

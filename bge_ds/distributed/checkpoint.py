@@ -1,9 +1,9 @@
 """Saving what a run needs to go on, resuming it, and swapping finished folders into place.
 
-A checkpoint is `checkpoint-N/`: `resume/` (DeepSpeed's state of every rank), `state.json` (step, and what the run must
-agree on to be resumed) and the model as it was then, ready to load. It is written as `checkpoint-N.partial` and renamed when
-whole. There is no random state in it: a step seeds its own generators from (seed, step, rank), and the
-data's position is the step, so that a resumed run is the undisturbed one.
+A checkpoint is `checkpoint-N/`: `resume/` (what the ranks have learned, `state.py`), `state.json` (step, what the run must
+agree on to be resumed, the size and hash of every file) and the model as it was then, ready to load. It is written as
+`checkpoint-N.partial`, flushed to the disk, and renamed when whole. There is no random state in it: a step seeds its own
+generators from (seed, step, rank), and the data's position is the step, so that a resumed run is the undisturbed one.
 """
 
 from __future__ import annotations
@@ -11,22 +11,54 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from bge_ds.distributed import collectives
+import xxhash
+
+from bge_ds.distributed import collectives, disk, state
+from bge_ds.distributed.disk import PARTIAL
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-PARTIAL = ".partial"
+DAMAGED = ".damaged"
 FROZEN = "frozen_weights"
-_ONCE_UNWRITTEN = ("max_example_num_per_dataset",)  # older checkpoints say nothing of it, though it was in effect
+FORMAT = 2  # of state.json and resume/; 1 was DeepSpeed's own
+_DISK = re.compile(r"\[Errno \d+\]|os error \d+")  # the latter is what safetensors says
+
+
+@dataclass
+class Taken:
+    """The checkpoint that a run goes on from.
+
+    state: its state.json. notes: what a person should know of how it was chosen. refitted: the batch was set anew.
+    """
+
+    path: Path
+    state: dict
+    notes: list[str]
+    refitted: bool = False
+
+
+class Saved(NamedTuple):
+    path: Path
+    seconds: float
+    size: int  # bytes of all files
+
+
+def _all(output_dir: Path) -> list[tuple[int, Path]]:
+    return sorted((int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)))
+
+
+def _resumable(output_dir: Path) -> list[Path]:
+    return [path for _, path in _all(output_dir) if (path / "state.json").is_file()]
 
 
 def newest(output_dir: Path) -> Path | None:
     """The last whole checkpoint of a run that can be resumed."""
-    found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
-    found = [(step, path) for step, path in found if (path / "state.json").is_file()]
-    return max(found)[1] if found else None
+    return next(reversed(_resumable(output_dir)), None)
 
 
 def find(resume: str | None, output_dir: Path) -> Path | None:
@@ -46,34 +78,95 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
     return path
 
 
-def read_state(path: Path, expected: dict) -> dict:
-    """A checkpoint's `step` and `tokens_seen`. `expected`: what this run would write; a difference is refused by name.
+def take(resume: str | None, output_dir: Path) -> Taken | None:
+    """The checkpoint to go on from, its files held against their hashes; on every rank, once the ranks have met.
 
-    What an older version's checkpoint does not hold was off there, as it must be here.
+    With auto, a damaged one is put aside as `checkpoint-N.damaged` and the one before is taken. Raises ValueError where a
+    path that was given is damaged, or where no checkpoint is left.
     """
-    file = path / "state.json"
+    if not resume:
+        return None
+    auto, notes = resume.lower() in ("auto", "true"), []
+
+    def prepare() -> None:
+        if auto and output_dir.is_dir():
+            disk.hold(output_dir)
+            disk.tidy(output_dir)
+
+    _by_first_rank(prepare)
+    while (path := _by_first_rank(lambda: find(resume, output_dir))) is not None:
+        content = _by_first_rank(lambda path=path: _read(path))
+        wrong = content if isinstance(content, str) else _damage(path, content)
+        if wrong is None:
+            return Taken(path, content, notes)
+        if not auto:
+            others = [p.name for p in _resumable(path.parent) if p.name != path.name]
+            remain = f"resume from another one: {', '.join(others)}" if others else "no other one is beside it"
+            raise ValueError(f"--resume_from_checkpoint {path} is damaged: {wrong}; {remain}")
+        notes.append(f"warning: {path} is damaged and now {path.name}{DAMAGED}: {wrong}")
+        _by_first_rank(lambda path=path: _put_aside(path))
+    if notes:
+        raise ValueError(
+            f"--resume_from_checkpoint {resume}: no checkpoint in {output_dir} is whole ({'; '.join(notes)}); "
+            "start a new run in another --output_dir"
+        )
+    return None
+
+
+def _put_aside(path: Path) -> None:
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _damage(path: Path, content: dict) -> str | None:
+    """The first file of `resume/` that is not as it was written; the ranks share the reading, and all give the same."""
+    files = sorted(name for name in content["files"] if name.startswith("resume/"))
+    own = files[collectives.rank() :: collectives.world_size()]
+    found = next(filter(None, (disk.damage(path / name, *content["files"][name]) for name in own)), None)
+    return next(filter(None, collectives.gather_object(found)), None)
+
+
+def _checksum(content: dict) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
+def _read(path: Path) -> dict | str:
+    """state.json, or what is wrong with it. Raises ValueError for one of another version."""
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error}); resume from another checkpoint") from error
+        return f"{path / 'state.json'} is no JSON ({error})"
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was written by another version of bge_ds (format {content.get('format', 1)}, this one reads {FORMAT}); "
+            "go on with that version, or start a new run from its model"
+        )
+    return content if content.get("checksum") == _checksum(content) else f"{path / 'state.json'} does not have its checksum"
+
+
+def check_agreement(taken: Taken, expected: dict) -> None:
+    """Refuse to go on with other settings. expected: what this run would write; differences are named.
+
+    What a checkpoint does not hold was off there, as it must be here.
+    """
+    there = taken.state["agreement"]
     differing = [
-        f"{key}: {state['agreement'].get(key)!r} there, {value!r} now"
+        f"{key}: {there.get(key)!r} there, {value!r} now"
         for key, value in expected.items()
-        if (state["agreement"][key] != value if key in state["agreement"] else value and key not in _ONCE_UNWRITTEN)
+        if (there[key] != value if key in there else value)
     ]
     if differing:
         raise ValueError(
-            f"{path} belongs to another run and would not continue exactly ({'; '.join(differing)}); "
+            f"{taken.path} belongs to another run and would not continue exactly ({'; '.join(differing)}); "
             "give the same settings, or start a new run in another --output_dir"
         )
-    return {key: int(state[key]) for key in ("step", "tokens_seen")}
 
 
-def restore(engine, path: Path, without_frozen: bool = False) -> None:
-    """Load weights, optimizer, schedule and loss scale, on every rank. without_frozen: the weights that train only."""
-    loaded, _ = engine.load_checkpoint(str(path), tag="resume", load_module_strict=not without_frozen)
-    if loaded is None:
-        raise ValueError(f"{path / 'resume'}: DeepSpeed found no state for this run; the checkpoint is incomplete")
+def restore(engine, taken: Taken) -> None:
+    """Load weights, optimizer, schedule and loss scale, on every rank, into an engine of any ZeRO stage."""
+    state.load(engine, taken.path / "resume")
 
 
 def save(
@@ -86,36 +179,132 @@ def save(
     keep: int | None,
     only_model: bool,
     best: dict | None = None,
-) -> Path:
+    asked: dict | None = None,
+) -> Saved:
     """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`, the best one excepted.
 
     best: step, metric and value of the best checkpoint so far, this one included; it also goes into best.json beside them.
+    asked: of the batch's flags, what the command said. tokens_seen: by this rank. export(folder) writes the model.
 
-    tokens_seen: by this rank. export(folder) writes the model. Where `agreement` holds FROZEN, the mark of the weights that
-    do not train, `resume/` leaves those out: a run that resumes has just loaded them, and the mark says that they are the same.
+    Raises ValueError on every rank where the disk is full or not to be written to: the checkpoints before stay as they were.
     """
+    began = time.perf_counter()
+    world = collectives.world_size()
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
-    if collectives.rank() == 0:
+    own = {} if only_model else state.entries(state.share(state.pieces(engine), collectives.rank(), world))
+    needed = sum(collectives.gather_object(state.size_of(own))) + model_size(engine)
+    tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
+
+    def prepare() -> None:
+        free = shutil.disk_usage(output_dir).free
+        if free < needed:
+            raise OSError(f"only {free / 2**20:,.0f} MiB are free")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    collectives.barrier()
-    export(partial)
-    if not only_model:
-        more = {"exclude_frozen_parameters": True} if FROZEN in agreement else {}
-        engine.save_checkpoint(str(partial), tag="resume", save_latest=False, **more)
-    tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
-    if collectives.rank() == 0:
+
+    def write_resume() -> dict[str, tuple[int, str]]:
+        if only_model:
+            return {}
+        (partial / "resume").mkdir(exist_ok=True)  # another host may not yet see what rank 0 made
+        name = f"resume/{state.file_name(collectives.rank(), world)}"
+        return {name: state.write(own, partial / name)}
+
+    def finish() -> int:
+        known = {name: entry for part in written for name, entry in part.items()}
         if not only_model:
-            state = {"step": step, "tokens_seen": tokens_seen, "best": best, "agreement": agreement}
-            write_json(partial / "state.json", state)
+            write_json(partial / "resume" / state.ENGINE, state.describe(engine))
+        files = disk.hashes(partial, known)
+        if not only_model:
+            content = {
+                "format": FORMAT, "step": step, "tokens_seen": tokens_seen, "best": best, "ranks": world,
+                "zero_stage": engine.zero_optimization_stage(), "asked": asked or {}, "agreement": agreement, "files": files,
+            }  # fmt: skip
+            content = json.loads(json.dumps(content))
+            write_json(partial / "state.json", content | {"checksum": _checksum(content)})
+        disk.sync(partial)
         replace_folder(partial, final)
+        disk.sync_one(output_dir)
         if best is not None:
             write_json(output_dir / "best.json", best)
         if keep:
             drop_oldest(output_dir, keep, None if best is None else best["step"])
-    collectives.barrier()
-    return final
+        return sum(size for size, _ in files.values())
+
+    def part(work: Callable, first_only: bool = False):
+        result, failure = _try(work, first_only)
+        if failure is not None:
+            raise ValueError(_say_failed(output_dir, partial, needed, failure))
+        return result
+
+    part(prepare, first_only=True)
+    part(lambda: export(partial))
+    written = collectives.gather_object(part(write_resume))
+    size = collectives.broadcast_object(part(finish, first_only=True))
+    return Saved(final, time.perf_counter() - began, size)
+
+
+def model_size(engine) -> int:
+    """Bytes of the saved model, nearly: every weight in fp32."""
+    return 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+
+
+def _try(work: Callable, first_only: bool) -> tuple[object, str | None]:
+    """(what `work` gives on this rank, what kept some rank from writing to the disk, the same on every rank).
+
+    Other errors are raised where they happen: a rank that ends is noticed by the others, one that waits for them is not.
+    """
+    result, failure = None, None
+    try:
+        result = None if first_only and collectives.rank() else work()
+    except Exception as error:
+        network = isinstance(error, (ConnectionError, TimeoutError))
+        if network or not (isinstance(error, OSError) or _DISK.search(str(error))):
+            raise
+        failure = f"rank {collectives.rank()}: {error}"
+    return result, next(filter(None, collectives.gather_object(failure)), None)
+
+
+def _say_failed(output_dir: Path, partial: Path, needed: int, failure: str) -> str:
+    """Clear away what was half-written; words for a person, on every rank."""
+
+    def clear() -> tuple[int, Path | None]:
+        shutil.rmtree(partial, ignore_errors=True)
+        return shutil.disk_usage(output_dir).free, newest(output_dir)
+
+    free, last = _by_first_rank(clear)
+    good = f"{last} is still good" if last else "there is no earlier checkpoint"
+    return (
+        f"{partial.name.removesuffix(PARTIAL)} could not be written to {output_dir} ({failure}): it needs about "
+        f"{needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; {good}. Make room (--save_total_limit keeps fewer) "
+        "or see to it that the folder can be written to, then go on with --resume_from_checkpoint auto"
+    )
+
+
+def _by_first_rank(work: Callable):
+    """What `work` gives on rank 0, everywhere; its ValueError or OSError is raised everywhere, as a ValueError."""
+    result, failure = None, None
+    if collectives.rank() == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            failure = str(error)
+    failure = collectives.broadcast_object(failure)
+    if failure is not None:
+        raise ValueError(failure)
+    return collectives.broadcast_object(result)
+
+
+def begin(output_dir: Path, drop: bool) -> None:
+    """Hold the output folder for this run and tidy it, on every rank; drop: remove another run's checkpoints."""
+
+    def work() -> None:
+        disk.hold(output_dir)
+        disk.tidy(output_dir)
+        if drop:
+            drop_oldest(output_dir, keep=0)
+
+    _by_first_rank(work)
 
 
 def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None) -> None:
@@ -123,7 +312,7 @@ def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None) -> No
 
     The newest stays beside the best even where `keep` is 1: it is the one to resume from.
     """
-    found = sorted((int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)))
+    found = _all(output_dir)
     split = max(0, len(found) - keep)
     doomed_ones = found[:split]
     if any(step == best_step for step, _ in doomed_ones):
@@ -164,7 +353,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def replace_folder(new: Path, final: Path) -> None:
     """Put a finished folder in another's place."""
-    old = final.with_name(final.name + ".old")
+    old = final.with_name(final.name + disk.OLD)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)

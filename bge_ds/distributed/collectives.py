@@ -120,3 +120,12 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_object(value) -> list:
+    """Every rank's value (plain Python data), on every rank."""
+    if world_size() == 1:
+        return [value]
+    box = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box

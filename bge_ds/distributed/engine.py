@@ -17,10 +17,11 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from bge_ds.distributed import collectives
+from bge_ds.distributed import collectives, state
 from bge_ds.distributed.config import read_config
 
 logger = logging.getLogger(__name__)
+_MARKED = 256  # values of each frozen weight that its mark holds
 
 
 def _deepspeed():
@@ -216,9 +217,7 @@ def _make_optimizer(groups: list[dict], adam: dict, optim: str, offload: bool) -
 
 def optimizer_name(engine) -> str:
     """The class that updates the weights, such as AdamW (fused) or DeepSpeedCPUAdam."""
-    inner = engine.optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+    inner = state.innermost(engine.optimizer)
     fused = " (fused)" if getattr(inner, "defaults", {}).get("fused") else ""
     return type(inner).__name__ + fused
 
@@ -273,19 +272,6 @@ def precision(engine) -> torch.dtype:
     return next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
 
-def _masters(optimizer) -> dict[int, torch.Tensor]:
-    """id of a 16-bit parameter -> its fp32 master copy, at ZeRO 0, where DeepSpeed's own accessor knows of none."""
-    found = {}
-    if isinstance(wholes := getattr(optimizer, "fp32_groups", None), list):
-        for halves, group in zip(optimizer.fp16_groups, wholes, strict=True):
-            found |= {id(half): whole for half, whole in zip(halves, group, strict=True)}
-    elif isinstance(flats := getattr(optimizer, "fp32_groups_flat", None), list) and hasattr(optimizer, "fp16_groups"):
-        for halves, flat in zip(optimizer.fp16_groups, flats, strict=True):
-            parts = flat.detach().split([half.numel() for half in halves])
-            found |= {id(half): part.view(half.shape) for half, part in zip(halves, parts, strict=True)}
-    return found
-
-
 def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """fp32 copies on the CPU of the trained weights by name, whatever the ZeRO stage. To be called on every rank.
 
@@ -295,12 +281,15 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
     deepspeed = _deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param
 
-    out, masters = {}, _masters(engine.optimizer)
+    out, masters = {}, state.masters(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not wanted(name):
             continue
-        full = masters.get(id(parameter))
-        if full is None and parameter.requires_grad:
+        full = None
+        if id(parameter) in masters:
+            holder, offset = masters[id(parameter)]
+            full = holder.detach().view(-1).narrow(0, offset, parameter.numel()).view(parameter.shape)
+        elif parameter.requires_grad:
             full = safe_get_full_fp32_param(parameter)
         if full is None:
             if hasattr(parameter, "ds_id"):
@@ -313,15 +302,29 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
     return out
 
 
-def mark_of_frozen(engine) -> str:
-    """A hash of the names, shapes and first values of the weights that do not train; the same on every rank."""
-    digest = hashlib.sha256()
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            own = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.detach()
-            digest.update(f"{name} {list(getattr(parameter, 'ds_shape', parameter.shape))} ".encode())
-            digest.update(own.flatten()[:4096].cpu().view(torch.uint8).numpy().tobytes())
-    return collectives.broadcast_object(digest.hexdigest())  # sharded, each rank has other values
+def mark_of_frozen(engine) -> str | None:
+    """A hash of the names, shapes and first values of the weights that do not train, on every rank; None where all train.
+
+    The same for any ZeRO stage and number of ranks.
+    """
+    frozen = [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return None
+    digest, firsts = hashlib.sha256(), []
+    for name, parameter in frozen:
+        digest.update(f"{name} {list(getattr(parameter, 'ds_shape', parameter.shape))} ".encode())
+        sharded = hasattr(parameter, "ds_id")
+        first = torch.zeros(min(_MARKED, parameter.ds_numel if sharded else parameter.numel()), device=engine.device)
+        if sharded:
+            start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+            own = parameter.ds_tensor.detach().flatten()[: max(0, len(first) - start)]
+            first[start : start + len(own)] = own.to(first)
+        elif collectives.rank() == 0:
+            first.copy_(parameter.detach().flatten()[: len(first)])
+        firsts.append(first)
+    # Each value comes from one rank, the others add zeros to it.
+    digest.update(collectives.sum_over_ranks(torch.cat(firsts)).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def gradient_norm(engine) -> float | None:

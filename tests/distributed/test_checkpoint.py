@@ -1,19 +1,65 @@
-"""Finding, naming and swapping checkpoints; nothing half-written looks whole."""
+"""Finding, naming, checking and swapping checkpoints; nothing half-written or damaged looks whole."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import helpers
 import pytest
+import torch
 
-from bge_ds.distributed import checkpoint
+from bge_ds.distributed import checkpoint, disk, state
 
 
-def make(folder, step, whole=True, **agreement):
+class Engine:
+    """As much of an engine as a checkpoint asks for, around a model that took one step."""
+
+    device, lr_scheduler, global_steps, global_samples, skipped_steps = torch.device("cpu"), None, 1, 4, 0
+
+    def __init__(self, width: int = 3):
+        self.module = torch.nn.Linear(width, 2)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
+        self.module(torch.ones(1, width)).sum().backward()
+        self.optimizer.step()
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def gradient_accumulation_steps(self) -> int:
+        return 1
+
+
+def write_model(folder: Path) -> None:
+    (folder / "model").write_text("weights")
+
+
+def save(folder, step, engine=None, export=write_model, keep=None, only_model=False, **agreement) -> checkpoint.Saved:
+    folder.mkdir(exist_ok=True)
+    return checkpoint.save(engine or Engine(), folder, step, 7, agreement, export, keep=keep, only_model=only_model)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def no_lock_outlives_its_test():
+    yield
+    for file in disk._held.values():
+        file.close()
+    disk._held.clear()
+
+
+def make(folder, step, whole=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     if whole:
-        checkpoint.write_json(path / "state.json", {"step": step, "tokens_seen": 7, "agreement": agreement})
+        (path / "state.json").write_text("{}")
     return path
 
 
@@ -36,60 +82,171 @@ def test_a_wrong_path_is_an_error_with_the_right_ones(tmp_path):
 
 
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
-    """Other data, another rank count, another batch: what differs is named, with both values."""
-    path = make(tmp_path, 5, ranks=2, data_fingerprint="a")
-    assert checkpoint.read_state(path, {"ranks": 2, "data_fingerprint": "a"}) == {"step": 5, "tokens_seen": 7}
-    with pytest.raises(ValueError, match="ranks: 2 there, 3 now"):
-        checkpoint.read_state(path, {"ranks": 3, "data_fingerprint": "a"})
-    # Of a version that had no mixtures: it goes on without one, and is refused where one is asked for.
-    later = {"ranks": 2, "train_weights": None, "same_dataset_within_batch": False, "max_example_num_per_dataset": 9}
-    assert checkpoint.read_state(path, later)["step"] == 5
-    with pytest.raises(ValueError, match=r"train_weights: None there, \[1.0, 2.0\] now"):
-        checkpoint.read_state(path, later | {"train_weights": [1.0, 2.0]})
-    (path / "state.json").write_text('{"step": 5')
-    with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read_state(path, {})
-
-
-class FakeEngine:
-    """Writes what DeepSpeed would, a file in the tag's folder."""
-
-    device = "cpu"
-
-    def save_checkpoint(self, folder, tag, save_latest):
-        from pathlib import Path
-
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "state.pt").write_text("x")
+    """Other data, another batch: what differs is named, with both values; what was not there was off."""
+    taken = checkpoint.take(str(save(tmp_path, 5, global_micro_batch=2, data_fingerprint="a").path), tmp_path)
+    assert (taken.state["step"], taken.state["tokens_seen"]) == (5, 7)
+    checkpoint.check_agreement(taken, {"global_micro_batch": 2, "data_fingerprint": "a", "of_later": False})
+    with pytest.raises(ValueError, match="global_micro_batch: 2 there, 3 now; of_later: None there, 1 now"):
+        checkpoint.check_agreement(taken, {"global_micro_batch": 3, "data_fingerprint": "a", "of_later": 1})
 
 
 def test_save_keeps_the_last_n(tmp_path):
     """save_total_limit keeps the newest and leaves nothing of the others."""
     for step in (1, 2, 10):
-        checkpoint.save(FakeEngine(), tmp_path, step, 0, {}, lambda f: (f / "model").mkdir(), keep=2, only_model=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
-    state = json.loads((tmp_path / "checkpoint-10" / "state.json").read_text())
-    assert state["step"] == 10
-    assert (tmp_path / "checkpoint-10" / "resume" / "state.pt").is_file()
+        saved = save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-2"]
+    content = json.loads((saved.path / "state.json").read_text())
+    assert content["step"] == 10 and set(content["files"]) == {
+        "model", "resume/engine.json", "resume/rank-00000-of-00001.safetensors",
+    }  # fmt: skip
+    assert saved.size == sum(size for size, _ in content["files"].values()) and saved.seconds > 0
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    """Weights, moments and counts come back into a fresh engine; loading runs no step."""
+    engine, fresh = Engine(), Engine()
+    path = save(tmp_path, 1, engine).path
+    fresh.global_steps, fresh.optimizer.param_groups[0]["lr"] = 9, 0.7
+    checkpoint.restore(fresh, checkpoint.take(str(path), tmp_path))
+    assert fresh.global_steps == 1 and fresh.optimizer.param_groups[0]["lr"] == 0.1
+    for a, b in zip(engine.module.parameters(), fresh.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in engine.optimizer.state[a].items():
+            assert torch.equal(value, fresh.optimizer.state[b][key]) and value.dtype == fresh.optimizer.state[b][key].dtype
+
+
+def test_another_model_is_refused_by_its_parameter(tmp_path):
+    """The first parameter that differs is named, with both shapes."""
+    taken = checkpoint.take(str(save(tmp_path, 1).path), tmp_path)
+    with pytest.raises(ValueError, match=r"trained parameter weight has the shape \[2, 3\] there and \[2, 4\] now"):
+        checkpoint.restore(Engine(4), taken)
+    other = Engine()
+    other.module = torch.nn.Linear(3, 2, bias=False)
+    with pytest.raises(ValueError, match=r"parameter bias has the shape \[2\] there and of nothing now"):
+        checkpoint.restore(other, taken)
+
+
+def test_another_version_is_named(tmp_path):
+    """A checkpoint in DeepSpeed's own format is not unpickled, and not mistaken for a damaged one."""
+    old = make(tmp_path, 3)
+    (old / "state.json").write_text(json.dumps({"step": 3, "tokens_seen": 1, "agreement": {}}))
+    for how in (str(old), "auto"):
+        with pytest.raises(ValueError, match=r"checkpoint-3 was written by another version of bge_ds \(format 1"):
+            checkpoint.take(how, tmp_path)
+    assert old.is_dir()
+
+
+def spoil(path: Path, how: str) -> None:
+    file = path / "resume" / "rank-00000-of-00001.safetensors"
+    if how == "flipped":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif how == "short":
+        os.truncate(file, file.stat().st_size - 1)
+    elif how == "missing":
+        file.unlink()
+    elif how == "state cut":
+        (path / "state.json").write_text((path / "state.json").read_text()[:-9])
+    else:
+        (path / "state.json").write_text((path / "state.json").read_text().replace('"step": 2', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("flipped", "has the hash [0-9a-f]{32}, [0-9a-f]{32} was written"), ("short", "bytes, .* were written"),
+     ("missing", "is missing"), ("state cut", "is no JSON .*"), ("state changed", "does not have its checksum")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, how, words):
+    """One flipped bit is enough. With auto it is put aside; a path that was given is an error that names the others; with
+    none left the run does not quietly begin anew."""
+    before, newest = save(tmp_path, 1).path, save(tmp_path, 2).path
+    spoil(newest, how)
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is damaged: .*{words}; resume from another one: checkpoint-1"):
+        checkpoint.take(str(newest), tmp_path)
+    taken = checkpoint.take("auto", tmp_path)
+    assert taken.path == before and taken.state["step"] == 1
+    (note,) = taken.notes
+    assert "checkpoint-2 is damaged and now checkpoint-2.damaged" in note
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2.damaged", "run.lock"]
+    spoil(before, "missing")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        checkpoint.take("auto", tmp_path)
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
-    """A full disk in the middle of a save: the former checkpoint is still the newest whole one."""
-    checkpoint.save(FakeEngine(), tmp_path, 1, 0, {}, lambda f: None, keep=1, only_model=False)
+    """A full disk in the middle of a save: the former checkpoint is still the newest whole one, nothing else is left, and the
+    message says what is needed and how to go on."""
+    save(tmp_path, 1, keep=1)
 
     def full(folder):
-        raise OSError("no space left on device")
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(FakeEngine(), tmp_path, 2, 0, {}, full, keep=1, only_model=False)
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-1"
-    checkpoint.save(FakeEngine(), tmp_path, 2, 0, {}, lambda f: None, keep=1, only_model=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match=r"checkpoint-2 could not be written .*rank 0: .*No space left.*checkpoint-1 is still"):
+        save(tmp_path, 2, export=full, keep=1)
+    assert names(tmp_path) == ["checkpoint-1"] and checkpoint.newest(tmp_path) == tmp_path / "checkpoint-1"
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    """The bytes of all ranks and of the model are held against the free ones."""
+    engine = Engine()
+    content = state.entries(list(state.pieces(engine)))
+    needed = state.size_of(content) + 4 * 8
+    usage = type(shutil.disk_usage(tmp_path))
+    exported = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 0, needed - 1))
+    with pytest.raises(ValueError, match=r"it needs about 0.0 MiB.*there is no earlier checkpoint"):
+        save(tmp_path, 1, engine, export=exported.append)
+    assert not exported and names(tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 0, needed))
+    save(tmp_path, 1, engine)
+
+
+def test_what_a_kill_left_is_tidied(tmp_path):
+    """Half-written things go, a checkpoint moved aside for one that never came is put back, others' files stay."""
+    for name in ("checkpoint-1", "checkpoint-1.old", "checkpoint-2.old", "checkpoint-3.partial", "model.partial", "mine.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / "best.json.partial").write_text("{")
+    disk.tidy(tmp_path)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "mine.old"]
+    assert (tmp_path / "checkpoint-2" / "file").read_text() == "checkpoint-2.old"
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "checkpoint-1"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from bge_ds.distributed import disk
+disk.hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_run_a_folder(tmp_path):
+    """A second run is refused with host and process of the first; a kill, even by -9, gives the folder back."""
+    environment = helpers.environment(PYTHONPATH=str(helpers.REPO))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], env=environment, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=rf"another run writes there \(host .*, process {other.pid}, since "):
+                disk.hold(tmp_path, patience_s=0.5)
+        finally:
+            other.kill()
+    disk.hold(tmp_path)
+    disk.hold(tmp_path)  # the same run again
+    assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
 
 
 def test_only_model_checkpoints_are_not_resumed(tmp_path):
-    checkpoint.save(FakeEngine(), tmp_path, 1, 0, {}, lambda f: (f / "model").mkdir(), keep=None, only_model=True)
-    assert (tmp_path / "checkpoint-1" / "model").is_dir()
+    save(tmp_path, 1, only_model=True)
+    assert names(tmp_path / "checkpoint-1") == ["model"]
     assert checkpoint.newest(tmp_path) is None
 
 
