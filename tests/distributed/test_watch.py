@@ -37,6 +37,7 @@ for step in range(1, 1000):
     print("step", step, flush=True)
     if last == step:
         print("stopped by", watch.stopper(), flush=True)
+        time.sleep(1)  # as if it saved
         watch.leave(keep_ignoring=True)
         sys.exit(75)
 watch.leave()
@@ -89,7 +90,7 @@ def test_ranks_that_never_come_are_named(tmp_path):
 
 def test_a_rank_zero_that_never_comes_is_named_with_its_address(tmp_path):
     """Ranks that find nobody at MASTER_ADDR:MASTER_PORT say so and end as LOST; the first of a host prints."""
-    with start(tmp_path, 2, "steps", join_s=6, leave_out=(0,)) as run:
+    with start(tmp_path, 2, "steps", join_s=6, leave_out=(0,), LOCAL_RANK="0") as run:
         assert run.statuses(60) == [statuses.LOST]
         assert f"rank 0 does not answer at 127.0.0.1:{run.port} after 6 s" in run.log(1), run.everything()
 
@@ -125,8 +126,9 @@ def test_a_signal_stops_all_ranks_at_one_step(tmp_path, number, to):
         for rank in range(3):
             run.wait_for("step 20", rank)
         os.kill(run.processes[to].pid, number)
-        for later in watch.SIGNALS:
-            os.kill(run.processes[to].pid, later)
+        for rank, later in ((0, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)):
+            run.wait_for("stopped", rank)
+            os.kill(run.processes[rank].pid, later)
         assert run.statuses(30) == [statuses.PREEMPTED] * 3, run.everything()
         last = [re.findall(r"step (\d+)", run.log(rank))[-1] for rank in range(3)]
         assert len(set(last)) == 1, last
