@@ -55,6 +55,8 @@ def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> in
     except BaseException as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             watch.await_cause()  # such as a collective's "connection closed", which does not say why
+        if watch.several():
+            traceback.print_exc()  # the process ends before Python would print it
         watch.fail(status, f"{type(error).__name__}: {error}")
         raise
     finally:

@@ -39,7 +39,6 @@ TURN_S = 0.5  # between two looks at the clock
 SILENCE_S = 30.0  # a run must end within 60 s of a loss; the rest is for ending
 GRACE_S = 5.0  # for ranks that find the same mistake as another, to say so themselves
 STARTUP_GRACE_S = 2.0  # a launcher sends SIGTERM when another rank has died: the death has the word first
-LEAVING_S = 30.0  # for a failed rank to leave its process group
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _KEY = "bge_ds/watch"
 _GO_ON = "start again with --resume_from_checkpoint auto to go on from the last checkpoint"
@@ -189,6 +188,10 @@ class _Watch:
 
     def fail(self, status: int, message: str) -> None:
         self._order(lambda: self._tell_failure(status, message))
+        self._thread.join(5)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     def await_cause(self, seconds: float) -> None:
         self._order(self._stop_waiting)
@@ -370,15 +373,13 @@ class _Watch:
         self._end_soon(status, message, grace, say)
 
     def _tell_failure(self, status: int, message: str) -> None:
-        """The main thread has failed, and leaves."""
-        self._failing = True
-        self._ending = (time.monotonic() + LEAVING_S, status, "", False)
+        """The last that this rank says."""
+        self._failing = self.closed = True
         if self.rank == 0:
             self._tell_end(status, f"{self.members.get(0, 'rank 0')} failed: {message}", GRACE_S)
             return
         for link in self.links:
             link.send("failed", status=status, message=message)
-            link.over = True
 
     def _end_all(self, status: int, message: str, grace: float = 0.0) -> None:
         """On rank 0, the end of the whole run; on another, which has lost rank 0, its own."""
@@ -433,7 +434,7 @@ class _Watch:
         self._signal(name, str(link.member))
 
     def _signal(self, name: str, by: str = "") -> None:
-        if self._failing or self.closed:
+        if self.closed:
             return
         if self._ending is not None:  # a launcher hurries on what is ending
             self._end(*self._ending[1:])
@@ -583,15 +584,24 @@ def store() -> dist.Store | None:
     return None if _current is None else _current.store
 
 
+def several() -> bool:
+    """Whether several ranks are watched."""
+    return _current is not None and _current.world > 1
+
+
 def fail(status: int, message: str) -> None:
-    """Say that this rank ends by an error. The others end too, with its status, naming it, if they do not fail themselves."""
-    if _current is not None:
+    """Where there are several ranks, end this one by an error that it has printed; otherwise do nothing.
+
+    The others end too, with its status, naming it, if they do not find the same error themselves. The process ends in here:
+    leaving the process group may wait for ranks that wait for this one.
+    """
+    if several():
         _current.fail(status, message)
 
 
 def await_cause(seconds: float = 10.0) -> None:
     """To be called on an error that another rank's death may have caused: if it has, the process ends in here and says so."""
-    if _current is not None and _current.world > 1:
+    if several():
         _current.await_cause(seconds)
 
 

@@ -30,8 +30,6 @@ if mode == "startup":
 for step in range(1, 1000):
     if mode in ("mistake", "one-mistake") and (mode == "mistake" or rank == 1) and step == 3:
         watch.fail(2, "the data is wrong")
-        watch.leave()
-        sys.exit(2)
     time.sleep(seconds * (1 + rank))
     last = watch.last_step(step)
     print("step", step, flush=True)
