@@ -38,7 +38,7 @@ _LENGTH: _Rule = ("at least 3 tokens: two special ones and one of the text", lam
 _SEED: _Rule = ("from 0 to 4294967295", lambda v: 0 <= v < 2**32)  # numpy takes no other
 _RANGES: dict[str, _Rule] = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "torch_empty_cache_steps"), _WHOLE),
-    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout"), _WHOLE),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout", "join_timeout"), _WHOLE),
     **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
     "per_device_train_tokens": _WHOLE,
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),

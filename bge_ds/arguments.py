@@ -182,7 +182,8 @@ class TrainArguments:
         "auto", "name of a config of ds_configs/ (zero0 ... zero3) or path of a JSON file; auto: zero1, or zero0 on one rank"
     )
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = _flag(None, "unset: nccl on GPUs, gloo on CPUs")
-    ddp_timeout: int = _flag(1800, "seconds that a rank waits for the others before it gives up")
+    ddp_timeout: int = _flag(1800, "seconds that a rank waits for the others in a collective before it gives up")
+    join_timeout: int = _flag(60, "seconds that ranks wait for all others to start")
     local_rank: int = _flag(-1, "set by the deepspeed launcher")
 
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
-from bge_ds.distributed import checkpoint, collectives, gradcache
+from bge_ds.distributed import checkpoint, collectives, gradcache, watch
 from bge_ds.distributed import engine as engines
 from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export, lora
@@ -138,9 +138,12 @@ def train(args: FinetuneArguments) -> None:
             })  # fmt: skip
             engine.train()
         to_save = evaluations.at(step, meter)
-        if plan.saves(step) or to_save:
+        stops = watch.last_step(step) == step < plan.total
+        if plan.saves(step) or to_save or (stops and not args.save_only_model):
             saver.save(step, tokens_seen, evaluations.judge(step))
             engine.train()
+        if stops:
+            run.stop(args, step)
 
     difference = finish(evaluations.result(save), Path(args.output_dir))
     log.close()

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
-from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import checkpoint, collectives, watch
 from bge_ds.distributed import engine as engines
 from bge_ds.kernels.decoder_attention import choose
 from bge_ds.metrics import Meter
@@ -121,9 +121,12 @@ def train(args: PretrainArguments) -> None:
                 }
             )
         to_save = evaluations.at(step, meter)
-        if plan.saves(step) or to_save:
+        stops = watch.last_step(step) == step < plan.total
+        if plan.saves(step) or to_save or (stops and not args.save_only_model):
             saver.save(step, tokens_seen, evaluations.judge(step))
             engine.train()
+        if stops:
+            run.stop(args, step)
 
     difference = publish(evaluations.result(write), output)
     log.close()

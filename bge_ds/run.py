@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from bge_ds import statuses
 from bge_ds.arguments import TrainArguments, changed, describe, steps_from
 from bge_ds.data import loader
 from bge_ds.data.mixture import SetBatches
 from bge_ds.data.order import Line, mix64
 from bge_ds.data.token_order import TokenOrder
-from bge_ds.distributed import checkpoint, collectives, disk
+from bge_ds.distributed import checkpoint, collectives, disk, watch
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
@@ -30,19 +31,50 @@ _OURS = ("metrics.jsonl", "runs", disk.LOCK)
 
 
 def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> int:
-    """Run a training command; a user's mistake becomes one line and exit status 2, on the first rank of each host."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    """Run a training command, all its ranks watched; the exit status, one of `statuses`.
+
+    A user's mistake becomes one line, on the first rank of each host.
+    """
+    status = statuses.FAILED
     try:
+        watch.join(args.join_timeout)
         train(args)
+        status = statuses.DONE
+    except Preempted as stop:
+        status = statuses.PREEMPTED
+        if is_first_on_host():
+            print(stop, file=sys.stderr, flush=True)
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
-        if first:
+        status = statuses.MISTAKE
+        if is_first_on_host():
             print(f"error: {error}", file=sys.stderr, flush=True)
             if logging.getLogger("bge_ds").isEnabledFor(logging.DEBUG) or isinstance(error, NotImplementedError):
                 traceback.print_exc()
-        return 2
+        watch.fail(status, str(error))
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            watch.await_cause()  # such as a collective's "connection closed", which does not say why
+        if watch.several():
+            traceback.print_exc()  # the process ends before Python would print it
+        watch.fail(status, f"{type(error).__name__}: {error}")
+        raise
     finally:
         collectives.leave()
-    return 0
+        watch.leave(keep_ignoring=status == statuses.PREEMPTED)
+    return status
+
+
+class Preempted(Exception):
+    """A signal has stopped the run, after a step that all ranks have done; the words for the user."""
+
+
+def stop(args: TrainArguments, step: int) -> None:
+    """End a run that a signal stops after `step`, where it has saved what it can."""
+    if args.save_only_model:
+        then = "nothing to go on from was saved (--save_only_model)"
+    else:
+        then = f"saved {args.output_dir}/checkpoint-{step}; start again with --resume_from_checkpoint auto to go on"
+    raise Preempted(f"stopped by {watch.stopper()} after step {step}; {then}")
 
 
 def set_up(args: TrainArguments) -> None:

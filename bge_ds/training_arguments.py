@@ -70,7 +70,7 @@ REFUSED: dict[str, str] = {name: reason for names, reason in _GROUPS.items() for
     "save_on_each_node": "models are written once, by rank 0, and each rank writes its own part of a checkpoint; put "
     "--output_dir on storage that all hosts share",
     "save_safetensors": "models are always written as safetensors",
-    "enable_jit_checkpoint": "a termination signal does not trigger a checkpoint in this version; lower --save_steps",
+    "enable_jit_checkpoint": "a termination signal always makes a checkpoint",
     "ignore_data_skip": "a resumed run continues at the very next text, which costs nothing here",
     "restore_callback_states_from_checkpoint": "the training loops have no callbacks",
     "dataloader_in_order": "batches always arrive in the order computed from the seed, or no run could be repeated",
@@ -110,6 +110,7 @@ ACCEPTED: dict[str, tuple] = {
     "save_safetensors": (True,),
     "dataloader_in_order": (True,),
     "dataloader_persistent_workers": (True, False),
+    "enable_jit_checkpoint": (True, False),
     "skip_memory_metrics": (True, False),
     "do_train": (True, False),
     "include_tokens_per_second": (True, False),

@@ -9,6 +9,9 @@ tensors where they arrive: in the thread that pins memory where there is a GPU, 
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +43,19 @@ class StepDataset(Dataset):
         return [self.collate(self._shards, epochs, rows) for epochs, rows in self.order.micro_batches(step, *self.place)]
 
 
+def _follow_rank(_: int) -> None:
+    """The start of a worker: signals that go to all processes of a job are for its rank to act on, and it ends with its rank.
+
+    Without that, a launcher's SIGTERM would take a step's batches away just when they are needed for a last step, and the
+    workers of a killed rank would live on for seconds, or for ever where what they have built fills their pipe.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def steps(
     folders: list[Path],
     order: Line | TokenOrder,
@@ -69,5 +85,6 @@ def steps(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_follow_rank,
         multiprocessing_context=context if workers else None,
     )

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from bge_ds.distributed import collectives, state
+from bge_ds.distributed import collectives, state, watch
 from bge_ds.distributed.config import read_config
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,19 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
         _fit_allocator()
         # An all-reduce for inference that training never calls; compiling it costs half a minute and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    timeout, store = timedelta(seconds=timeout_s), watch.store()
+    if store is not None and not torch.distributed.is_initialized():
+        # The ranks have met already; a second store would need a second port. DeepSpeed takes the group that is there.
+        store.set_timeout(timeout)
+        torch.distributed.init_process_group(
+            backend or accelerator.communication_backend_name(),
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            device_id=torch.device("cuda", local_rank) if accelerator.device_name() == "cuda" else None,
+        )
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
 
 

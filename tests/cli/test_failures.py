@@ -1,0 +1,178 @@
+"""The training commands when something dies: every rank ends in time and says why; what a signal stopped goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+
+import helpers
+import pytest
+import ranks as runs
+import torch
+from safetensors.torch import load_file
+
+from bge_ds import statuses
+
+# A rank that does something to itself, or to another process, at a chosen moment of its run.
+SCRIPT = """
+import json, os, signal, sys, time
+import torch
+from bge_ds import finetune, pretrain, run
+from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.distributed import collectives, watch
+
+flags, moment, victim, act = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+command = sys.argv[5]
+module = {"finetune": finetune, "pretrain": pretrain}[command]
+kind = {"finetune": FinetuneArguments, "pretrain": PretrainArguments}[command]
+
+def at(place, name, times=1):
+    real, calls = getattr(place, name), []
+    def reached(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == times and int(os.environ["RANK"]) == victim:
+            if act == "raise":
+                raise RuntimeError("out of luck")
+            os.kill(os.getpid(), getattr(signal, act))
+        return real(*args, **kwargs)
+    setattr(place, name, reached)
+
+if moment == "join":
+    at(watch, "join")
+elif moment == "rendezvous":
+    at(torch.distributed, "init_process_group")
+elif moment == "data":
+    at(module, "open_data")
+elif moment == "step":
+    at(run, "seed_step", 3)  # in the middle of a step, whose collectives the others wait in
+elif moment == "save":
+    at(module, "write_model")
+sys.exit(run.command(module.train, kind.build(**flags)))
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A tiny BERT with dropout and both kinds of data, already in the cache of shards."""
+    base = tmp_path_factory.mktemp("setting")
+    helpers.make_model("bert", base / "model", dropout=0.1)
+    helpers.make_tokenizer("wordpiece", base / "model")
+    texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
+    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
+    (base / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
+    (base / "texts.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in texts))
+    return base
+
+
+def flags_of(setting, command: str, output, **more) -> dict:
+    own = {
+        "finetune": {"train_data": str(setting / "groups.jsonl"), "train_group_size": 3, "negatives_cross_device": True,
+                     "temperature": 0.05},
+        "pretrain": {"train_data": str(setting / "texts.jsonl"), "max_seq_length": 40},
+    }  # fmt: skip
+    return {
+        "model_name_or_path": str(setting / "model"), "cache_dir": str(setting / "cache"), "output_dir": str(output),
+        "deepspeed": "zero1", "use_cpu": True, "max_steps": 9, "save_strategy": "no", "logging_steps": 1,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-3, **own[command], **more,
+    }  # fmt: skip
+
+
+def start(setting, folder, command="finetune", moment="", victim=-1, act="SIGKILL", **flags):
+    flags = flags_of(setting, command, folder / "out", **flags)
+    return runs.started(SCRIPT, 2, folder / moment, json.dumps(flags), moment, victim, act, command)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("moment", ["join", "data", "rendezvous", "step", "save"])
+def test_a_killed_rank_ends_the_run(tmp_path, setting, moment, victim):
+    """Killed before it joins, while data is opened, as the group forms, in a step, in a save: the other ends as LOST.
+
+    Within 60 s, and in seconds once the two have met; it names the rank, its host and its pid, and does so once.
+    """
+    more = {"save_strategy": "steps", "save_steps": 2} if moment == "save" else {}
+    if moment == "join":
+        more["join_timeout"] = 20
+    with start(setting, tmp_path, moment=moment, victim=victim, **more) as run:
+        run.processes[victim].wait(150)
+        died = time.monotonic()
+        found = run.statuses(60)
+        assert found[victim] == -signal.SIGKILL and found[1 - victim] == statuses.LOST, run.everything()
+        said = run.log(1 - victim)
+        if moment == "join":
+            assert ("rank 1 did not come" if victim else "rank 0 does not answer") in said or victim == 0
+        else:
+            assert time.monotonic() - died < 20
+            assert said.count(f"error: rank {victim} (host ") == 1 and f"pid {run.processes[victim].pid})" in said
+            assert "Traceback" not in said
+    assert not list(tmp_path.glob("out/checkpoint-2"))
+
+
+def test_an_error_of_one_rank_ends_the_others_with_its_words(tmp_path, setting):
+    """The rank that fails prints its traceback and ends with 1; the other, whose collective breaks, names it and its error."""
+    with start(setting, tmp_path, moment="step", victim=1, act="raise") as run:
+        assert run.statuses(150) == [statuses.FAILED] * 2, run.everything()
+        assert "RuntimeError: out of luck" in run.log(1) and "Traceback" in run.log(1)
+        assert "error: rank 1 (host " in run.log(0) and "failed: RuntimeError: out of luck" in run.log(0)
+        assert "Traceback" not in run.log(0)
+
+
+def test_a_mistake_that_all_find_is_said_once(tmp_path, setting):
+    """Data that is not there: status 2 on all ranks, one line a host, no word of lost ranks."""
+    with start(setting, tmp_path, train_data=str(tmp_path / "absent.jsonl")) as run:
+        assert run.statuses(150) == [statuses.MISTAKE] * 2, run.everything()
+        assert run.log(0).count("error: ") == 1 and "absent.jsonl" in run.log(0) and "error" not in run.log(1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setting, tmp_path_factory):
+    """command -> the output folder of its run that nothing has disturbed."""
+    folders = {}
+    for command in ("finetune", "pretrain"):
+        folder = tmp_path_factory.mktemp(command)
+        with start(setting, folder, command) as run:
+            assert run.statuses(200) == [0, 0], run.everything()
+        folders[command] = folder / "out"
+    return folders
+
+
+def measured(output) -> dict[int, tuple]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
+
+
+def assert_same_run(found, expected) -> None:
+    """The losses of all steps and the final weights, to the last bit."""
+    assert measured(found) == measured(expected)
+    names = [path.relative_to(expected) for path in expected.rglob("*.safetensors")]
+    assert names
+    for name in names:
+        a, b = load_file(found / name), load_file(expected / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+
+
+@pytest.mark.parametrize(
+    ("command", "act", "to", "workers"),
+    [("finetune", "SIGTERM", 0, 2), ("finetune", "SIGUSR1", 1, 0), ("pretrain", "SIGTERM", 1, 0)],
+)
+def test_what_a_signal_stopped_goes_on_exactly(tmp_path, setting, undisturbed, command, act, to, workers):
+    """A signal to either rank: both save at one step and end with 75, and the resumed run is the undisturbed one."""
+    with start(setting, tmp_path, command, "step", to, act, dataloader_num_workers=workers) as run:
+        assert run.statuses(150) == [statuses.PREEMPTED] * 2, run.everything()
+        (said,) = re.findall(rf"stopped by {act} to rank {to} \(host .*, pid \d+\) after step (\d+); saved", run.log(0))
+        assert "stopped" not in run.log(1)
+        assert 2 < int(said) < 9 and sorted(measured(tmp_path / "out")) == list(range(1, int(said) + 1))
+    with start(setting, tmp_path, command, resume_from_checkpoint="auto") as run:
+        assert run.statuses(150) == [0, 0], run.everything()
+        assert f"at step {said}" in run.log(0)
+    assert_same_run(tmp_path / "out", undisturbed[command])
+
+
+def test_checkpoints_of_the_model_alone_cannot_be_gone_on_from(tmp_path, setting):
+    """With --save_only_model a signal ends the run as well, and it says that nothing was saved to go on from."""
+    more = {"save_strategy": "steps", "save_steps": 500, "save_only_model": True}
+    with start(setting, tmp_path, moment="step", victim=1, act="SIGTERM", **more) as run:
+        assert run.statuses(150) == [statuses.PREEMPTED] * 2, run.everything()
+        assert "nothing to go on from was saved (--save_only_model)" in run.log(0)
+    assert not list(tmp_path.glob("out/checkpoint-*"))
