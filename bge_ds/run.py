@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from bge_ds import statuses
 from bge_ds.arguments import TrainArguments, changed, describe, steps_from
 from bge_ds.data import loader
 from bge_ds.data.mixture import SetBatches
@@ -24,6 +25,7 @@ from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
+from bge_ds.divergence import Diverged, Watch
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
 from bge_ds.ordering import split_weights
 
@@ -41,6 +43,10 @@ def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> in
             if logging.getLogger("bge_ds").isEnabledFor(logging.DEBUG) or isinstance(error, NotImplementedError):
                 traceback.print_exc()
         return 2
+    except Diverged as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return statuses.DIVERGED
     finally:
         collectives.leave()
     return 0
@@ -314,7 +320,9 @@ def load_steps(args: TrainArguments, data, order, collate: Callable, device: tor
     )
 
 
-def rates(args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int) -> dict[str, float]:
+def rates(
+    args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int, nonfinite: Watch
+) -> dict[str, float]:
     """What both commands log of a stretch of steps besides their losses; on every rank, rates are those of all ranks."""
     rate = sums["flops"] / sums["seconds"] / collectives.world_size()
     record = {
@@ -323,7 +331,7 @@ def rates(args: TrainArguments, engine, device: torch.device, sums: dict[str, fl
         "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
         "seconds_per_step": sums["seconds"] / sums["steps"],
         "peak_memory_bytes": peak_memory(device),
-        **engines.skipped_steps(engine),
+        **nonfinite.read(),
     }
     if args.include_num_input_tokens_seen != "no":
         record["num_input_tokens_seen"] = sum(collectives.gather_counts(tokens_seen, device))
