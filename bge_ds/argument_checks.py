@@ -42,6 +42,7 @@ _RANGES: dict[str, _Rule] = {
     **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
     "per_device_train_tokens": _WHOLE,
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
+    "max_nonfinite_steps": _NOT_NEGATIVE,
     "bow_loss_weight": _NOT_NEGATIVE,
     **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha", "mixing_temperature"), _POSITIVE),
     "lora_rank": _WHOLE,

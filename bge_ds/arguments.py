@@ -91,6 +91,9 @@ class TrainArguments:
     adam_beta2: float = _flag(0.999, "AdamW's decay of the mean of squared gradients")
     adam_epsilon: float = _flag(1e-8, "AdamW's term against division by zero")
     max_grad_norm: float = _flag(1.0, "largest norm of the whole gradient, longer ones are scaled down; 0: never")
+    max_nonfinite_steps: int = _flag(
+        20, "steps in a row with a loss or gradient that is not finite, each skipped and counted, that stop the run; 0: never"
+    )
     average_tokens_across_devices: bool = _flag(
         True, "pretrain: mean over the tokens of all ranks, not mean of the ranks' means"
     )

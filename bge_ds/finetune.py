@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives, gradcache, watch
 from bge_ds.distributed import engine as engines
+from bge_ds.divergence import SkippedSteps
 from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export, lora
 from bge_ds.modeling.encoder import Encoder, check_lengths, say_how
@@ -99,6 +101,7 @@ def train(args: FinetuneArguments) -> None:
     objective = objective_of(args)
     meter = Meter(device, args.logging_nan_inf_filter)
     saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, started)
+    nonfinite = SkippedSteps(args.max_nonfinite_steps, Path(args.output_dir), engine, tokenizer, log.say)
     engine.train()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
@@ -106,9 +109,10 @@ def train(args: FinetuneArguments) -> None:
         for micro, batch in enumerate(micro_batches):
             batch = batch.to(device)
             parts.append(backward(engine, batch, args, objective, uniform, partial(run.seed_step, args.seed, step, micro)))
-            engine.step()
+            applied = engines.take_step(engine)
+        loss = sum(part.loss for part in parts) / len(parts)
         meter.add(
-            loss=sum(part.loss for part in parts) / len(parts),
+            loss=loss if applied else math.nan,
             negatives=sum(part.negatives for part in parts),
             hidden_by_content=sum(part.by_content for part in parts),
             hidden_by_margin=sum(part.by_margin for part in parts),
@@ -118,6 +122,7 @@ def train(args: FinetuneArguments) -> None:
             flops=sum(backbone_flops(model.backbone, b.texts.runs) for b in micro_batches),
         )
         tokens_seen += sum(b.texts.tokens for b in micro_batches)
+        nonfinite.saw(step, applied, loss, micro_batches)
         log.advance()
         run.empty_cache(args, step, device)
         if plan.logs(step):
@@ -133,7 +138,7 @@ def train(args: FinetuneArguments) -> None:
                 "false_negatives_hidden": sums["hidden_by_content"] / queries,
                 "margin_negatives_hidden": sums["hidden_by_margin"] / queries,
                 "temperature": sums["steps"] * collectives.world_size() / sums["scale"],
-                **run.rates(args, engine, device, sums, tokens_seen),
+                **run.rates(args, engine, device, sums, tokens_seen, nonfinite),
                 **saver.record(),
             })  # fmt: skip
             engine.train()
@@ -265,7 +270,7 @@ def backward(
 
     def loss(vectors_ND, scale):
         parts.append(contrastive_loss(vectors_ND[texts.place_N], scale, batch, objective, args.negatives_cross_device, uniform))
-        return parts[0].loss
+        return engines.all_or_nothing(parts[0].loss)
 
     sizes = [last - first for first, last in pairwise(bounds)]
     with engines.one_reduction(engine, len(pieces)) as run_backward:

@@ -26,17 +26,18 @@ class Meter:
 
     def _reset(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
+        self.counted: dict[str, torch.Tensor] = {}
         self.steps = 0
         self.began = time.perf_counter()
 
     def add(self, **values: torch.Tensor | float) -> None:
-        """One optimizer step's values. A value that is not finite counts as the average so far, where filtered."""
+        """One optimizer step's values. A value that is not finite counts as the average of the others, where filtered."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
-            total = self.sums.get(name, torch.zeros_like(value))
-            if self.filter:
-                value = torch.where(torch.isfinite(value), value, total / max(1, self.steps))
-            self.sums[name] = total + value
+            counts = torch.isfinite(value) if self.filter else torch.ones_like(value, dtype=torch.bool)
+            zero = torch.zeros_like(value)
+            self.sums[name] = self.sums.get(name, zero) + torch.where(counts, value, zero)
+            self.counted[name] = self.counted.get(name, zero) + counts
         self.steps += 1
 
     def leave_out(self, seconds: float) -> None:
@@ -44,9 +45,12 @@ class Meter:
         self.began += seconds
 
     def read(self) -> dict[str, float]:
-        """Each value summed over the steps and averaged over the ranks' sums; `steps`, `seconds`. Starts anew."""
+        """Each value summed over the steps and the ranks (NaN where none was finite); `steps`, `seconds`. Starts anew."""
         names = sorted(self.sums)
-        totals = collectives.sum_over_ranks(torch.stack([self.sums[name] for name in names]))
+        both = [torch.stack([values[name] for name in names]) for values in (self.sums, self.counted)]
+        totals, counted = collectives.sum_over_ranks(torch.stack(both))
+        # What was left out counts as the average of the rest, of any rank.
+        totals = totals * (self.steps * collectives.world_size() / counted)
         result = dict(zip(names, totals.tolist(), strict=True))
         result |= {"steps": self.steps, "seconds": time.perf_counter() - self.began}
         self._reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from functools import partial
@@ -16,6 +17,7 @@ from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives, watch
 from bge_ds.distributed import engine as engines
+from bge_ds.divergence import SkippedSteps
 from bge_ds.kernels.decoder_attention import choose
 from bge_ds.metrics import Meter
 from bge_ds.modeling import export
@@ -75,6 +77,7 @@ def train(args: PretrainArguments) -> None:
     )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
+    nonfinite = SkippedSteps(args.max_nonfinite_steps, output, engine, tokenizer, log.say)
     weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
     saver = resuming.Saver(
         args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, started,
@@ -91,9 +94,12 @@ def train(args: PretrainArguments) -> None:
             losses_5 = engine(batch)
             # Sums over a rank's tokens, each over the tokens of the whole step: with DeepSpeed's mean over ranks and
             # without its division by the accumulation steps, this is the gradient of one process with the whole batch.
-            engine.backward((weights_3 * losses_5[:3] / targets_3).sum(), scale_wrt_gas=False)
-            engine.step()
+            engine.backward(engines.all_or_nothing((weights_3 * losses_5[:3] / targets_3).sum()), scale_wrt_gas=False)
+            applied = engines.take_step(engine)
             sums_5 += losses_5.detach()
+        nonfinite.saw(step, applied, sums_5[:3].sum(), micro_batches)
+        if not applied:
+            sums_5 = sums_5.masked_fill(sums_5 != 0, math.nan)  # what the objective has not stays 0
         meter.add(
             **dict(zip(_SUMS, sums_5, strict=True)),
             **dict(zip(_COUNTS, count_own_targets(model, micro_batches), strict=True)),
@@ -116,7 +122,7 @@ def train(args: PretrainArguments) -> None:
                     **({"hidden_share": model.hidden_share(micro_batches[-1])} if model.decoder else {}),
                     "learning_rate": learning_rate,
                     "grad_norm": engines.gradient_norm(engine),
-                    **run.rates(args, engine, device, sums, tokens_seen),
+                    **run.rates(args, engine, device, sums, tokens_seen, nonfinite),
                     **saver.record(),
                 }
             )

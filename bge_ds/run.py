@@ -25,6 +25,7 @@ from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives, disk, watch
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
+from bge_ds.divergence import Diverged, SkippedSteps
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
 
 _OURS = ("metrics.jsonl", "runs", disk.LOCK)
@@ -40,8 +41,8 @@ def command(train: Callable[[TrainArguments], None], args: TrainArguments) -> in
         watch.join(args.join_timeout)
         train(args)
         status = statuses.DONE
-    except Preempted as stop:
-        status = statuses.PREEMPTED
+    except (Preempted, Diverged) as stop:
+        status = statuses.PREEMPTED if isinstance(stop, Preempted) else statuses.DIVERGED
         if is_first_on_host():
             print(stop, file=sys.stderr, flush=True)
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
@@ -315,7 +316,9 @@ def load_steps(args: TrainArguments, data, order, collate: Callable, device: tor
     )
 
 
-def rates(args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int) -> dict[str, float]:
+def rates(
+    args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int, nonfinite: SkippedSteps
+) -> dict[str, float]:
     """What both commands log of a stretch of steps besides their losses; on every rank, rates are those of all ranks."""
     rate = sums["flops"] / sums["seconds"] / collectives.world_size()
     record = {
@@ -324,7 +327,7 @@ def rates(args: TrainArguments, engine, device: torch.device, sums: dict[str, fl
         "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
         "seconds_per_step": sums["seconds"] / sums["steps"],
         "peak_memory_bytes": peak_memory(device),
-        **engines.skipped_steps(engine),
+        **nonfinite.read(),
     }
     if args.include_num_input_tokens_seen != "no":
         record["num_input_tokens_seen"] = sum(collectives.gather_counts(tokens_seen, device))

@@ -6,8 +6,10 @@ The only importer of deepspeed.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -206,7 +208,70 @@ def build(
     for name, buffer in model.named_buffers():
         if name in exact:
             buffer.data = exact[name].to(buffer.device)
+    _skip_what_is_not_finite(engine)
     return engine
+
+
+def _skip_what_is_not_finite(engine) -> None:
+    """Have the engine's step change nothing, the schedule included, where any rank's gradient is not finite.
+
+    DeepSpeed does so by itself in fp16, and from 0.19.8 on wherever it wraps the optimizer (ZeRO 1 to 3, and 16 bits).
+    Older versions take NaN for a norm of -1 and go on; they get the check that they make in fp16. At ZeRO 0 in fp32 no version
+    looks. How an optimizer tells the engine that it has not stepped is its attribute `overflow`.
+    """
+    from deepspeed.runtime import utils
+
+    optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # how many steps may be skipped is --max_nonfinite_steps
+    if isinstance(optimizer, torch.optim.Optimizer):
+        _check_norm_first(engine, optimizer)
+    elif hasattr(utils, "is_invalid_grad_norm"):
+        return
+    elif hasattr(optimizer, "check_grad_overflow"):  # ZeRO 1 and 2
+        optimizer.check_grad_overflow = True
+    elif hasattr(optimizer, "_overflow_check_and_loss_scale_update"):  # ZeRO 3
+        go_on = optimizer._overflow_check_and_loss_scale_update
+
+        def check_first() -> bool:
+            optimizer.check_overflow()
+            return go_on()
+
+        optimizer._overflow_check_and_loss_scale_update = check_first
+
+
+def _check_norm_first(engine, optimizer: torch.optim.Optimizer) -> None:
+    """ZeRO 0 in fp32: norm, clipping and step in one place. The gradient is reduced by then: all ranks find the same."""
+    clip, take = engine.gradient_clipping(), optimizer.step
+    optimizer.overflow = False
+    engine.clip_fp32_gradients = lambda: None  # DeepSpeed's would compute the norm once more, and tell it to nobody
+
+    @functools.wraps(take)  # a schedule has marked the step as seen
+    def step(closure=None):
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        optimizer._global_grad_norm = float(norm)
+        optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
+        if optimizer.overflow:
+            return
+        if clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        take(closure)
+
+    optimizer.step = step
+
+
+def all_or_nothing(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss; where it is not finite, its gradients are not either, so that they alone tell whether a step counts."""
+    return loss * (loss.detach() * 0 + 1)
+
+
+def take_step(engine) -> bool:
+    """The engine's step after a micro batch. At a step's last: whether the weights moved (not where the gradient of any rank
+    was not finite; the same on every rank)."""
+    engine.step()
+    return engine.was_step_applied()
 
 
 def _make_optimizer(groups: list[dict], adam: dict, optim: str, offload: bool) -> torch.optim.Optimizer:
@@ -346,5 +411,5 @@ def gradient_norm(engine) -> float | None:
 
 
 def skipped_steps(engine) -> dict[str, int]:
-    """fp16: how many steps the loss scaler has skipped so far; nothing to report otherwise."""
-    return {"skipped_steps": engine.skipped_steps} if engine.fp16_enabled() else {}
+    """How many steps were skipped so far: in fp16 by the loss scaler, as is its way; otherwise as not finite."""
+    return {"skipped_steps" if engine.fp16_enabled() else "nonfinite_steps_total": engine.skipped_steps}

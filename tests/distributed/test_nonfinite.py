@@ -1,0 +1,123 @@
+"""A step that is not finite leaves no trace but its count, at every ZeRO stage; too many in a row end the run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# Each run of `flags["runs"]`: its arguments, the steps whose first micro batch has NaN in the embeddings of one rank, and
+# the steps left out, in which nothing is computed at all. The exit status of each rank's run is printed.
+RANK_SCRIPT = """
+import json, sys
+import torch
+from bge_ds import finetune, pretrain, run
+from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.distributed import collectives
+from bge_ds.distributed import engine as engines
+
+now, last = {"step": 0, "micro": 0}, []
+seed_step, take_step, build, backward = run.seed_step, engines.take_step, run.build_engine, finetune.backward
+
+def note_and_seed(seed, step, micro, piece=0):
+    now.update(step=step, micro=micro)
+    seed_step(seed, step, micro, piece)
+
+def poison(module, inputs, output):
+    if now["step"] in plan["poisoned"] and now["micro"] == 0 and collectives.rank() == collectives.world_size() - 1:
+        return output * float("nan")
+
+def left_out():
+    return now["step"] in plan["left_out"]
+
+def build_and_hook(args, model, steps):
+    engine, config = build(args, model, steps)
+    next(m for m in engine.module.modules() if isinstance(m, torch.nn.Embedding)).register_forward_hook(poison)
+    own = engine.backward
+    engine.backward = lambda loss, **more: None if left_out() else own(loss, **more)
+    return engine, config
+
+def backward_or_last(engine, batch, args, objective, uniform, seed):
+    seed(0)
+    if not left_out():
+        last[:] = [backward(engine, batch, args, objective, uniform, seed)]
+    return last[0]
+
+run.seed_step, run.build_engine, finetune.backward = note_and_seed, build_and_hook, backward_or_last
+engines.take_step = lambda engine: False if left_out() else take_step(engine)
+leave, collectives.leave = collectives.leave, lambda: None
+commands = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
+for plan in json.loads(sys.argv[1]):
+    train, kind = commands[plan["name"]]
+    print("status", run.command(train, kind.build(**plan["args"], use_cpu=True)))
+collectives.leave = leave
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    base = tmp_path_factory.mktemp("setting")
+    helpers.make_model("bert", base / "model", dropout=0.1)
+    helpers.make_tokenizer("wordpiece", base / "model")
+    texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
+    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
+    (base / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
+    (base / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return base
+
+
+def arguments(setting, name: str, output, **changes) -> dict:
+    own = {"train_data": str(setting / "groups.jsonl"), "train_group_size": 3, "negatives_cross_device": True}
+    if name == "pretrain":
+        own = {"train_data": str(setting / "texts.jsonl"), "max_seq_length": 40, "gradient_accumulation_steps": 2}
+    return {
+        "model_name_or_path": str(setting / "model"), "output_dir": str(output), "cache_dir": str(setting / "cache"),
+        "per_device_train_batch_size": 2, "max_steps": 6, "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-3,
+        "warmup_steps": 4, "weight_decay": 0.1, "dataloader_num_workers": 0, **own, **changes,
+    }  # fmt: skip
+
+
+def records(folder) -> dict[int, dict]:
+    return {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+CASES = {
+    "0": {}, "1": {}, "2": {}, "3": {}, "0-unclipped": {"max_grad_norm": 0.0}, "2-unclipped": {"max_grad_norm": 0.0},
+    "0-bf16": {"bf16": True}, "1-bf16": {"bf16": True}, "2-bf16": {"bf16": True}, "3-bf16": {"bf16": True},
+    "2_offload": {}, "3_offload": {},
+    "0-pieces": {"sub_batch_size": 3}, "2-pieces": {"sub_batch_size": 3}, "3-pieces-bf16": {"sub_batch_size": 3, "bf16": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, setting, case):
+    """NaN on one rank in the third of six steps: from there on the run is, to the last bit, the one in which that step was
+    left out: weights, moments (later steps need them) and schedule. In pre-training the NaN is in the first of two
+    micro batches. The step is counted, and no other."""
+    plans = []
+    for name in ("finetune", "pretrain"):
+        changes = {k: v for k, v in CASES[case].items() if name == "finetune" or k != "sub_batch_size"}
+        for how in ("poisoned", "left_out"):
+            args = arguments(setting, name, tmp_path / f"{name}_{how}", deepspeed="zero" + case.split("-")[0], **changes)
+            plans.append({"name": name, "args": args, "poisoned": [], "left_out": [], how: [3]})
+    out = helpers.run_ranks(RANK_SCRIPT, 2, json.dumps(plans))
+    assert out.split().count("status") == 8 and "status 0" in out and not any(f"status {s}" in out for s in (1, 2, 77))
+    for name, file in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
+        poisoned, left_out = (records(tmp_path / f"{name}_{how}") for how in ("poisoned", "left_out"))
+        assert math.isnan(poisoned[3]["loss"])
+        for step in (1, 2, 4, 5, 6):
+            for key in ("loss", "learning_rate", "grad_norm"):
+                assert poisoned[step][key] == left_out[step][key], (step, key)
+        assert poisoned[3]["learning_rate"] == poisoned[4]["learning_rate"] < poisoned[5]["learning_rate"]
+        assert [poisoned[step]["nonfinite_steps"] for step in range(1, 7)] == [0, 0, 1, 0, 0, 0]
+        assert [poisoned[step]["nonfinite_steps_total"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
+        found, expected = (load_file(tmp_path / f"{name}_{how}" / file) for how in ("poisoned", "left_out"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], expected[k]) for k in expected)
+        start = load_file(setting / "model" / "model.safetensors")
+        assert all(torch.isfinite(found[k]).all() for k in found)
+        assert any(not torch.equal(found[k], start[s]) for k in found for s in start if s.endswith(k))  # it did learn
