@@ -12,7 +12,7 @@ import helpers
 import pytest
 from safetensors.torch import load_file
 
-RUNS = 20
+RUNS = int(__import__("os").environ.get("KILLS", 20))
 STEPS, SAVE_EVERY = 10, 3
 SERVER = helpers.REPO / "tests/ranks_server.py"
 # Executed by every rank: the one that is named kills itself, once a run, some time after a step or a save has begun.
