@@ -66,6 +66,12 @@ def losses(folder) -> dict[int, tuple]:
     return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
 
 
+def alike(found: tuple, expected: tuple) -> bool:
+    """To 1e-4; ZeRO 0 measures no norm."""
+    both = [(a, b) for a, b in zip(found, expected, strict=True) if None not in (a, b)]
+    return len(both) >= 2 and np.allclose(*zip(*both, strict=True), rtol=1e-4, atol=0)
+
+
 COMMANDS = ["finetune", "pretrain", "tokens"]
 
 
@@ -95,7 +101,7 @@ def test_ranks_and_stages_change_on_the_way(tmp_path, setting):
         for k, (leg, _, _) in list(enumerate(legs))[1:]:
             found = losses(tmp_path / leg / command)
             assert sorted(found) == list(range(2 * k + 1, 9))
-            assert all(np.allclose(found[step], expected[step], rtol=1e-4) for step in found), (command, leg)
+            assert all(alike(found[step], expected[step]) for step in found), (command, leg)
         assert abs(expected[8][0] - expected[3][0]) > 1e-2  # it did learn
 
 
@@ -117,7 +123,7 @@ def test_any_stage_goes_on_as_any_other(tmp_path, setting, written):
         for stage in {0, 1, 2, 3} - {written}:
             found = losses(tmp_path / f"{command}{stage}")
             assert sorted(found) == [3, 4]
-            assert all(np.allclose(found[step], expected[step], rtol=1e-4) for step in found), (command, stage)
+            assert all(alike(found[step], expected[step]) for step in found), (command, stage)
 
 
 def fit(monkeypatch, ranks, kind=FinetuneArguments, before=2, asked=6, total=12, **flags):
