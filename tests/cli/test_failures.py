@@ -226,7 +226,7 @@ def until(reached, seconds: float, what: str) -> None:
 
 
 def test_a_cut_cable_ends_both_hosts_and_the_run_goes_on_when_it_is_back(work, hosts):
-    """Within 60 s no rank is left on either host, and the silence is named; the resumed run is that of two ranks on one host."""
+    """Within 60 s neither host has a rank left, and the silence is named; the resumed run is that of two ranks of one host."""
     whole, cut = multinode(work, hosts, "whole", NUM_GPUS="2"), None
     try:
         assert whole.wait(150) == 0, (work / "whole.log").read_text()[-4000:]
