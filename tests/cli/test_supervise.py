@@ -200,6 +200,8 @@ def test_a_run_that_dies_twice_ends_as_if_it_had_not(tmp_path, setting):
     assert "restart 1 of 3 from step 3 " in said and "restart 1 of 3 from step 6 " in said
     assert said.count("ended without a word") == 2
     assert_same_result(tmp_path / "out", setting / "whole")
+    # The launcher's SIGTERM for the rank that was left started no save.
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (3, 6, 9)]
     assert not ranks_of(tmp_path / "out")
 
 
