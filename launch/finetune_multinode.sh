@@ -13,8 +13,8 @@
 # of an ssh session: the offloading configurations need the environment's ninja, so PATH=/the/environment/bin:$PATH.
 # MASTER_ADDR and MASTER_PORT choose where the processes meet (default: the first host's first address, port 29500).
 # A port or key for ssh is best set in ~/.ssh/config. PDSH_SSH_ARGS_APPEND="-p 2222 -i key" works too, with MASTER_ADDR.
-# Should a host fail while starting, the others wait without a word, for --ddp_timeout seconds (gloo: five times that):
-# look for its lines. Ctrl-C ends the run, and every other DeepSpeed run of yours with the same Python on these hosts.
+# A rank or host that fails ends the run on all hosts within a minute, with its name; one that does not start is named after
+# --join_timeout seconds. Ctrl-C ends the run, and every other DeepSpeed run of yours with the same Python on these hosts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hostfile=${HOSTFILE:-$here/hostfile}
@@ -41,6 +41,8 @@ if [ -n "${PDSH_SSH_ARGS_APPEND:-}" ]; then
     DEEPSPEED_ARGS+=" --no_ssh_check"
 fi
 export DEEPSPEED_ARGS
+# An ssh whose host is gone would wait for it for hours, and the whole launch with it.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=10"
 
 # A shell on each host reads the flags again, and pdsh replaces %h, %n and %u. DeepSpeed puts only words with a space in
 # (double) quotes, so what these leave open and all other words are quoted here.

@@ -12,7 +12,6 @@ data that has arrived is read before silence is judged.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -26,13 +25,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
 from bge_ds import statuses
+from bge_ds.distributed.links import Link, Member, hosts_of_ranks, listen, meeting_point, own_address, own_host
 
 BEAT_S = 2.0
 TURN_S = 0.5  # between two looks at the clock
@@ -44,47 +43,6 @@ _KEY = "bge_ds/watch"
 _GO_ON = "start again with --resume_from_checkpoint auto to go on from the last checkpoint"
 
 
-@dataclass(frozen=True)
-class Member:
-    """A rank as others name it. host: name, and address where it is another host than rank 0's. local: rank on its host."""
-
-    rank: int
-    host: str
-    pid: int
-    local: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-
-class _Link:
-    """A connection to another rank: lines of JSON each way. member: who is there; unknown until it has said so."""
-
-    def __init__(self, sock: socket.socket):
-        self.sock, self.member, self.heard, self._rest = sock, None, time.monotonic(), b""
-        self.over = False  # it said goodbye, or failed: its end is no loss
-        self.failed = False
-        sock.settimeout(5)  # sending waits only where the buffer of many minutes of heartbeats is full
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def send(self, kind: str, **content) -> None:
-        # A link that breaks here is found broken when it is read: one place decides what that means.
-        with contextlib.suppress(OSError):
-            self.sock.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
-
-    def receive(self) -> list[dict] | None:
-        """The messages that have arrived; None: the other end is closed. Raises ValueError for what is no message."""
-        try:
-            data = self.sock.recv(1 << 16)
-        except OSError:
-            return None
-        if not data:
-            return None
-        self.heard = time.monotonic()
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-
 class _Watch:
     """The watch of one rank. Methods without an underscore are the main thread's, all others run in the watching thread."""
 
@@ -93,7 +51,7 @@ class _Watch:
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         self.store: dist.Store | None = None
         self.joined = threading.Event()
-        self.links: list[_Link] = []  # rank 0: to every other rank; the others: to rank 0
+        self.links: list[Link] = []  # rank 0: to every other rank; the others: to rank 0
         self.members: dict[int, Member] = {}  # of the whole run, once all have joined
         self.closed = False
         self._selector = selectors.PollSelector()  # no descriptor of its own that a forked child would share
@@ -138,7 +96,7 @@ class _Watch:
         self.joined.wait()  # the thread ends the process where that takes too long
 
     def _host(self) -> None:
-        address, port = _meeting_point()
+        address, port = meeting_point()
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             timeout = timedelta(seconds=self._join_timeout_s)
@@ -152,15 +110,15 @@ class _Watch:
                 "port, wait for its end or choose another by the launcher's --master_port",
                 say=True,
             )
-        listener = _listen(self.world)
+        listener = listen(self.world)
         self._order(lambda: self._open(listener))
         # Where a launcher's agent hosts the store, rank 0 may be on another host than it.
-        own = _own_address(address, port) if agent else ""
+        own = own_address(address, port) if agent else ""
         where = {"address": own, "port": listener.getsockname()[1], "secret": self._secret}
         self.store.set(_KEY, json.dumps(where))
 
     def _connect(self) -> None:
-        address, port = _meeting_point()
+        address, port = meeting_point()
         while True:
             try:
                 # TCPStore would wait too, but fills the log while nobody answers.
@@ -169,7 +127,7 @@ class _Watch:
                 self.store = dist.TCPStore(address, port, self.world, False, timeout, wait_for_workers=False)
                 where = json.loads(self.store.get(_KEY))
                 sock = socket.create_connection((where["address"] or address, where["port"]), timeout=5)
-                link = _Link(sock)
+                link = Link(sock)
                 link.send("hello", secret=where["secret"], rank=self.rank, name=socket.gethostname(), pid=os.getpid(),
                           local=self.local)  # fmt: skip
                 break
@@ -263,24 +221,24 @@ class _Watch:
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it has gone again
-            self._add(_Link(self._listener.accept()[0]))
+            self._add(Link(self._listener.accept()[0]))
 
-    def _add(self, link: _Link) -> None:
+    def _add(self, link: Link) -> None:
         self.links.append(link)
         self._selector.register(link.sock, selectors.EVENT_READ, lambda: self._read(link))
 
-    def _drop(self, link: _Link) -> None:
+    def _drop(self, link: Link) -> None:
         """Close a link; one that has ended without a goodbye stays in the list, for `_lose` to find."""
         self._selector.unregister(link.sock)
         link.sock.close()
         if link.over or self._is_strange(link):
             self.links.remove(link)
 
-    def _is_strange(self, link: _Link) -> bool:
+    def _is_strange(self, link: Link) -> bool:
         """On rank 0, who has not said which rank it is: a port scanner may call too."""
         return self.rank == 0 and link.member is None
 
-    def _read(self, link: _Link) -> None:
+    def _read(self, link: Link) -> None:
         try:
             messages = link.receive()
             if messages is None:
@@ -296,17 +254,17 @@ class _Watch:
                 raise
             self._drop(link)
 
-    def _welcome(self, link: _Link, kind: str, secret: str, rank: int, name: str, pid: int, local: int) -> None:
+    def _welcome(self, link: Link, kind: str, secret: str, rank: int, name: str, pid: int, local: int) -> None:
         known = {other.member.rank for other in self.links if other.member}
         if kind != "hello" or secret != self._secret or rank in known or not 0 < rank < self.world:
             raise ValueError("not a rank of this run")
         theirs, ours = link.sock.getpeername()[0], link.sock.getsockname()[0]
         here = theirs == ours or theirs.removeprefix("::ffff:").startswith("127.") or theirs == "::1"
-        host = _own_host() if here else f"{name}, {theirs.removeprefix('::ffff:')}"
+        host = own_host() if here else f"{name}, {theirs.removeprefix('::ffff:')}"
         link.member = Member(rank, host, pid, local)
         if len(known) + 1 < self.world - 1 or self.joined.is_set():
             return
-        members = [Member(0, _own_host(), os.getpid(), self.local), *(other.member for other in self.links if other.member)]
+        members = [Member(0, own_host(), os.getpid(), self.local), *(other.member for other in self.links if other.member)]
         self.members = {member.rank: member for member in members}
         for other in self.links:
             other.send("all", members=[asdict(member) for member in members])
@@ -314,11 +272,11 @@ class _Watch:
 
     def _miss(self) -> None:
         """Not all have joined in time."""
-        address, port = _meeting_point()
+        address, port = meeting_point()
         waited = f"after {self._join_timeout_s:g} s (--join_timeout)"
         if self.rank == 0:
             there = {0} | {link.member.rank for link in self.links if link.member}
-            hosts = _hosts_of_ranks()
+            hosts = hosts_of_ranks()
             absent = [f"rank {r}" + (f" (host {hosts[r]})" if r in hosts else "") for r in range(self.world) if r not in there]
             shown = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
             nodes = os.environ.get("SLURM_JOB_NODELIST")
@@ -335,18 +293,18 @@ class _Watch:
                 say=self.local == 0,
             )
 
-    def _on_all(self, link: _Link, members: list[dict]) -> None:
+    def _on_all(self, link: Link, members: list[dict]) -> None:
         self.members = {member["rank"]: Member(**member) for member in members}
         link.member = self.members[0]
         self.joined.set()
 
-    def _on_beat(self, link: _Link) -> None:
+    def _on_beat(self, link: Link) -> None:
         """That it came is all it says."""
 
-    def _on_bye(self, link: _Link) -> None:
+    def _on_bye(self, link: Link) -> None:
         link.over = True
 
-    def _lose(self, links: list[_Link], how: str) -> None:
+    def _lose(self, links: list[Link], how: str) -> None:
         """These are gone without a word."""
         for link in links:
             if self._is_strange(link):
@@ -356,7 +314,7 @@ class _Watch:
             return
         for link in links:
             link.over = True
-        address, port = _meeting_point()
+        address, port = meeting_point()
         names = " and ".join(str(link.member or f"rank 0 (at {address}:{port})") for link in links)
         message = {
             "died": f"{names} ended without a word: killed, out of memory, or stopped by its host",
@@ -364,11 +322,11 @@ class _Watch:
         }[how]
         self._end_all(statuses.LOST, f"{message}; {_GO_ON}")
 
-    def _on_failed(self, link: _Link, status: int, message: str) -> None:
+    def _on_failed(self, link: Link, status: int, message: str) -> None:
         link.over = link.failed = True
         self._end_all(status, f"{link.member} failed: {message}", grace=GRACE_S)
 
-    def _on_end(self, link: _Link, status: int, message: str, grace: float, say: bool) -> None:
+    def _on_end(self, link: Link, status: int, message: str, grace: float, say: bool) -> None:
         link.over = True  # rank 0 ends as well
         self._end_soon(status, message, grace, say)
 
@@ -396,8 +354,8 @@ class _Watch:
         On a host whose first rank has failed, that rank has printed its mistake.
         """
         told = {link.member.host for link in self.links if link.failed and link.member.local == 0}
-        say = not self._failing and _own_host() not in told
-        told.add(_own_host())
+        say = not self._failing and own_host() not in told
+        told.add(own_host())
         for link in sorted((x for x in self.links if x.member and not x.over), key=lambda x: x.member.rank):
             link.send("end", status=status, message=message, grace=grace, say=link.member.host not in told)
             told.add(link.member.host)
@@ -430,7 +388,7 @@ class _Watch:
 
     # Stopping at one step
 
-    def _on_signal(self, link: _Link, name: str) -> None:
+    def _on_signal(self, link: Link, name: str) -> None:
         self._signal(name, str(link.member))
 
     def _signal(self, name: str, by: str = "") -> None:
@@ -475,11 +433,11 @@ class _Watch:
             self._agreeing.notify_all()
             return -1 if self._step is None else self._step
 
-    def _on_propose(self, link: _Link, step: int, by: str) -> None:
+    def _on_propose(self, link: Link, step: int, by: str) -> None:
         self.stopper = by
         link.send("at", step=self._hold(step), proposal=step)
 
-    def _on_at(self, link: _Link, step: int, proposal: int) -> None:
+    def _on_at(self, link: Link, step: int, proposal: int) -> None:
         if proposal != self._proposal or self._agreed:
             return
         self._answers[link.member.rank] = step
@@ -492,7 +450,7 @@ class _Watch:
             other.send("agreed")
         self._on_agreed(link)
 
-    def _on_agreed(self, link: _Link) -> None:
+    def _on_agreed(self, link: Link) -> None:
         with self._agreeing:
             self._agreed = True
             self._agreeing.notify_all()
@@ -505,43 +463,6 @@ def _noted_elsewhere(number: int, frame) -> None:
 def _print(text: str) -> None:
     os.write(2, text.encode())
     sys.stdout.flush()
-
-
-def _meeting_point() -> tuple[str, int]:
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-
-def _own_host() -> str:
-    """Of rank 0: its name, and the address that others reach it by, where that is one."""
-    address = os.environ.get("MASTER_ADDR", "")
-    return socket.gethostname() + ("" if address in ("", "localhost", "127.0.0.1", "::1") else f", {address}")
-
-
-def _listen(backlog: int) -> socket.socket:
-    with contextlib.suppress(OSError):  # a host without IPv6
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", 0), backlog=backlog)
-
-
-def _own_address(address: str, port: int) -> str:
-    """This host's address as seen from where it talks to address:port; "" where that is this host itself."""
-    with socket.create_connection((address, port), timeout=5) as sock:
-        own = sock.getsockname()[0]
-        return "" if own == sock.getpeername()[0] else own
-
-
-def _hosts_of_ranks() -> dict[int, str]:
-    """rank -> host, where this process's launcher is DeepSpeed's, which has them in its command line."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return {}
-    for word in words:
-        if word.startswith("--world_info="):
-            slots = json.loads(base64.urlsafe_b64decode(word.removeprefix("--world_info=")))
-            return dict(enumerate(host for host, ranks in slots.items() for _ in ranks))
-    return {}
 
 
 _current: _Watch | None = None

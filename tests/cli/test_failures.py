@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import helpers
 import pytest
 import ranks as runs
 import torch
+from hosts import ADDRESSES, INTERFACE, SEARCH, SSH_PORT, inside, quick
 from safetensors.torch import load_file
 
 from bge_ds import statuses
@@ -145,7 +150,9 @@ def measured(output) -> dict[int, tuple]:
 def assert_same_run(found, expected) -> None:
     """The losses of all steps and the final weights, to the last bit."""
     assert measured(found) == measured(expected)
-    names = [path.relative_to(expected) for path in expected.rglob("*.safetensors")]
+    names = [path.name for path in expected.glob("*.safetensors")] + [
+        str(path.relative_to(expected)) for path in expected.glob("encoder_model/*.safetensors")
+    ]
     assert names
     for name in names:
         a, b = load_file(found / name), load_file(expected / name)
@@ -176,3 +183,69 @@ def test_checkpoints_of_the_model_alone_cannot_be_gone_on_from(tmp_path, setting
         assert run.statuses(150) == [statuses.PREEMPTED] * 2, run.everything()
         assert "nothing to go on from was saved (--save_only_model)" in run.log(0)
     assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def multinode(work, hosts, output: str, **variables: str):
+    """A process of `launch/finetune_multinode.sh` on the first host, which logs into OUTPUT.log."""
+    environment = helpers.environment(
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), SEARCH]), CUDA_VISIBLE_DEVICES="", MASTER_ADDR=ADDRESSES[0],
+        MASTER_PORT=str(helpers.free_port()),
+        PDSH_SSH_ARGS_APPEND=f"-F none -p {SSH_PORT} -i {hosts[0]}/client_key -o StrictHostKeyChecking=no "
+        "-o UserKnownHostsFile=/dev/null",
+        **variables,
+    )  # fmt: skip
+    values = {
+        "output_dir": output, "model_name_or_path": "model", "train_data": "groups-*.jsonl", "cache_dir": "cache",
+        "max_steps": 60, "save_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 2, "train_group_size": 3,
+        "learning_rate": "1e-3", "temperature": 0.05, "resume_from_checkpoint": "auto",
+    }  # fmt: skip
+    flags = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    name = "finetune.sh" if "NUM_GPUS" in variables else "finetune_multinode.sh"
+    command = inside(hosts[1][0], 'exec "$@"', work / "launch" / name, *flags, "--use_cpu")
+    with open(work / f"{output}.log", "a") as log:
+        return subprocess.Popen(command, cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def trainers(namespace: str) -> list[str]:
+    """Command lines of the ranks that live in a network namespace."""
+    found = []
+    for pid in quick("ip", "netns", "pids", namespace).stdout.split():
+        try:
+            words = Path("/proc", pid, "cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        found += [" ".join(words)] * ("bge_ds.finetune" in words and any(w.startswith("--local_rank") for w in words))
+    return found
+
+
+def until(reached, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def test_a_cut_cable_ends_both_hosts_and_the_run_goes_on_when_it_is_back(work, hosts):
+    """Within 60 s neither host has a rank left, and the silence is named; the resumed run is that of two ranks of one host."""
+    whole, cut = multinode(work, hosts, "whole", NUM_GPUS="2"), None
+    try:
+        assert whole.wait(150) == 0, (work / "whole.log").read_text()[-4000:]
+        cut = multinode(work, hosts, "cut")
+        log, metrics = work / "cut.log", work / "cut/metrics.jsonl"
+        until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 14, 150, "step 15")
+        assert trainers(hosts[1][0]) and trainers(hosts[1][1])
+        assert quick("ip", "-n", hosts[1][0], "link", "set", INTERFACE, "down").returncode == 0
+        parted = time.monotonic()
+        assert cut.wait(60) not in (0, 2, 75), log.read_text()[-4000:]
+        until(lambda: not trainers(hosts[1][0]) + trainers(hosts[1][1]), 60 - (time.monotonic() - parted), "no rank left")
+        assert re.search(r"rank 1 \(host .*, 192\.0\.2\.2, pid \d+\) has been silent for 30 s", log.read_text())
+        assert quick("ip", "-n", hosts[1][0], "link", "set", INTERFACE, "up").returncode == 0
+        cut = multinode(work, hosts, "cut")
+        assert cut.wait(150) == 0, log.read_text()[-4000:]
+        assert "resumed from cut/checkpoint-" in log.read_text()
+    finally:
+        for process in (whole, cut):
+            if process is not None:
+                process.kill()
+                process.wait(10)
+    assert_same_run(work / "cut", work / "whole")

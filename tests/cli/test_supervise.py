@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,3 +114,167 @@ def test_signals_go_to_the_ranks_alone(tmp_path, name):
         process.kill()
     assert runs(tmp_path) == 1
     assert (tmp_path / "got").read_text().splitlines()[:2] == ["got"] * 2
+
+
+# The command with a rank that does something to itself at the end of given steps, each once.
+UNLUCKY = """
+import os, signal, sys
+from pathlib import Path
+from bge_ds import finetune
+from bge_ds.distributed import watch
+
+real = watch.last_step
+
+def last_step(step):
+    plan = dict(entry.split(":") for entry in os.environ.get("TEST_PLAN", "").split() if entry)
+    done = Path(f"done-{step}")
+    if os.environ["RANK"] == "1" and str(step) in plan and not done.exists():
+        done.touch()
+        os.kill(os.getpid(), getattr(signal, plan[str(step)]))
+    return real(step)
+
+watch.last_step = last_step
+sys.exit(finetune.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A folder with a tiny model, data, the unlucky command, and the result of its run when nothing happens."""
+    base = tmp_path_factory.mktemp("setting")
+    helpers.make_model("bert", base / "model", dropout=0.1)
+    helpers.make_tokenizer("wordpiece", base / "model")
+    texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
+    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
+    (base / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    (base / "unlucky.py").write_text(UNLUCKY)
+    path = f"{helpers.REPO}:{base}"
+    status, said = supervise(base, *by_deepspeed(), *flags(base, base / "whole"), seconds=250, PYTHONPATH=path)
+    assert status == 0, said
+    return base
+
+
+def by_deepspeed() -> list[object]:
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    return [deepspeed, "--num_gpus", "2", "--master_port", helpers.free_port(), "--module", "unlucky"]
+
+
+def flags(setting: Path, output: Path, save_steps: int = 3) -> list[object]:
+    values = {
+        "output_dir": output, "model_name_or_path": setting / "model", "train_data": setting / "groups.jsonl",
+        "cache_dir": setting / "cache", "max_steps": 9, "save_steps": save_steps, "logging_steps": 1, "temperature": 0.05,
+        "per_device_train_batch_size": 2, "train_group_size": 3, "learning_rate": "1e-3", "deepspeed": "zero1",
+    }  # fmt: skip
+    return [word for name, value in values.items() for word in (f"--{name}", value)] + ["--negatives_cross_device", "--use_cpu"]
+
+
+def assert_same_result(found: Path, expected: Path) -> None:
+    """The last record of each step, and the final weights, to the last bit."""
+
+    def measured(folder: Path) -> dict[int, tuple]:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return {record["step"]: (record["loss"], record["grad_norm"]) for record in records}
+
+    assert measured(found) == measured(expected) and len(measured(expected)) == 9
+    assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def ranks_of(output: Path) -> list[str]:
+    """Command lines of living processes that train into this folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode().split("\0")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        found += [" ".join(words)] * (str(output) in words)
+    return found
+
+
+def test_a_run_that_dies_twice_ends_as_if_it_had_not(tmp_path, setting):
+    """Rank 1 is killed after steps 4 and 7: two restarts, from steps 3 and 6, and the undisturbed run's losses and weights."""
+    command = [*by_deepspeed(), *flags(setting, tmp_path / "out")]
+    plan = {"TEST_PLAN": "4:SIGKILL 7:SIGKILL", "PYTHONPATH": f"{helpers.REPO}:{setting}"}
+    status, said = supervise(tmp_path, *command, seconds=280, **plan)
+    assert status == 0, said[-6000:]
+    assert "restart 1 of 3 from step 3 " in said and "restart 1 of 3 from step 6 " in said
+    assert said.count("ended without a word") == 2
+    assert_same_result(tmp_path / "out", setting / "whole")
+    # The launcher's SIGTERM for the rank that was left started no save.
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (3, 6, 9)]
+    assert not ranks_of(tmp_path / "out")
+
+
+SRUN = """#!/usr/bin/env bash
+while [ "$1" != bash ]; do shift; done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & tasks[i]=$!; done
+worst=0
+for task in "${tasks[@]}"; do wait $task; status=$?; [ $status -gt $worst ] && worst=$status; done
+exit $worst
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1 $2" = "show hostnames" ]; then echo 127.0.0.1; else echo "$@" >> asked; fi
+"""
+
+
+def test_slurm_starts_a_task_a_rank_and_queues_a_stopped_job_again(tmp_path, setting):
+    """With stand-ins for srun and scontrol: SIGUSR1 to a task queues the job again, whose next start ends as undisturbed."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    shutil.copytree(helpers.REPO / "launch", tmp_path / "launch")
+    variables = environment(
+        PATH=os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]), COMMAND="unlucky",
+        SLURM_JOB_ID="7", SLURM_JOB_NODELIST="worker-[1-2]", SLURM_SUBMIT_DIR=str(tmp_path), TEST_PLAN="5:SIGUSR1",
+        MASTER_PORT=str(helpers.free_port()), PYTHONPATH=f"{helpers.REPO}:{setting}",
+    )  # fmt: skip
+    command = [tmp_path / "launch/slurm.sbatch", *map(str, flags(setting, tmp_path / "out", save_steps=100))]
+    first, second = (
+        subprocess.run(command, env=variables, capture_output=True, text=True, timeout=140, stdin=subprocess.DEVNULL)
+        for _ in "12"
+    )
+    assert first.returncode == 75, first.stdout[-3000:] + first.stderr[-3000:]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert_same_result(tmp_path / "out", setting / "whole")
+
+
+def test_hosts_without_ssh(tmp_path, setting):
+    """Two launchers that know each other by a hostfile and an address alone train together, as two ranks of one host do."""
+    (tmp_path / "hosts").write_text("worker-1 slots=1\nworker-2 slots=1\n")
+    port = str(helpers.free_port())
+    processes = []
+    try:
+        for rank in (0, 1):
+            variables = environment(
+                PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), NODE_RANK=str(rank),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, HOSTFILE=str(tmp_path / "hosts"), CUDA_VISIBLE_DEVICES="",
+            )  # fmt: skip
+            command = [
+                helpers.REPO / "launch/finetune_no_ssh.sh",
+                *map(str, flags(setting, tmp_path / "out")),
+                "--bf16",
+                "False",
+            ]
+            with open(tmp_path / f"log-{rank}", "w") as log:
+                processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+        found = [process.wait(250) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert found == [0, 0], "".join((tmp_path / f"log-{rank}").read_text()[-3000:] for rank in (0, 1))
+    assert_same_result(tmp_path / "out", setting / "whole")
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "NODE_RANK", "HOSTFILE"])
+def test_what_a_launch_without_ssh_needs(tmp_path, missing):
+    """Without a hostfile, an address or this host's number: an error that says which, before anything starts."""
+    (tmp_path / "hosts").write_text("worker-1 slots=1\n")
+    given = {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "HOSTFILE": str(tmp_path / "hosts")}
+    given[missing] = str(tmp_path / "absent") if missing == "HOSTFILE" else ""
+    done = subprocess.run(
+        [helpers.REPO / "launch/finetune_no_ssh.sh"], env=environment(**given), capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2 and ("no hostfile" if missing == "HOSTFILE" else missing) in done.stderr

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import helpers
 import numpy as np
@@ -144,3 +150,50 @@ def test_ranks_share_a_global_batch(folder, workers):
 
 def rows_of(batch) -> torch.Tensor:
     return batch.rows_N if isinstance(batch, PretrainBatch) else batch.rows_B
+
+
+def test_workers_leave_signals_to_their_rank(folder):
+    """A launcher signals all processes of a job; the batches that a last step needs still come."""
+    iterator = iter(steps(folder, workers=1))
+    first = next(iterator)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(iterator._workers[0].pid, number)
+    rest = list(iterator)
+    assert len([first, *rest]) == 6
+
+
+ORPHAN = """
+import os, sys
+import torch
+from torch.utils.data import DataLoader
+from bge_ds.data.loader import _follow_rank
+
+class Large(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+    def __getitem__(self, row):
+        return b"x" * (1 << 22)  # more than the pipe holds
+
+batches = iter(DataLoader(Large(), batch_size=None, num_workers=1, worker_init_fn=_follow_rank, prefetch_factor=8))
+next(batches)
+print(batches._workers[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_workers_end_with_a_killed_rank():
+    """Even those that are in the middle of handing a batch to nobody, and at once."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=helpers.REPO,
+        env=helpers.environment(PYTHONPATH=str(helpers.REPO)),
+    )  # fmt: skip
+    with rank:
+        worker = Path("/proc", rank.stdout.readline().strip(), "stat")
+        assert worker.exists()
+        rank.kill()
+        rank.wait()
+        deadline = time.monotonic() + 2
+        while worker.exists() and worker.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)

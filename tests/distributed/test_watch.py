@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import base64
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import helpers
@@ -13,7 +18,7 @@ import pytest
 import ranks as runs
 
 from bge_ds import statuses
-from bge_ds.distributed import watch
+from bge_ds.distributed import links, watch
 
 # Ranks that step without talking to each other, so that nothing but the watch holds them together.
 SCRIPT = """
@@ -174,7 +179,7 @@ def test_a_stranger_is_no_rank():
     ):
         guard = watch._Watch(0, 1, 5)
         guard.start()
-        listener = watch._listen(1)
+        listener = links.listen(1)
         guard._order(lambda guard=guard, listener=listener: guard._open(listener))
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=10) as sock:
             sock.sendall(text)
@@ -183,3 +188,24 @@ def test_a_stranger_is_no_rank():
         assert guard.links == []
         guard.leave(keep_ignoring=False)
     assert [signal.getsignal(number) for number in watch.SIGNALS] == before
+
+
+def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
+    """RANK without MASTER_ADDR: an error that says what to set."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="no MASTER_ADDR: give the address of rank 0's host"):
+        links.meeting_point()
+
+
+def test_the_hosts_of_ranks_that_never_came(tmp_path):
+    """DeepSpeed's launcher, the parent process, has them in its command line; another parent's says nothing."""
+    slots = base64.urlsafe_b64encode(json.dumps({"worker-1": [0, 1], "worker-2": [0]}).encode()).decode()
+    ask = "from bge_ds.distributed import links; print(links.hosts_of_ranks())"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    for more, expected in (([f"--world_info={slots}"], {0: "worker-1", 1: "worker-1", 2: "worker-2"}), ([], {})):
+        done = subprocess.run(
+            [sys.executable, "-c", parent, ask, *more], capture_output=True, text=True, check=True, cwd=helpers.REPO,
+            env=helpers.environment(PYTHONPATH=str(helpers.REPO)),
+        )  # fmt: skip
+        assert ast.literal_eval(done.stdout.splitlines()[-1]) == expected

@@ -1,0 +1,97 @@
+"""How ranks find and reach each other for the watch: connections of JSON lines, addresses, the names of hosts."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank as others name it. host: name, and address where it is another host than rank 0's. local: rank on its host."""
+
+    rank: int
+    host: str
+    pid: int
+    local: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+class Link:
+    """A connection to another rank: lines of JSON each way. member: who is there; unknown until it has said so."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock, self.member, self.heard, self._rest = sock, None, time.monotonic(), b""
+        self.over = False  # it said goodbye, or failed: its end is no loss
+        self.failed = False
+        sock.settimeout(5)  # sending waits only where the buffer of many minutes of heartbeats is full
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, kind: str, **content) -> None:
+        # A link that breaks here is found broken when it is read: one place decides what that means.
+        with contextlib.suppress(OSError):
+            self.sock.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+
+    def receive(self) -> list[dict] | None:
+        """The messages that have arrived; None: the other end is closed. Raises ValueError for what is no message."""
+        try:
+            data = self.sock.recv(1 << 16)
+        except OSError:
+            return None
+        if not data:
+            return None
+        self.heard = time.monotonic()
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+def meeting_point() -> tuple[str, int]:
+    """Where the ranks meet, as the launcher says. Raises ValueError where it does not."""
+    try:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as error:
+        raise ValueError(
+            f"the environment has RANK and WORLD_SIZE but no {error.args[0]}: give the address of rank 0's host and a free "
+            "port there as MASTER_ADDR and MASTER_PORT, or start by deepspeed or torchrun, which do"
+        ) from None
+
+
+def own_host() -> str:
+    """Of rank 0: its name, and the address that others reach it by, where that is one."""
+    address = os.environ.get("MASTER_ADDR", "")
+    return socket.gethostname() + ("" if address in ("", "localhost", "127.0.0.1", "::1") else f", {address}")
+
+
+def listen(backlog: int) -> socket.socket:
+    with contextlib.suppress(OSError):  # a host without IPv6
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def own_address(address: str, port: int) -> str:
+    """This host's address as seen from where it talks to address:port; "" where that is this host itself."""
+    with socket.create_connection((address, port), timeout=5) as sock:
+        own = sock.getsockname()[0]
+        return "" if own == sock.getpeername()[0] else own
+
+
+def hosts_of_ranks() -> dict[int, str]:
+    """rank -> host, where this process's launcher is DeepSpeed's, which has them in its command line."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return {}
+    for word in words:
+        if word.startswith("--world_info="):
+            slots = json.loads(base64.urlsafe_b64decode(word.removeprefix("--world_info=")))
+            return dict(enumerate(host for host, ranks in slots.items() for _ in ranks))
+    return {}
