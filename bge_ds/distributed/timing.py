@@ -86,7 +86,7 @@ def call(kind: str, collective: Callable, *args, **kwargs):
     message, on_gpu = max((_size(value) for value in given), default=(0, False))
     group = kwargs.get("group") or next((value for value in args if isinstance(value, dist.ProcessGroup)), None)
     _counters.calls[kind] += 1
-    _counters.bytes[kind] += moved(kind, message, dist.get_world_size(group))
+    _counters.bytes[kind] += moved(kind, message, dist.get_world_size(group) if dist.is_initialized() else 1)
     result = _counters.timed(on_gpu, lambda: collective(*args, **kwargs))
     return _Handle(result, on_gpu) if hasattr(result, "wait") else result
 
