@@ -1,7 +1,7 @@
 """One rank of a fine-tuning run on random texts: `python benchmarks/own_zero.py JSON`; rank 0 prints one line of JSON.
 
 The engine, the forward pass, the gather and the loss are those of `bge_ds.finetune`; the model has random weights, so that
-nothing is read. Memory on a CPU is the resident memory of the process, the most of it minus what it had before the engine.
+nothing is read. Memory on a CPU is the resident memory of the process minus what it had before the model.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def measure(asked: dict) -> dict:
     )  # fmt: skip
     shape = BertConfig(**asked["shape"], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     torch.manual_seed(0)
-    model = Encoder(AutoModel.from_config(shape, add_pooling_layer=False), "cls", normalize=True)
     before = resident(device)
-    forget_peak(device)
+    model = Encoder(AutoModel.from_config(shape, add_pooling_layer=False), "cls", normalize=True)
     rows = 1000 * asked["batch"] * world
     plan = run.StepPlan.make(args, Order(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
     engine, config = run.build_engine(args, model, plan)
     elements = engines.count_elements(model)
     held = resident(device) - before
+    forget_peak(device)  # of building: the steps' is what a run lives with
     batch = random_batch(asked, shape.vocab_size, rank).to(device)
     objective, pace, seconds = finetune.objective_of(args), timing.Pace(device), []
     engine.train()

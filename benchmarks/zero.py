@@ -4,8 +4,8 @@
     python benchmarks/zero.py --layers 2 --width 128 --ranks 1 2 --configs zero0 zero3 --output small.csv
     python benchmarks/zero.py --paper              # the table of 64 hosts; runs nothing
 
-Each row is one run of `own_zero.py` on so many ranks of this machine. Memory is the most that rank 0 owned above what it
-had before the engine was built; on a CPU, activations and what the allocator keeps included. Bytes are those handed to
+Each row is one run of `own_zero.py` on so many ranks of this machine. Memory is the most that rank 0 owned in the steps above
+what it had before the model was built; on a CPU, activations and what the allocator keeps included. Bytes are those handed to
 collectives, times what an algorithm that sends nothing twice moves of them (`distributed/timing.py`).
 """
 
