@@ -138,7 +138,8 @@ def traffic_estimate(
     features, passages: of the vectors that the ranks share (`negatives_cross_device`), passages a rank; in fp32, and 8 bytes
     of hash a passage. The gradient is reduced whole at ZeRO 0 to 2: DeepSpeed sums 1's and 2's buckets on all ranks by
     default, of which each keeps its part. At ZeRO 3 a weight is gathered for the forward pass and, where its next use is more
-    than stage3_max_reuse_distance elements away, again for the backward pass. Scalars (norms, counts) are left out.
+    than stage3_max_reuse_distance elements away, again for the backward pass (fewer times where prefetching has kept it).
+    Scalars (norms, counts) are left out.
     """
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)

@@ -84,9 +84,13 @@ SHAPE = dict(
 
 @pytest.fixture(scope="module")
 def nothing_reused(tmp_path_factory) -> str:
-    """ZeRO 3 that lets a weight go after each use, as it does in a model of many billions of weights."""
+    """ZeRO 3 that lets a weight go after each use, as it does with most of a model of many billions: no distance, no prefetching."""
     config, _ = read_config("zero3")
-    config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    config["zero_optimization"] |= {
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
     path = tmp_path_factory.mktemp("config") / "zero3.json"
     path.write_text(json.dumps(config))
     return str(path)
