@@ -19,6 +19,7 @@ from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives, gradcache, watch
 from bge_ds.distributed import engine as engines
+from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import SkippedSteps
 from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export, lora
@@ -102,7 +103,9 @@ def train(args: FinetuneArguments) -> None:
     meter = Meter(device, args.logging_nan_inf_filter)
     saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, started)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, Path(args.output_dir), engine, tokenizer, log.say)
+    pace = Pace(device, log.say)
     engine.train()
+    pace.begin()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
         parts = []
@@ -122,6 +125,7 @@ def train(args: FinetuneArguments) -> None:
             flops=sum(backbone_flops(model.backbone, b.texts.runs) for b in micro_batches),
         )
         tokens_seen += sum(b.texts.tokens for b in micro_batches)
+        pace.end(sum(b.texts.tokens for b in micro_batches))
         nonfinite.saw(step, applied, loss, micro_batches)
         log.advance()
         run.empty_cache(args, step, device)
@@ -138,7 +142,7 @@ def train(args: FinetuneArguments) -> None:
                 "false_negatives_hidden": sums["hidden_by_content"] / queries,
                 "margin_negatives_hidden": sums["hidden_by_margin"] / queries,
                 "temperature": sums["steps"] * collectives.world_size() / sums["scale"],
-                **run.rates(args, engine, device, sums, tokens_seen, nonfinite),
+                **run.rates(args, engine, device, sums, tokens_seen, nonfinite, pace),
                 **saver.record(),
             })  # fmt: skip
             engine.train()
@@ -149,6 +153,7 @@ def train(args: FinetuneArguments) -> None:
             engine.train()
         if stops:
             run.stop(args, step)
+        pace.begin()
 
     difference = finish(evaluations.result(save), Path(args.output_dir))
     log.close()

@@ -17,6 +17,7 @@ from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
 from bge_ds.distributed import checkpoint, collectives, watch
 from bge_ds.distributed import engine as engines
+from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import SkippedSteps
 from bge_ds.kernels.decoder_attention import choose
 from bge_ds.metrics import Meter
@@ -79,11 +80,13 @@ def train(args: PretrainArguments) -> None:
     meter = Meter(device, args.logging_nan_inf_filter)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, output, engine, tokenizer, log.say)
     weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
+    pace = Pace(device, log.say)
     saver = resuming.Saver(
         args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, started,
         publish=lambda folder: publish(partial(copy_model, folder), output),
     )  # fmt: skip
     engine.train()
+    pace.begin()
     for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
         micro_batches = [batch.to(device) for batch in micro_batches]
@@ -97,6 +100,7 @@ def train(args: PretrainArguments) -> None:
             engine.backward(engines.all_or_nothing((weights_3 * losses_5[:3] / targets_3).sum()), scale_wrt_gas=False)
             applied = engines.take_step(engine)
             sums_5 += losses_5.detach()
+        pace.end(sum(b.texts.tokens for b in micro_batches))
         nonfinite.saw(step, applied, sums_5[:3].sum(), micro_batches)
         if not applied:
             sums_5 = sums_5.masked_fill(sums_5 != 0, math.nan)  # what the objective has not stays 0
@@ -122,7 +126,7 @@ def train(args: PretrainArguments) -> None:
                     **({"hidden_share": model.hidden_share(micro_batches[-1])} if model.decoder else {}),
                     "learning_rate": learning_rate,
                     "grad_norm": engines.gradient_norm(engine),
-                    **run.rates(args, engine, device, sums, tokens_seen, nonfinite),
+                    **run.rates(args, engine, device, sums, tokens_seen, nonfinite, pace),
                     **saver.record(),
                 }
             )
@@ -133,6 +137,7 @@ def train(args: PretrainArguments) -> None:
             engine.train()
         if stops:
             run.stop(args, step)
+        pace.begin()
 
     difference = publish(evaluations.result(write), output)
     log.close()

@@ -25,6 +25,7 @@ from bge_ds.data.token_order import TokenOrder
 from bge_ds.distributed import checkpoint, collectives, disk, watch
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
+from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import Diverged, SkippedSteps
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
 
@@ -317,12 +318,19 @@ def load_steps(args: TrainArguments, data, order, collate: Callable, device: tor
 
 
 def rates(
-    args: TrainArguments, engine, device: torch.device, sums: dict[str, float], tokens_seen: int, nonfinite: SkippedSteps
+    args: TrainArguments,
+    engine,
+    device: torch.device,
+    sums: dict[str, float],
+    tokens_seen: int,
+    nonfinite: SkippedSteps,
+    pace: Pace,
 ) -> dict[str, float]:
     """What both commands log of a stretch of steps besides their losses; on every rank, rates are those of all ranks."""
     rate = sums["flops"] / sums["seconds"] / collectives.world_size()
     record = {
         "tokens_per_second": sums["tokens"] / sums["seconds"],
+        **pace.read(),
         "mfu": rate / peak_rate(device, engines.precision(engine)),
         "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
         "seconds_per_step": sums["seconds"] / sums["steps"],

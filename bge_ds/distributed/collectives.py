@@ -8,6 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from bge_ds.distributed.timing import call
+
 # Renamed in newer versions of torch, which warn at the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -46,7 +48,7 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND):
         out = x_ND.new_empty((world_size() * x_ND.shape[0], *x_ND.shape[1:]))
-        _all_gather(out, x_ND.contiguous())
+        call("all_gather", _all_gather, out, x_ND.contiguous())
         ctx.rows = x_ND.shape[0]
         return out
 
@@ -56,10 +58,10 @@ class _AllGatherRows(torch.autograd.Function):
         if dist.get_backend() == "gloo":
             # Its reduce-scatter takes as long as an all-reduce; exchanging the parts and adding them here, half of that.
             parts = torch.empty_like(grad)
-            dist.all_to_all_single(parts, grad)
+            call("all_to_all", dist.all_to_all_single, parts, grad)
             return parts.unflatten(0, (world_size(), ctx.rows)).sum(0)
         out = grad.new_empty((ctx.rows, *grad.shape[1:]))
-        _reduce_scatter(out, grad)
+        call("reduce_scatter", _reduce_scatter, out, grad)
         return out
 
 
@@ -84,7 +86,7 @@ def gather_counts(n: int, device: torch.device) -> list[int]:
         return [n]
     counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
     counts[rank()] = n
-    dist.all_reduce(counts)
+    call("all_reduce", dist.all_reduce, counts)
     return counts.tolist()
 
 
@@ -97,20 +99,20 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over ranks (a new tensor, no gradient)."""
     values = values.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(values)
+        call("all_reduce", dist.all_reduce, values)
     return values
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     values = values.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        call("all_reduce", dist.all_reduce, values, op=dist.ReduceOp.MAX)
     return values
 
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        call("barrier", dist.barrier)
 
 
 def broadcast_object(value):

@@ -128,3 +128,28 @@ def memory_estimate(elements: int, trainable: int, config: dict, world: int) -> 
         "gradients": width * trainable / (world if stage >= 2 else 1),
         "optimizer": state,
     }
+
+
+def traffic_estimate(
+    elements: int, trainable: int, config: dict, world: int, *, features: int = 0, passages: int = 0
+) -> dict[str, float]:
+    """Bytes that a rank sends (and receives) in an optimizer step of one micro batch and one pass, from formulas.
+
+    features, passages: of the vectors that the ranks share (`negatives_cross_device`), passages a rank; in fp32, and 8 bytes
+    of hash a passage. The gradient is reduced whole at ZeRO 0 to 2: DeepSpeed sums 1's and 2's buckets on all ranks by
+    default, of which each keeps its part. At ZeRO 3 a weight is gathered for the forward pass and, where its next use is more
+    than stage3_max_reuse_distance elements away, again for the backward pass (fewer times where prefetching has kept it).
+    Scalars (norms, counts) are left out.
+    """
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    half = config.get("bf16", {}).get("enabled") or config.get("fp16", {}).get("enabled")
+    once = (2 if half else 4) * (world - 1) / world  # bytes of an element that goes once around, as in a gather
+    # A forward pass and the backward pass that mirrors it: an element k from the end is used again 2 k elements later.
+    kept = min(elements, zero.get("stage3_max_reuse_distance", 1_000_000_000) / 2)
+    return {
+        "gradients": once * trainable * (2 if stage <= 2 else 1),
+        "weights": once * (0 if stage == 0 else trainable if stage <= 2 else 2 * elements - kept),
+        "vectors": (world - 1) * passages * (4 * features + 8),
+        "gradients of vectors": (world - 1) * passages * 4 * features,
+    }

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from bge_ds.distributed import collectives, state, watch
+from bge_ds.distributed import collectives, state, timing, watch
 from bge_ds.distributed.config import read_config
 
 logger = logging.getLogger(__name__)
@@ -209,6 +209,7 @@ def build(
         if name in exact:
             buffer.data = exact[name].to(buffer.device)
     _skip_what_is_not_finite(engine)
+    timing.watch(deepspeed.comm.comm.cdb)
     return engine
 
 
@@ -216,8 +217,8 @@ def _skip_what_is_not_finite(engine) -> None:
     """Have the engine's step change nothing, the schedule included, where any rank's gradient is not finite.
 
     DeepSpeed does so by itself in fp16, and from 0.19.8 on wherever it wraps the optimizer (ZeRO 1 to 3, and 16 bits).
-    Older versions take NaN for a norm of -1 and go on; they get the check that they make in fp16. At ZeRO 0 in fp32 no version
-    looks. How an optimizer tells the engine that it has not stepped is its attribute `overflow`.
+    Older versions take NaN for a norm of -1 and go on; at ZeRO 0 in fp32 no version looks. How an optimizer tells the engine
+    that it has not stepped is its attribute `overflow`.
     """
     from deepspeed.runtime import utils
 
@@ -231,14 +232,16 @@ def _skip_what_is_not_finite(engine) -> None:
         return
     elif hasattr(optimizer, "check_grad_overflow"):  # ZeRO 1 and 2
         optimizer.check_grad_overflow = True
-    elif hasattr(optimizer, "_overflow_check_and_loss_scale_update"):  # ZeRO 3
-        go_on = optimizer._overflow_check_and_loss_scale_update
+    elif hasattr(optimizer, "_get_norm_groups") and not engine.fp16_enabled():  # ZeRO 3
+        norms, go_on = optimizer._get_norm_groups, optimizer._overflow_check_and_loss_scale_update
 
-        def check_first() -> bool:
-            optimizer.check_overflow()
+        def check_norms_first() -> bool:
+            found = norms()
+            optimizer._get_norm_groups = lambda: found
+            optimizer.overflow = any(float(norm) < 0 for norm in found)
             return go_on()
 
-        optimizer._overflow_check_and_loss_scale_update = check_first
+        optimizer._overflow_check_and_loss_scale_update = check_norms_first
 
 
 def _check_norm_first(engine, optimizer: torch.optim.Optimizer) -> None:

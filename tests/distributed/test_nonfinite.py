@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bge_ds import statuses
+from bge_ds.distributed import checkpoint
+
 # Each run of `flags["runs"]`: its arguments, the steps whose first micro batch has NaN in the embeddings of one rank, and
 # the steps left out, in which nothing is computed at all. The exit status of each rank's run is printed.
 RANK_SCRIPT = """
@@ -121,3 +124,44 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, setting, case):
         start = load_file(setting / "model" / "model.safetensors")
         assert all(torch.isfinite(found[k]).all() for k in found)
         assert any(not torch.equal(found[k], start[s]) for k in found for s in start if s.endswith(k))  # it did learn
+
+
+@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+def test_too_many_in_a_row_end_the_run(tmp_path, setting, name):
+    """Steps 3, 5 and 6 of 8 are not finite and --max_nonfinite_steps is 2: both ranks stop after step 6 with the exit status
+    for it, the message names the checkpoint of step 4 and the rank at fault, and each rank has written its texts of step 6."""
+    args = arguments(
+        setting, name, tmp_path / "out", deepspeed="zero1", max_steps=8, max_nonfinite_steps=2, save_strategy="steps",
+        save_steps=2, logging_steps=2,
+    )  # fmt: skip
+    plan = {"name": name, "args": args, "poisoned": [3, 5, 6, 7, 8], "left_out": []}
+    script = RANK_SCRIPT.replace("import json, sys", "import json, sys; sys.stderr = sys.stdout", 1)
+    out = helpers.run_ranks(script, 2, json.dumps([plan]))
+    assert out.count(f"status {statuses.DIVERGED}") == 2, out
+    assert f"the last checkpoint is {tmp_path / 'out' / 'checkpoint-4'}" in out
+    # The vectors of the poisoned rank reach the other's loss where they are its negatives.
+    assert f"the loss of rank {'0, 1' if name == 'finetune' else '1'} is not finite" in out
+    assert "step 5: skipped, its loss or gradient is not finite (1 in a row)" in out
+    found = records(tmp_path / "out")
+    assert sorted(found) == [2, 4] and [found[step]["nonfinite_steps"] for step in (2, 4)] == [0, 1]
+    assert math.isfinite(found[4]["loss"])  # of step 4 alone
+    last = tmp_path / "out" / "checkpoint-4"
+    assert checkpoint.newest(tmp_path / "out") == last
+    texts = [json.loads(line)["text"] for line in (setting / "texts.jsonl").read_text().splitlines()]
+    for rank in (0, 1):
+        lines = (tmp_path / "out" / "nonfinite" / f"step-000006-rank-{rank}.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in lines]
+        roles = [line["role"] for line in lines]
+        assert roles == (["query"] * 2 + ["passage"] * 6 if name == "finetune" else ["text"] * 4)
+        assert all(0 <= line["row"] < 9 for line in lines)
+        if name == "finetune":  # two groups of three: the rows of the queries, each for its passages
+            assert [line["row"] for line in lines[2:]] == [line["row"] for line in lines[:2] for _ in range(3)]
+        else:
+            assert [line["micro_batch"] for line in lines] == [0, 0, 1, 1]
+            assert all(same(line["text"], texts[line["row"]]) for line in lines)
+
+
+def same(decoded: str, text: str) -> bool:
+    """A decoded text is the original but for spaces, case and what the tiny vocabulary lacks."""
+    words = decoded.replace("[CLS]", "").replace("[SEP]", "").split()
+    return bool(words) and sum(word in text.lower() for word in words) >= 0.7 * len(words)
