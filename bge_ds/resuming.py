@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bge_ds.arguments import TrainArguments
-from bge_ds.distributed import checkpoint, collectives
+from bge_ds.distributed import checkpoint, collectives, state
 from bge_ds.metrics import Meter, RunLog
 from bge_ds.ordering import split_weights
 
@@ -104,6 +104,8 @@ def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreeme
     place of this one's.
     """
     checkpoint.begin(Path(args.output_dir), drop=taken is None and args.overwrite_output_dir)
+    if not args.save_only_model:
+        next(state.pieces(engine), None)  # what cannot be saved is said now, not hours later
     if taken is None:
         return 0, 0
     checkpoint.check_agreement(taken, agreement)

@@ -63,8 +63,10 @@ class Piece(NamedTuple):
 def pieces(engine) -> Iterator[Piece]:
     """All that this rank's optimizer keeps, in the order of the parameters. Raises ValueError where it lies on a disk."""
     optimizer = engine.optimizer
-    if getattr(optimizer, "swap_optimizer", False):
-        raise ValueError('the optimizer\'s state lies on NVMe, which checkpoints do not read; offload it to "cpu" instead')
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise ValueError(
+            '--deepspeed offloads to NVMe, where checkpoints do not reach; offload to "cpu", or give --save_only_model'
+        )
     inner, copies = innermost(optimizer), masters(optimizer)
     # ZeRO 1 and 2, and DeepSpeed's wrapper for 16-bit weights with fp32 gradients at stage 1.
     attributes = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
