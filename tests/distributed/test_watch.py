@@ -185,8 +185,8 @@ def test_a_stranger_is_no_rank():
             sock.sendall(text)
             while data := sock.recv(100):
                 assert b"beat" in data
+        guard.leave(keep_ignoring=False)  # waits for the thread
         assert guard.links == []
-        guard.leave(keep_ignoring=False)
     assert [signal.getsignal(number) for number in watch.SIGNALS] == before
 
 
