@@ -31,6 +31,18 @@ def test_meter_filters_what_is_not_finite(filtered):
     assert total == 6.0 if filtered else total != total
 
 
+def test_what_is_left_out_is_no_zero():
+    """A step that is left out first counts as the average of those after it; where all are left out, there is no average."""
+    meter = Meter(torch.device("cpu"))
+    for loss in (float("nan"), 3.0, 5.0):
+        meter.add(loss=loss, tokens=10)
+    found = meter.read()
+    assert found["loss"] / found["steps"] == 4.0 and found["tokens"] == 30
+    meter.add(loss=float("inf"), tokens=10)
+    found = meter.read()
+    assert found["loss"] != found["loss"] and found["tokens"] == 10
+
+
 def record(step):
     return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0, "mfu": 0.5}
 

@@ -84,7 +84,7 @@ SHAPE = dict(
 
 @pytest.fixture(scope="module")
 def nothing_reused(tmp_path_factory) -> str:
-    """ZeRO 3 that lets a weight go after each use, as with most of a model of many billions: no distance, no prefetching."""
+    """ZeRO 3 that lets a weight go after each use, as it does with most of a model of many billions."""
     config, _ = read_config("zero3")
     config["zero_optimization"] |= {
         "stage3_max_reuse_distance": 0,
