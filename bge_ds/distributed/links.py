@@ -52,6 +52,17 @@ class Link:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
+    def wait(self, seconds: float) -> list[dict]:
+        """The first messages. Raises OSError where the other end closes, or says nothing for so long."""
+        before = self.sock.gettimeout()
+        self.sock.settimeout(seconds)
+        while not (messages := self.receive()):
+            if messages is None:
+                self.sock.close()
+                raise ConnectionError("no answer")
+        self.sock.settimeout(before)
+        return messages
+
 
 def meeting_point() -> tuple[str, int]:
     """Where the ranks meet, as the launcher says. Raises ValueError where it does not."""

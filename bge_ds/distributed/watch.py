@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -130,10 +130,11 @@ class _Watch:
                 link = Link(sock)
                 link.send("hello", secret=where["secret"], rank=self.rank, name=socket.gethostname(), pid=os.getpid(),
                           local=self.local)  # fmt: skip
+                arrived = link.wait(self._join_timeout_s)
                 break
             except (OSError, RuntimeError):  # nobody there yet, or what is left of an earlier run
                 time.sleep(0.5)
-        self._order(lambda: self._add(link))
+        self._order(lambda: self._add(link, arrived[1:]))  # the first is the welcome
 
     def last_step(self, step: int) -> int | None:
         with self._agreeing:
@@ -223,9 +224,11 @@ class _Watch:
         with contextlib.suppress(OSError):  # it has gone again
             self._add(Link(self._listener.accept()[0]))
 
-    def _add(self, link: Link) -> None:
+    def _add(self, link: Link, arrived: Sequence[dict] = ()) -> None:
         self.links.append(link)
         self._selector.register(link.sock, selectors.EVENT_READ, lambda: self._read(link))
+        for message in arrived:
+            self._take(link, message)
 
     def _drop(self, link: Link) -> None:
         """Close a link; one that has ended without a goodbye stays in the list, for `_lose` to find."""
@@ -245,14 +248,17 @@ class _Watch:
                 self._drop(link)
                 return
             for message in messages:
-                if self._is_strange(link):
-                    self._welcome(link, **message)
-                else:
-                    getattr(self, "_on_" + message.pop("kind"))(link, **message)
+                self._take(link, message)
         except (ValueError, KeyError, TypeError):
             if not self._is_strange(link):
                 raise
             self._drop(link)
+
+    def _take(self, link: Link, message: dict) -> None:
+        if self._is_strange(link):
+            self._welcome(link, **message)
+        else:
+            getattr(self, "_on_" + message.pop("kind"))(link, **message)
 
     def _welcome(self, link: Link, kind: str, secret: str, rank: int, name: str, pid: int, local: int) -> None:
         known = {other.member.rank for other in self.links if other.member}
@@ -262,6 +268,7 @@ class _Watch:
         here = theirs == ours or theirs.removeprefix("::ffff:").startswith("127.") or theirs == "::1"
         host = own_host() if here else f"{name}, {theirs.removeprefix('::ffff:')}"
         link.member = Member(rank, host, pid, local)
+        link.send("welcome")
         if len(known) + 1 < self.world - 1 or self.joined.is_set():
             return
         members = [Member(0, own_host(), os.getpid(), self.local), *(other.member for other in self.links if other.member)]
