@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
+import forked
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -161,23 +166,42 @@ collectives.leave()
 """
 
 
+def start_python(
+    script: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO
+) -> forked.Process | subprocess.Popen:
+    """A process that runs a Python text in the repository, its imports done where that can be."""
+    if (server := forked.server()) is not None:
+        return forked.Process(server, script, args, env, stdout.fileno(), stderr.fileno(), REPO)
+    command = [sys.executable, "-c", script, *args]
+    return subprocess.Popen(command, cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
+
+
 def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300) -> str:
     """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others')."""
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _NO_WAITING + script + _LEAVE, *map(str, args)], cwd=REPO, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+    with contextlib.ExitStack() as files:
+        outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
+        processes = [
+            start_python(
+                _NO_WAITING + script + _LEAVE, [str(arg) for arg in args],
+                environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),
-        )
-        for r in range(ranks)
-    ]  # fmt: skip
-    try:
-        results = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+                *outputs[r],
+            )
+            for r in range(ranks)
+        ]  # fmt: skip
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        finally:
+            for process in processes:
+                process.kill()
+        results = []
+        for pair in outputs:
+            for file in pair:
+                file.seek(0)
+            results.append([file.read() for file in pair])
     for r, (process, (out, err)) in enumerate(zip(processes, results, strict=True)):
         assert process.returncode == 0, f"rank {r} exited with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
     return "".join(out for out, _ in results)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import helpers
 
 
@@ -20,7 +20,7 @@ class Ranks:
 
     folder: Path
     port: str
-    processes: dict[int, subprocess.Popen]
+    processes: dict[int, forked.Process | subprocess.Popen]
 
     def log(self, rank: int) -> str:
         return (self.folder / f"rank-{rank}.log").read_text()
@@ -62,10 +62,7 @@ def started(
                 PYTHONUNBUFFERED="1", **({name: str(number) for name, number in places.items()} | variables),
             )  # fmt: skip
             with open(folder / f"rank-{rank}.log", "w") as log:
-                command = [sys.executable, "-c", script, *map(str, args)]
-                found.processes[rank] = subprocess.Popen(
-                    command, cwd=helpers.REPO, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-                )
+                found.processes[rank] = helpers.start_python(script, [str(arg) for arg in args], environment, log, log)
         yield found
     finally:
         for process in found.processes.values():

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import helpers
 import pytest
 from safetensors.torch import load_file
 
-RUNS = int(__import__("os").environ.get("KILLS", 20))
+RUNS = 20
 STEPS, SAVE_EVERY = 10, 3
-SERVER = helpers.REPO / "tests/ranks_server.py"
 # Executed by every rank: the one that is named kills itself, once a run, some time after a step or a save has begun.
 HOOK = """
 import os, signal, threading
@@ -58,16 +58,10 @@ def setting(tmp_path_factory):
         for i in range(9)
     ]
     (base / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
-    server = subprocess.Popen(
-        [sys.executable, SERVER, base / "server"], stdout=subprocess.PIPE, text=True,
-        env=helpers.environment(PYTHONPATH=f"{helpers.REPO}:{helpers.REPO / 'tests'}", CUDA_VISIBLE_DEVICES=""),
-    )  # fmt: skip
-    try:
-        assert server.stdout.readline() == "ready\n"
-        yield base, base / "server"
-    finally:
-        server.kill()
-        server.wait()
+    server = forked.server()
+    if server is None:
+        pytest.skip("CUDA does not survive a fork")
+    return base, server
 
 
 def supervised(setting, name: str, hook: str | Path = "") -> str:
@@ -81,7 +75,7 @@ def supervised(setting, name: str, hook: str | Path = "") -> str:
     }  # fmt: skip
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     done = subprocess.run(
-        [helpers.REPO / "launch/supervise.sh", sys.executable, SERVER, socket, "2", str(hook), *words],
+        [helpers.REPO / "launch/supervise.sh", sys.executable, forked.__file__, "ask", socket, "2", str(hook), *words],
         cwd=base, text=True, timeout=280, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=helpers.environment(PYTHONPATH=f"{helpers.REPO}:{helpers.REPO / 'tests'}", RESTART_DELAY="0"),
     )  # fmt: skip
