@@ -328,7 +328,10 @@ def test_ranks(
     _, mark, rest = printed.partition(MARK)
     result = json.JSONDecoder().raw_decode(rest)[0] if mark else None
     lines = [line.rstrip() for line in printed.splitlines() if not any(word in line for word in (*_CHATTER, MARK))]
-    return status, result, [line for line in lines if line.strip()][-SHOWN_LINES:]
+    lines = [line for line in lines if line.strip()]
+    # Where ranks hung is told innermost first, below the line that says so; all else ends with what matters.
+    hung = next((i for i, line in enumerate(lines) if TIMED_OUT in line), -SHOWN_LINES)
+    return status, result, lines[hung:][:SHOWN_LINES]
 
 
 def rank_test(task: str) -> int:
