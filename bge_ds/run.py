@@ -101,6 +101,9 @@ def set_up(args: TrainArguments) -> None:
     resume = checkpoint.find(args.resume_from_checkpoint, output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; give a folder")
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--output_dir {output}: {there} is read-only to this user; give a folder that can be written to")
     held = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
     if held and resume is None and not args.overwrite_output_dir and not _only_a_start(held, args):
         shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")

@@ -1,4 +1,4 @@
-"""A disk that fills up while ranks save: one message on all of them, and the checkpoint before stays good."""
+"""A disk that fills up while ranks save, or is read-only: one message on all ranks, and the checkpoint before stays good."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import helpers
 import pytest
 
+from bge_ds import run
+from bge_ds.arguments import FinetuneArguments
 from bge_ds.distributed import checkpoint
 
 RANK_SCRIPT = """
@@ -64,3 +66,14 @@ def test_the_checkpoint_before_stays_good(small_disks, tiny_bert_path):
         assert f"{run / 'checkpoint-1'} is still good" in said[0] and "--resume_from_checkpoint auto" in said[0]
         assert sorted(p.name for p in run.iterdir()) == ["checkpoint-1", "metrics.jsonl", "run.lock"]
         assert checkpoint.take(str(run / "checkpoint-1"), run).state["step"] == 1
+
+
+def test_a_read_only_folder_is_refused_at_once(small_disks):
+    """Before anything is loaded, whether the output folder is there or to be made; the folder that is in the way is named."""
+    disk = small_disks / "seen"
+    (disk / "run").mkdir()
+    assert not subprocess.run(["mount", "-o", "remount,ro", str(disk)]).returncode
+    for output, named in ((disk / "run", disk / "run"), (disk / "new" / "run", disk)):
+        args = FinetuneArguments.build(model_name_or_path="model", train_data="groups.jsonl", output_dir=str(output))
+        with pytest.raises(ValueError, match=f"--output_dir {output}: {named} is read-only to this user; give a folder"):
+            run.set_up(args)
