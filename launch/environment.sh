@@ -32,6 +32,19 @@ find_environment() {
     }
 }
 
+# The hostfile (HOSTFILE, else launch/hostfile) into $hostfile; refuses lines at which DeepSpeed would end with a traceback.
+find_hostfile() {
+    hostfile=${HOSTFILE:-$root/launch/hostfile}
+    if [ ! -r "$hostfile" ]; then
+        echo "error: no hostfile $hostfile; copy launch/hostfile, or name yours in HOSTFILE" >&2
+        return 1
+    fi
+    if grep -nvE '^[[:space:]]*(#.*)?$|^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$' "$hostfile" >&2; then
+        echo "error: $hostfile: these lines are no host and its slots; valid is NAME slots=N, such as worker-1 slots=8" >&2
+        return 1
+    fi
+}
+
 # Sets ranks (NUM_GPUS, else one a GPU, else two), precision (bf16 where the GPU or CPU has instructions for it) and
 # OMP_NUM_THREADS (so that all ranks together ask for no more cores than there are).
 look_at_machine() {

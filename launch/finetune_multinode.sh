@@ -17,11 +17,8 @@
 # --join_timeout seconds. Ctrl-C ends the run, and every other DeepSpeed run of yours with the same Python on these hosts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-hostfile=${HOSTFILE:-$here/hostfile}
-if [ ! -r "$hostfile" ]; then
-    echo "error: no hostfile $hostfile; copy launch/hostfile, or name yours in HOSTFILE" >&2
-    exit 2
-fi
+source "$here/environment.sh"
+find_hostfile || exit 2
 if [ -e "$here/.deepspeed_env" ]; then
     if grep -nvE '^[A-Za-z_][A-Za-z0-9_]*=' "$here/.deepspeed_env" >&2; then
         echo "error: launch/.deepspeed_env: these lines are no NAME=value; remove them (blank and comment lines too)" >&2

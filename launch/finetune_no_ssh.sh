@@ -8,11 +8,8 @@
 # is the first one's address, MASTER_PORT (29500) a free port there. All hosts start within --join_timeout seconds.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-hostfile=${HOSTFILE:-$here/hostfile}
-if [ ! -r "$hostfile" ]; then
-    echo "error: no hostfile $hostfile; copy launch/hostfile, or name yours in HOSTFILE" >&2
-    exit 2
-fi
+source "$here/environment.sh"
+find_hostfile || exit 2
 if [ -z "${MASTER_ADDR:-}" ] || ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]]; then
     echo "error: MASTER_ADDR (the first host's address) and NODE_RANK (this host's line in $hostfile, from 0) must be set" >&2
     exit 2

@@ -88,3 +88,15 @@ def test_ssh_options_need_the_first_hosts_address():
     script = helpers.REPO / "launch/finetune_multinode.sh"
     done = subprocess.run([script], capture_output=True, text=True, env={**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"})
     assert done.returncode == 2 and "needs MASTER_ADDR" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["finetune_multinode.sh", "finetune_no_ssh.sh"])
+def test_a_typo_in_the_hostfile_is_named(tmp_path, script):
+    """Before anything starts, by line, where DeepSpeed would end with a traceback; what DeepSpeed reads is let through."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two hosts\n\nworker-1 slots=8 # the first\nworker-2 slot=8\n")
+    done = subprocess.run(
+        [helpers.REPO / "launch" / script], capture_output=True, text=True, env={**os.environ, "HOSTFILE": str(hostfile)}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("4:worker-2 slot=8\n") and "valid is NAME slots=N" in done.stderr
