@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import FinetuneArguments, parse
@@ -23,7 +22,7 @@ from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import SkippedSteps
 from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export, lora
-from bge_ds.modeling.encoder import Encoder, check_lengths, say_how
+from bge_ds.modeling.encoder import Encoder, check_lengths, load_config, say_how
 from bge_ds.modeling.flops import backbone_flops
 
 _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cross_device", "use_inbatch_neg",
@@ -40,7 +39,7 @@ def train(args: FinetuneArguments) -> None:
     tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
     eval_sets = evaluation.open_sets(args)
-    model_config = AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
+    model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
     check_lengths(model_config, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
@@ -101,6 +100,7 @@ def train(args: FinetuneArguments) -> None:
 
     objective = objective_of(args)
     meter = Meter(device, args.logging_nan_inf_filter)
+    resuming.restore_meter(meter, taken)
     saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, started)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, Path(args.output_dir), engine, tokenizer, log.say)
     pace = Pace(device, log.say)

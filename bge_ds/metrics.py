@@ -40,6 +40,20 @@ class Meter:
             self.counted[name] = self.counted.get(name, zero) + counts
         self.steps += 1
 
+    def keep(self) -> dict:
+        """What has been added since the last reading, as plain numbers: for a run that goes on from here."""
+        sums = {name: [self.sums[name].item(), self.counted[name].item()] for name in self.sums}
+        return {"steps": self.steps, "seconds": time.perf_counter() - self.began, "sums": sums}
+
+    def go_on(self, kept: dict) -> None:
+        """As if all that was kept had been added here."""
+        for name, (total, counted) in kept["sums"].items():
+            self.sums[name], self.counted[name] = (
+                torch.tensor(value, dtype=torch.float64, device=self.device) for value in (total, counted)
+            )
+        self.steps = kept["steps"]
+        self.began -= kept["seconds"]
+
     def leave_out(self, seconds: float) -> None:
         """Time since the last reading that was not training."""
         self.began += seconds

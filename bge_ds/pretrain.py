@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM
 
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import PretrainArguments, parse
@@ -22,7 +22,7 @@ from bge_ds.divergence import SkippedSteps
 from bge_ds.kernels.decoder_attention import choose
 from bge_ds.metrics import Meter
 from bge_ds.modeling import export
-from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, say_how
+from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, load_config, say_how
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 from bge_ds.modeling.vocabulary import check_kind
 
@@ -39,7 +39,7 @@ def train(args: PretrainArguments) -> None:
     tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
     eval_sets = evaluation.open_sets(args)
-    model_config = AutoConfig.from_pretrained(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
+    model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
     check_kind(model_config)
     check_lengths(model_config, max_seq_length=args.max_seq_length)
     check_vocabulary(model_config, tokenizer, args)
@@ -78,6 +78,7 @@ def train(args: PretrainArguments) -> None:
     )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
+    resuming.restore_meter(meter, taken)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, output, engine, tokenizer, log.say)
     weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
     pace = Pace(device, log.say)

@@ -113,6 +113,12 @@ def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreeme
     return taken.state["step"], taken.state["tokens_seen"] if collectives.rank() == 0 else 0
 
 
+def restore_meter(meter: Meter, taken: checkpoint.Taken | None) -> None:
+    """What the checkpoint's ranks had added since their last line of the log. Another number of ranks begins anew."""
+    if taken is not None and len(taken.state["meters"]) == collectives.world_size():
+        meter.go_on(taken.state["meters"][collectives.rank()])
+
+
 class Saver:
     """Writes a run's checkpoints and counts the seconds. export(folder) writes the model.
 
@@ -134,6 +140,7 @@ class Saver:
         saved = checkpoint.save(
             self.engine, Path(self.args.output_dir), step, tokens_seen, self.agreement, self.export,
             keep=self.args.save_total_limit, only_model=self.args.save_only_model, best=best, asked=self.asked,
+            meter=self.meter.keep(),
         )  # fmt: skip
         if self.publish is not None:
             self.publish(saved.path)

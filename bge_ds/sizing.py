@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from bge_ds.data import batches
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
 from bge_ds.judging import Needs
-from bge_ds.modeling.encoder import Encoder, build_backbone
+from bge_ds.modeling.encoder import Encoder, build_backbone, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def measure(name: str, cache_dir: str, tokens: int, length: int, half: bool) -> 
 
     Raises OSError or ValueError where the model's config cannot be read.
     """
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir or None)
+    config = load_config(name, cache_dir=cache_dir or None)
     with torch.device("meta"):
         encoder = Encoder(build_backbone(AutoModel, config), "mean")
     size = Size(engines.count_elements(encoder), engines.count_elements(encoder, trainable=True), None)

@@ -40,7 +40,7 @@ def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None, only_
         with _torch_hidden() if only_texts else contextlib.nullcontext():
             from transformers import AutoTokenizer  # slow to import, and many commands end before they need it
 
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), cache_dir=cache_dir)
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
         raise ValueError(f"tokenizer {name_or_path} cannot be loaded: {reason}: give a folder or a hub name") from error

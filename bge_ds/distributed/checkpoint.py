@@ -180,11 +180,13 @@ def save(
     only_model: bool,
     best: dict | None = None,
     asked: dict | None = None,
+    meter: dict | None = None,
 ) -> Saved:
     """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`, the best one excepted.
 
     best: step, metric and value of the best checkpoint so far, this one included; it also goes into best.json beside them.
-    asked: of the batch's flags, what the command said. tokens_seen: by this rank. export(folder) writes the model.
+    asked: of the batch's flags, what the command said. meter: what this rank's holds. tokens_seen: by this rank.
+    export(folder) writes the model.
 
     Raises ValueError on every rank where the disk is full or not to be written to: the checkpoints before stay as they were.
     """
@@ -195,6 +197,7 @@ def save(
     own = {} if only_model else state.entries(state.share(state.pieces(engine), collectives.rank(), world))
     needed = sum(collectives.gather_object(state.size_of(own))) + model_size(engine)
     tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
+    meters = collectives.gather_object(meter)
 
     def prepare() -> None:
         free = shutil.disk_usage(output_dir).free
@@ -219,6 +222,7 @@ def save(
             content = {
                 "format": FORMAT, "step": step, "tokens_seen": tokens_seen, "best": best, "ranks": world,
                 "zero_stage": engine.zero_optimization_stage(), "asked": asked or {}, "agreement": agreement, "files": files,
+                "meters": meters,
             }  # fmt: skip
             content = json.loads(json.dumps(content))
             write_json(partial / "state.json", content | {"checksum": _checksum(content)})

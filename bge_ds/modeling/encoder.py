@@ -137,6 +137,11 @@ def check_lengths(config: PretrainedConfig, **lengths: int) -> None:
             )
 
 
+def load_config(name_or_path: str, **options) -> PretrainedConfig:
+    """`AutoConfig.from_pretrained`, which asks nobody whether to run code of the model's own: it is not run."""
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **options)
+
+
 def load_backbone(
     model_class, name_or_path: str, *, config: PretrainedConfig | None = None, attention: str | None = None,
     bidirectional: bool = False, **options,
@@ -147,14 +152,14 @@ def load_backbone(
     bidirectional: let every token of a decoder see the whole text. It is written into the config, so that the saved model
     does so too, here and in transformers; False leaves the model as its config says.
     """
-    config = copy.deepcopy(config) if config is not None else AutoConfig.from_pretrained(name_or_path, **options)
+    config = copy.deepcopy(config) if config is not None else load_config(name_or_path, **options)
     if bidirectional:
         _make_bidirectional(config)
     attention = _attention_to_use(config, attention)
     with _quiet_transformers():
         model, info = model_class.from_pretrained(
             name_or_path, config=config, attn_implementation=attention, dtype=torch.float32, output_loading_info=True,
-            **options,
+            trust_remote_code=False, **options,
         )  # fmt: skip
     # A head or pooler may be new; a hole in the encoder itself is a wrong folder, and training would hide it.
     inside = {k for k, _ in model.base_model.named_parameters()} - {"pooler.dense.weight", "pooler.dense.bias"}

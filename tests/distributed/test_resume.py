@@ -120,6 +120,20 @@ def test_resumed_equals_undisturbed(tmp_path, setting, case):
     check_saved_model(tmp_path, tolerance=1e-2 if "bf16" in case else 1e-5)
 
 
+def test_a_line_of_the_log_spans_the_stop(tmp_path, setting):
+    """Logged every 4 steps, stopped after step 3: the line of step 4 is about all four, as that of the undisturbed run."""
+    flags = flags_of(setting, 1, logging_steps=4)
+    helpers.run_ranks(RANK_SCRIPT, 2, tmp_path, json.dumps(flags))
+    for name in ("finetune", "pretrain"):
+        whole, resumed = (
+            [json.loads(line) for line in (tmp_path / f"{name}_{how}" / "metrics.jsonl").read_text().splitlines()]
+            for how in ("whole", "resumed")
+        )
+        assert [record["step"] for record in whole] == [record["step"] for record in resumed] == [4, 6]
+        for key in ("loss", "padding_saved", "grad_norm"):
+            assert [record[key] for record in whole] == [record[key] for record in resumed], (name, key)
+
+
 def check_saved_model(folder, tolerance: float) -> None:
     """sentence-transformers gives the live model's vectors, with its pooling, normalisation and prompts."""
     model = SentenceTransformer(str(folder / "finetune_whole"), device="cpu")
