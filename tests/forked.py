@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import selectors
@@ -95,6 +96,10 @@ def serve(path: str) -> tuple[dict, list[int]]:
     import sentence_transformers  # noqa: F401
 
     from bge_ds import finetune, pretrain  # noqa: F401
+
+    # DeepSpeed imports it when it first wraps a model, and with it the whole of torch's compiler.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
     children: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as asked:

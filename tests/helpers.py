@@ -167,17 +167,20 @@ collectives.leave()
 
 
 def start_python(
-    script: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO
+    script: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO, fresh: bool = False
 ) -> forked.Process | subprocess.Popen:
-    """A process that runs a Python text in the repository, its imports done where that can be."""
-    if (server := forked.server()) is not None:
+    """A process that runs a Python text in the repository; where that can be, its imports are done, unless `fresh`."""
+    if not fresh and (server := forked.server()) is not None:
         return forked.Process(server, script, args, env, stdout.fileno(), stderr.fileno(), REPO)
     command = [sys.executable, "-c", script, *args]
     return subprocess.Popen(command, cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
 
 
-def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300) -> str:
-    """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others')."""
+def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300, fresh: bool = False) -> str:
+    """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others').
+
+    fresh: they share no memory and no allocator with what forks processes, for tests that measure memory.
+    """
     port = free_port()
     with contextlib.ExitStack() as files:
         outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
@@ -186,7 +189,7 @@ def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300) -> str:
                 _NO_WAITING + script + _LEAVE, [str(arg) for arg in args],
                 environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),
-                *outputs[r],
+                *outputs[r], fresh,
             )
             for r in range(ranks)
         ]  # fmt: skip

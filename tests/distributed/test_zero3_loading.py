@@ -178,7 +178,7 @@ def test_no_rank_holds_a_full_copy(tmp_path, monkeypatch):
     shape = dict(hidden_size=512, num_attention_heads=8, intermediate_size=2048, vocab_size=500)
     BertModel(BertConfig(**shape, num_hidden_layers=1)).save_pretrained(tmp_path / "small")
     BertModel(BertConfig(**shape, num_hidden_layers=16)).save_pretrained(tmp_path / "large")  # 195 MiB
-    lines = helpers.run_ranks(MEMORY_SCRIPT, 2, tmp_path / "small", tmp_path / "large").splitlines()
+    lines = helpers.run_ranks(MEMORY_SCRIPT, 2, tmp_path / "small", tmp_path / "large", fresh=True).splitlines()
     shares = {kind: [float(x.split()[1]) for x in lines if x.startswith(kind)] for kind in ("sharded", "whole")}
     print(shares)
     assert all(len(ranks) == 2 for ranks in shares.values())
