@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -54,6 +55,7 @@ class _Watch:
         self.links: list[Link] = []  # rank 0: to every other rank; the others: to rank 0
         self.members: dict[int, Member] = {}  # of the whole run, once all have joined
         self.closed = False
+        self._errors = os.dup(2)  # DeepSpeed's probes point 2 to a file of their own for a while
         self._selector = selectors.PollSelector()  # no descriptor of its own that a forked child would share
         self._listener: socket.socket | None = None
         self._secret = secrets.token_hex(8)
@@ -385,10 +387,7 @@ class _Watch:
         """The end of this process."""
         if say:
             text = message if status == statuses.PREEMPTED else f"error: {message}"
-            # In a thread: a pipe that nobody reads any more must not keep this process.
-            printing = threading.Thread(target=_print, args=(text + "\n",), daemon=True)
-            printing.start()
-            printing.join(2)
+            _print(text + "\n", self._errors)
         if self.rank == 0:
             time.sleep(0.5)  # what was sent arrives before the connection ends
         os._exit(status)
@@ -467,9 +466,20 @@ def _noted_elsewhere(number: int, frame) -> None:
     """The handler of the signals that the watching thread reads from its socket; without one, they would kill."""
 
 
-def _print(text: str) -> None:
-    os.write(2, text.encode())
-    sys.stdout.flush()
+def _print(text: str, errors: int) -> None:
+    """To standard error, by this thread itself: another might wait longer for the interpreter's lock than this process lives.
+
+    A pipe that nobody reads any more keeps nobody: one that is ready takes 4,096 bytes without waiting.
+    """
+    data, ready = text.encode(), select.poll()
+    ready.register(errors, select.POLLOUT)
+    with contextlib.suppress(OSError):  # closed
+        while data and ready.poll(2000):
+            data = data[os.write(errors, data[:4096]) :]
+    # What the main thread has printed, if that can be had.
+    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flushing.start()
+    flushing.join(2)
 
 
 _current: _Watch | None = None
