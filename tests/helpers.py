@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import socket
 import subprocess
@@ -120,6 +121,17 @@ def make_model(family: str, folder: Path, **changes) -> Path:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
+
+
+def make_training_folder(base: Path) -> Path:
+    """A tiny BERT with dropout (`model`), nine groups of which each has the others' texts as negatives, and those texts."""
+    make_model("bert", base / "model", dropout=0.1)
+    make_tokenizer("wordpiece", base / "model")
+    texts = [" ".join(SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
+    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
+    (base / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    (base / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return base
 
 
 def random_texts(lengths: list[int], vocab_size: int = 200, seed: int = 0, first: int = 2, last: int = 3) -> list[np.ndarray]:

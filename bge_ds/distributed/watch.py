@@ -172,6 +172,7 @@ class _Watch:
         for sock in (self._here, self._there, self._listener, *(link.sock for link in self.links)):
             if sock is not None:
                 sock.close()
+        os.close(self._errors)
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)

@@ -61,14 +61,7 @@ sys.exit(run.command(module.train, kind.build(**flags)))
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """A tiny BERT with dropout and both kinds of data, already in the cache of shards."""
-    base = tmp_path_factory.mktemp("setting")
-    helpers.make_model("bert", base / "model", dropout=0.1)
-    helpers.make_tokenizer("wordpiece", base / "model")
-    texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
-    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
-    (base / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
-    (base / "texts.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in texts))
-    return base
+    return helpers.make_training_folder(tmp_path_factory.mktemp("setting"))
 
 
 def flags_of(setting, command: str, output, **more) -> dict:

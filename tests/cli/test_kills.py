@@ -49,15 +49,7 @@ run.seed_step, checkpoint.save = seed, saves
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """(folder with a tiny BERT with dropout and groups, the socket of a server that starts ranks)."""
-    base = tmp_path_factory.mktemp("kills")
-    helpers.make_model("bert", base / "model", dropout=0.1)
-    helpers.make_tokenizer("wordpiece", base / "model")
-    passages = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
-    groups = [
-        {"query": helpers.SENTENCES[i % 6][: 20 + i], "pos": [passages[i]], "neg": passages[:i] + passages[i + 1 :]}
-        for i in range(9)
-    ]
-    (base / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    base = helpers.make_training_folder(tmp_path_factory.mktemp("kills"))
     server = forked.server()
     if server is None:
         pytest.skip("CUDA does not survive a fork")

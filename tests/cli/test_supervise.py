@@ -141,12 +141,7 @@ sys.exit(finetune.main())
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """A folder with a tiny model, data, the unlucky command, and the result of its run when nothing happens."""
-    base = tmp_path_factory.mktemp("setting")
-    helpers.make_model("bert", base / "model", dropout=0.1)
-    helpers.make_tokenizer("wordpiece", base / "model")
-    texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
-    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
-    (base / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    base = helpers.make_training_folder(tmp_path_factory.mktemp("setting"))
     (base / "unlucky.py").write_text(UNLUCKY)
     path = f"{helpers.REPO}:{base}"
     status, said = supervise(base, *by_deepspeed(), *flags(base, base / "whole"), seconds=250, PYTHONPATH=path)

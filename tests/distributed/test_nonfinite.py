@@ -63,14 +63,7 @@ collectives.leave = leave
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    base = tmp_path_factory.mktemp("setting")
-    helpers.make_model("bert", base / "model", dropout=0.1)
-    helpers.make_tokenizer("wordpiece", base / "model")
-    texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
-    groups = [{"query": texts[i][:20], "pos": [texts[i]], "neg": texts[:i] + texts[i + 1 :]} for i in range(9)]
-    (base / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
-    (base / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return base
+    return helpers.make_training_folder(tmp_path_factory.mktemp("setting"))
 
 
 def arguments(setting, name: str, output, **changes) -> dict:
