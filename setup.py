@@ -95,7 +95,7 @@ setup(
         "console_scripts": [
             "bge-ds-preprocess = bge_ds.preprocess:run",
             "bge-ds-evaluate = bge_ds.evaluate:main",
-            "bge-ds-doctor = bge_ds.doctor:main",
+            "bge-ds-doctor = bge_ds.doctor.__main__:main",
         ]
     },
     cmdclass={"build_py": BuildWithStartupLine},

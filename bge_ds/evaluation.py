@@ -250,6 +250,7 @@ class Evaluation:
 
     def _copy_best(self, folder: Path) -> float:
         def copy() -> float:
+            checkpoint.check_model(self.best_folder)  # it may have been written weeks ago
             checkpoint.copy_model(self.best_folder, folder)
             inner = folder / "encoder_model"
             loaded = Encoder.load(str(inner if inner.is_dir() else folder))
@@ -258,7 +259,7 @@ class Evaluation:
                 raise RuntimeError(f"the model of {self.best_folder} gives vectors that are not finite")
             return 0.0
 
-        return run.on_first_rank(copy)
+        return collectives.on_first_rank(copy)
 
     def say_result(self, difference: float) -> str:
         if self.returns_best:

@@ -352,7 +352,7 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
         export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts_of(args, data))
         return export.check_saved(folder, ids, live_ND, pooling, normalize, engines.precision(engine))
 
-    return run.on_first_rank(write)
+    return collectives.on_first_rank(write)
 
 
 def finish(save, output: Path) -> float:

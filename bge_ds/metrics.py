@@ -174,7 +174,9 @@ class RunLog:
 
     def _append(self, record: dict[str, float]) -> dict[str, float]:
         record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
-        self.file.write(json.dumps(record) + "\n")
+        # JSON has no NaN or infinity; other readers than Python's refuse them.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
         return record
 

@@ -265,7 +265,7 @@ def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: 
         save_decoder(decoder, model.settings, folder)
         return export.check_saved(folder / "encoder_model", ids, live_ND, "cls", False, engines.precision(engine))
 
-    return run.on_first_rank(write)
+    return collectives.on_first_rank(write)
 
 
 def copy_model(checkpoint_folder: Path, folder: Path) -> None:

@@ -359,22 +359,6 @@ def silent(_: str) -> None:
     """For ranks that have nothing to say."""
 
 
-def on_first_rank(work: Callable[[], float]) -> float:
-    """What `work` gives on rank 0, on every rank. Its failure is raised on all: a rank alone would wait for ever."""
-    result, failure = None, None
-    if collectives.rank() == 0:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    message = collectives.broadcast_object(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise RuntimeError(f"rank 0 failed: {message}")
-    return collectives.broadcast_object(result)
-
-
 def fresh_folder(folder: Path) -> None:
     """An empty folder, made by rank 0 before any rank goes on."""
     if collectives.rank() == 0:

@@ -69,6 +69,21 @@ def test_metrics_of_a_resumed_run(tmp_path):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_metrics_are_json_that_any_reader_takes(tmp_path):
+    """NaN and infinity are no JSON: a loss or norm that is not finite is null in the file, and itself in the monitors."""
+    file = tmp_path / "metrics.jsonl"
+    log, events = log_to(file)
+    log.write({**record(1), "loss": float("nan"), "grad_norm": float("inf")})
+    log.close()
+
+    def refuse(word):
+        raise AssertionError(f"{word} in {file}")
+
+    found = json.loads(file.read_text(), parse_constant=refuse)
+    assert found["loss"] is None and found["grad_norm"] is None and found["mfu"] == 0.5
+    assert ("train/grad_norm", float("inf"), 1) in events
+
+
 def test_a_new_run_starts_a_new_file(tmp_path):
     file = tmp_path / "metrics.jsonl"
     for _ in range(2):

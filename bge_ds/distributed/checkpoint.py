@@ -93,9 +93,9 @@ def take(resume: str | None, output_dir: Path) -> Taken | None:
             disk.hold(output_dir)
             disk.tidy(output_dir)
 
-    _by_first_rank(prepare)
-    while (path := _by_first_rank(lambda: find(resume, output_dir))) is not None:
-        content = _by_first_rank(lambda path=path: _read(path))
+    collectives.on_first_rank(prepare)
+    while (path := collectives.on_first_rank(lambda: find(resume, output_dir))) is not None:
+        content = collectives.on_first_rank(lambda path=path: _read(path))
         wrong = content if isinstance(content, str) else _damage(path, content)
         if wrong is None:
             return Taken(path, content, notes)
@@ -104,7 +104,7 @@ def take(resume: str | None, output_dir: Path) -> Taken | None:
             remain = f"resume from another one: {', '.join(others)}" if others else "no other one is beside it"
             raise ValueError(f"--resume_from_checkpoint {path} is damaged: {wrong}; {remain}")
         notes.append(f"warning: {path} is damaged and now {path.name}{DAMAGED}: {wrong}")
-        _by_first_rank(lambda path=path: _put_aside(path))
+        collectives.on_first_rank(lambda path=path: _put_aside(path))
     if notes:
         raise ValueError(
             f"--resume_from_checkpoint {resume}: no checkpoint in {output_dir} is whole ({'; '.join(notes)}); "
@@ -276,27 +276,13 @@ def _say_failed(output_dir: Path, partial: Path, needed: int, failure: str) -> s
         shutil.rmtree(partial, ignore_errors=True)
         return shutil.disk_usage(output_dir).free, newest(output_dir)
 
-    free, last = _by_first_rank(clear)
+    free, last = collectives.on_first_rank(clear)
     good = f"{last} is still good" if last else "there is no earlier checkpoint"
     return (
         f"{partial.name.removesuffix(PARTIAL)} could not be written to {output_dir} ({failure}): it needs about "
         f"{needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; {good}. Make room (--save_total_limit keeps fewer) "
         "or see to it that the folder can be written to, then go on with --resume_from_checkpoint auto"
     )
-
-
-def _by_first_rank(work: Callable):
-    """What `work` gives on rank 0, everywhere; its ValueError or OSError is raised everywhere, as a ValueError."""
-    result, failure = None, None
-    if collectives.rank() == 0:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            failure = str(error)
-    failure = collectives.broadcast_object(failure)
-    if failure is not None:
-        raise ValueError(failure)
-    return collectives.broadcast_object(result)
 
 
 def begin(output_dir: Path, drop: bool) -> None:
@@ -308,7 +294,7 @@ def begin(output_dir: Path, drop: bool) -> None:
         if drop:
             drop_oldest(output_dir, keep=0)
 
-    _by_first_rank(work)
+    collectives.on_first_rank(work)
 
 
 def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None) -> None:
@@ -335,6 +321,16 @@ def read_best(path: Path) -> tuple[dict, Path] | None:
     if best is None:
         return None
     return best, path if best["step"] == state["step"] else path.parent / f"checkpoint-{best['step']}"
+
+
+def check_model(path: Path) -> None:
+    """Raises ValueError where a file of a checkpoint's model is not as written. Without a state.json there are no hashes."""
+    file = path / "state.json"
+    files = json.loads(file.read_text(encoding="utf-8"))["files"] if file.is_file() else {}
+    for name, entry in files.items():
+        if not name.startswith("resume/") and (wrong := disk.damage(path / name, *entry)):
+            others = ", ".join(p.name for p in _resumable(path.parent) if p.name != path.name) or "none"
+            raise ValueError(f"the model of {path} is damaged: {wrong}; that of another checkpoint may be whole: {others}")
 
 
 def copy_model(path: Path, folder: Path) -> None:

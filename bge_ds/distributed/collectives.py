@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from bge_ds.distributed.timing import call
 
 # Renamed in newer versions of torch, which warn at the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_T = TypeVar("_T")
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -131,3 +134,27 @@ def gather_object(value) -> list:
     box = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def on_first_rank(work: Callable[[], _T]) -> _T:
+    """What `work` gives on rank 0 (plain Python data), on every rank.
+
+    Its failure is raised on all, since a rank alone would wait for ever: a ValueError or OSError as a ValueError, any other as
+    itself on rank 0 and as a RuntimeError that names it on the others.
+    """
+    result = failure = None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    is_mistake = isinstance(failure, ValueError | OSError)
+    said = failure and (str(failure) if is_mistake else f"rank 0 failed: {type(failure).__name__}: {failure}")
+    said, is_mistake = broadcast_object((said, is_mistake))
+    if is_mistake:
+        raise ValueError(said) from failure
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise RuntimeError(said)
+    return broadcast_object(result)

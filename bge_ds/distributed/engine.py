@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from bge_ds.distributed import collectives, state, timing, watch
+from bge_ds.distributed import collectives, compiling, state, timing, watch
 from bge_ds.distributed.config import read_config
 
 logger = logging.getLogger(__name__)
@@ -284,9 +284,10 @@ def _make_optimizer(groups: list[dict], adam: dict, optim: str, offload: bool) -
     if optim != "adamw_deepspeed" and not offload:
         return torch.optim.AdamW(groups, **adam, fused=optim == "adamw_torch_fused" or None)
     try:
-        if on_cpu:
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
-        return deepspeed.ops.adam.FusedAdam(groups, **adam, adam_w_mode=True)
+        with compiling.turn("cpu_adam" if on_cpu else "fused_adam"):
+            if on_cpu:
+                return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
+            return deepspeed.ops.adam.FusedAdam(groups, **adam, adam_w_mode=True)
     except Exception as error:  # whatever a compiler may say
         kind = "CPUAdam" if on_cpu else "FusedAdam"
         raise ValueError(

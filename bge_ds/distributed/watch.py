@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from bge_ds import statuses
 from bge_ds.distributed.links import Link, Member, hosts_of_ranks, listen, meeting_point, own_address, own_host
+from bge_ds.distributed.stopping import CommonStep
 
 BEAT_S = 2.0
 TURN_S = 0.5  # between two looks at the clock
@@ -68,14 +69,7 @@ class _Watch:
         self._next_turn = self._next_beat = time.monotonic()
         self._ending: tuple[float, int, str, bool] | None = None  # when, status, message, whether this rank prints it
         self._waiting = self._failing = False
-        # Stopping at one step: rank 0 proposes one, which every rank holds at until it is agreed on.
-        self._agreeing = threading.Condition()
-        self._step: int | None = None  # the last one that the main thread has done
-        self._proposal: int | None = None
-        self._agreed = False
-        self._margin = 2
-        self._answers: dict[int, int] = {}
-        self.stopper = ""  # the signal that stops the run, and whose
+        self.stop = CommonStep(world)
         self._startup_ends: float | None = None
         self._handlers: dict[int, object] = {}
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -137,15 +131,6 @@ class _Watch:
             except (OSError, RuntimeError):  # nobody there yet, or what is left of an earlier run
                 time.sleep(0.5)
         self._order(lambda: self._add(link, arrived[1:]))  # the first is the welcome
-
-    def last_step(self, step: int) -> int | None:
-        with self._agreeing:
-            self._step = step
-            if self.world == 1:
-                return step if self.stopper else None
-            while self._proposal == step and not self._agreed:
-                self._agreeing.wait(1)
-            return self._proposal if self._agreed else None
 
     def fail(self, status: int, message: str) -> None:
         self._order(lambda: self._tell_failure(status, message))
@@ -406,61 +391,47 @@ class _Watch:
         if self.rank and self.links:
             for link in self.links:
                 link.send("signal", name=name)
-        elif not self.stopper and (self.rank == 0 or not self.joined.is_set()):
-            self.stopper = f"{name} to {by or self.members.get(0) or f'rank {self.rank}'}"
-            if self._step is None:
+        elif not self.stop.by and (self.rank == 0 or not self.joined.is_set()):
+            self.stop.by = f"{name} to {by or self.members.get(0) or f'rank {self.rank}'}"
+            if self.stop.reached is None:
                 self._startup_ends = time.monotonic() + (STARTUP_GRACE_S if self.world > 1 else 0)
             else:
                 self._stop_or_end()
 
     def _stop_or_end(self) -> None:
         """What a signal asks for: a common last step, or, before the first one, the end."""
-        if self._step is not None:
+        if self.stop.reached is not None:
             if self.world > 1:
-                self._propose(self._step)
+                self._propose()
             return
         # Before all are there, SIGTERM may be a launcher's word that another rank has died, which nobody else can tell.
-        lost = self.stopper.startswith("SIGTERM") and not self.joined.is_set()
+        lost = self.stop.by.startswith("SIGTERM") and not self.joined.is_set()
         then = "not all ranks had come: one may have died" if lost else "nothing was to be saved"
         status = statuses.LOST if lost else statuses.PREEMPTED
-        self._end_all(status, f"stopped by {self.stopper} before the first step; {then}; {_GO_ON}")
+        self._end_all(status, f"stopped by {self.stop.by} before the first step; {then}; {_GO_ON}")
 
-    def _propose(self, reached: int) -> None:
-        """Rank 0: propose a step that no rank should have passed when it hears of it; farther ahead each time."""
-        step = reached + self._margin
-        self._margin *= 2
-        self._answers = {0: self._hold(step)}
+    def _propose(self) -> None:
+        step = self.stop.propose()
         for link in self.links:
-            link.send("propose", step=step, by=self.stopper)
-
-    def _hold(self, step: int) -> int:
-        """From here on the main thread goes no further than `step`, if it is not past it. The step it has done."""
-        with self._agreeing:
-            self._proposal = step
-            self._agreeing.notify_all()
-            return -1 if self._step is None else self._step
+            link.send("propose", step=step, by=self.stop.by)
 
     def _on_propose(self, link: Link, step: int, by: str) -> None:
-        self.stopper = by
-        link.send("at", step=self._hold(step), proposal=step)
+        self.stop.by = by
+        link.send("at", step=self.stop.hold(step), proposal=step)
 
     def _on_at(self, link: Link, step: int, proposal: int) -> None:
-        if proposal != self._proposal or self._agreed:
+        all_hold = self.stop.answer(link.member.rank, step, proposal)
+        if all_hold is None:
             return
-        self._answers[link.member.rank] = step
-        if len(self._answers) < self.world:
-            return
-        if max(self._answers.values()) >= proposal:
-            self._propose(max(self._answers.values()))
+        if not all_hold:
+            self._propose()
             return
         for other in self.links:
             other.send("agreed")
-        self._on_agreed(link)
+        self.stop.agree()
 
     def _on_agreed(self, link: Link) -> None:
-        with self._agreeing:
-            self._agreed = True
-            self._agreeing.notify_all()
+        self.stop.agree()
 
 
 def _noted_elsewhere(number: int, frame) -> None:
@@ -549,9 +520,9 @@ def last_step(step: int) -> int | None:
 
     It costs nothing; only between a signal and the agreement on the step, it may wait for the other ranks' answers.
     """
-    return None if _current is None else _current.last_step(step)
+    return None if _current is None else _current.stop.done(step)
 
 
 def stopper() -> str:
     """The signal that stops the run and the rank that it came to."""
-    return "" if _current is None else _current.stopper
+    return "" if _current is None else _current.stop.by

@@ -15,8 +15,9 @@ import helpers
 import pytest
 from hosts import ADDRESSES, SEARCH, inside, quick
 
-from bge_ds import doctor, meeting
-from bge_ds.judging import FAILED, OK, Finding, Plan
+from bge_ds.doctor import __main__ as doctor
+from bge_ds.doctor import meeting
+from bge_ds.doctor.judging import FAILED, OK, Finding, Plan
 
 COMMAND = [sys.executable, "-m", "bge_ds.doctor"]
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "PDSH_SSH_ARGS_APPEND", "DS_ENV_FILE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")

@@ -174,6 +174,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, how, w
         checkpoint.take("auto", tmp_path)
 
 
+def test_a_damaged_model_is_not_handed_on(tmp_path):
+    """A run that ends with its best checkpoint's model finds one flipped bit in it, which loads as well as any; the files for
+    going on are not read for that, and a checkpoint without them has no hashes."""
+    before, best = save(tmp_path, 1).path, save(tmp_path, 2).path
+    spoil(best, "missing")
+    checkpoint.check_model(best)
+    (best / "model").write_bytes(bytes([(best / "model").read_bytes()[0] ^ 1]) + (best / "model").read_bytes()[1:])
+    with pytest.raises(
+        ValueError, match=r"the model of .*checkpoint-2 is damaged: .*has the hash .* may be whole: checkpoint-1"
+    ):
+        checkpoint.check_model(best)
+    (before / "state.json").unlink()
+    checkpoint.check_model(before)
+
+
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
     """A full disk in the middle of a save: the former checkpoint is still the newest whole one, nothing else is left, and the
     message says what is needed and how to go on."""

@@ -104,7 +104,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, setting, case):
     assert out.split().count("status") == 8 and "status 0" in out and not any(f"status {s}" in out for s in (1, 2, 77))
     for name, file in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
         poisoned, left_out = (records(tmp_path / f"{name}_{how}") for how in ("poisoned", "left_out"))
-        assert math.isnan(poisoned[3]["loss"])
+        assert poisoned[3]["loss"] is None
         for step in (1, 2, 4, 5, 6):
             for key in ("loss", "learning_rate", "grad_norm"):
                 assert poisoned[step][key] == left_out[step][key], (step, key)

@@ -7,11 +7,11 @@ import json
 import helpers
 import pytest
 
-from bge_ds.meeting import LARGEST_DIFFERENCE
+from bge_ds.doctor.meeting import LARGEST_DIFFERENCE
 
 SCRIPT = """
 import json, sys
-from bge_ds import selftest
+from bge_ds.doctor import selftest
 from bge_ds.distributed import collectives
 
 def own_rows_only(ctx, grad):  # forgets what the other ranks' losses say of a row

@@ -7,7 +7,7 @@ import sys
 import pytest
 from deepspeed.launcher import runner
 
-from bge_ds import cluster
+from bge_ds.doctor import cluster
 
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):

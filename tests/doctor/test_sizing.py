@@ -6,9 +6,9 @@ import helpers
 import pytest
 import torch
 
-from bge_ds import sizing
 from bge_ds.data import batches
 from bge_ds.distributed import engine as engines
+from bge_ds.doctor import sizing
 from bge_ds.modeling.encoder import Encoder
 
 

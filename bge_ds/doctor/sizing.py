@@ -12,7 +12,7 @@ from transformers import AutoModel
 from bge_ds.data import batches
 from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
-from bge_ds.judging import Needs
+from bge_ds.doctor.judging import Needs
 from bge_ds.modeling.encoder import Encoder, build_backbone, load_config
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from bge_ds import judging, meeting
-from bge_ds.judging import ALL, FAILED, OK, WARNING, Needs, Plan
+from bge_ds.doctor import judging, meeting
+from bge_ds.doctor.judging import ALL, FAILED, OK, WARNING, Needs, Plan
 
 GIB = 1 << 30
 CPU = {"kind": "cpu", "unseen": []}

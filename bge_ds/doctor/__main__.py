@@ -24,9 +24,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NoReturn
 
-from bge_ds import cluster, judging, meeting, probing, statuses
-from bge_ds.cluster import MARK, Silence, Talk
-from bge_ds.judging import ALL, FAILED, OK, SKIPPED, WARNING, Finding, Plan
+from bge_ds import statuses
+from bge_ds.doctor import cluster, judging, meeting, probing
+from bge_ds.doctor.cluster import MARK, Silence, Talk
+from bge_ds.doctor.judging import ALL, FAILED, OK, SKIPPED, WARNING, Finding, Plan
 
 HERE = "this machine"
 CPU_RANKS = 2  # without GPUs and --num_gpus, as the scripts of launch/ start them
@@ -172,7 +173,7 @@ def examine(args: argparse.Namespace) -> bool:
     """All checks, printed as they are made; whether none failed. Raises ValueError before anything is contacted."""
     slots = cluster.read_hostfile(args.hostfile) if args.hostfile else {}
     variables, env_files = cluster.forwarded_variables() if args.hostfile else ({}, [])
-    from bge_ds import sizing  # torch and transformers: what is wrong above is said at once
+    from bge_ds.doctor import sizing  # torch and transformers: what is wrong above is said at once
 
     plan = make_plan(args, slots or {HERE: args.num_gpus or sizing.gpus(args.use_cpu) or CPU_RANKS})
     config = sizing.read_config(args.deepspeed, plan.ranks, args.bf16, args.fp16)
@@ -275,7 +276,7 @@ def texts_at_once(args: argparse.Namespace) -> tuple[int, int]:
 
 def measure_model(args: argparse.Namespace, config: dict):
     """The model's `sizing.Size`, or a finding that says why there is none; neither where no model is named."""
-    from bge_ds import sizing
+    from bge_ds.doctor import sizing
 
     half = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
     if not args.model_name_or_path:
@@ -338,8 +339,8 @@ def rank_test(task: str) -> int:
     """On each rank."""
     details = json.loads(base64.urlsafe_b64decode(task))
     faulthandler.dump_traceback_later(details["timeout_s"], exit=True)  # says where it hangs
-    from bge_ds import selftest
     from bge_ds.distributed import collectives
+    from bge_ds.doctor import selftest
 
     try:
         result = selftest.run(**details)

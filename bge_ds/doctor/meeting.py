@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bge_ds.cluster import NO_FOLDER, NO_PYTHON, SSH_LOST
-from bge_ds.judging import ALL, FAILED, OK, WARNING, Finding, Plan, size
+from bge_ds.doctor.cluster import NO_FOLDER, NO_PYTHON, SSH_LOST
+from bge_ds.doctor.judging import ALL, FAILED, OK, WARNING, Finding, Plan, size
 
 LARGEST_DIFFERENCE = 1e-4  # relative, of fp32 gradients summed in another order
 LARGEST_CLOCK_DIFFERENCE_S = 5.0

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bge_ds
-from bge_ds.cluster import MARK
+from bge_ds.doctor.cluster import MARK
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE")

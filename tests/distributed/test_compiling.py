@@ -1,0 +1,65 @@
+"""A process that was killed while it compiled keeps nobody waiting; one that still compiles is waited for."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from bge_ds.distributed import compiling
+
+HOLDING = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+assert FileBaton(sys.argv[1]).try_acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+TAKING = """
+import sys, time
+from bge_ds.distributed import compiling
+with compiling.turn("cpu_adam"):
+    print("in", time.monotonic(), flush=True)
+    time.sleep(1)
+    print("out", time.monotonic(), flush=True)
+"""
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """The file by which torch marks the extension that is being compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    return tmp_path / "cpu_adam" / "lock"
+
+
+def test_the_mark_of_a_killed_process_goes_that_of_a_living_one_stays(mark, caplog):
+    with subprocess.Popen([sys.executable, "-c", HOLDING, str(mark)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with compiling.turn("cpu_adam"):
+            assert mark.exists()
+        assert not caplog.text
+        process.kill()
+    assert mark.exists()
+    with compiling.turn("cpu_adam"):
+        assert FileBaton(str(mark)).try_acquire()  # torch compiles, and waits for nobody
+    assert f"{mark} was left by a process that died" in caplog.text
+
+
+def test_ranks_take_turns(mark):
+    """Each of three processes is alone in there: none can take another's mark for one left behind."""
+    processes = [subprocess.Popen([sys.executable, "-c", TAKING], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    began = time.monotonic()
+    spans = sorted(tuple(float(word) for word in p.communicate(timeout=120)[0].split()[1::2]) for p in processes)
+    assert all(began < enter < leave for enter, leave in spans)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), spans
+
+
+def test_nothing_is_written_where_nothing_can_be_compiled(mark, monkeypatch):
+    monkeypatch.setattr(compiling.os, "access", lambda path, mode: False)
+    with compiling.turn("cpu_adam"):
+        assert not any(mark.parent.iterdir())
