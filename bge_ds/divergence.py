@@ -39,6 +39,13 @@ class SkippedSteps:
         if self.limit and self.in_a_row >= self.limit:
             self._stop(step, loss, micro_batches)
 
+    def keep(self) -> list[int]:
+        """The counts, for a run that goes on from here."""
+        return [self.in_a_row, self.since_read]
+
+    def go_on(self, kept: list[int]) -> None:
+        self.in_a_row, self.since_read = kept
+
     def read(self) -> dict[str, int]:
         """For the log: the steps skipped since the last reading (fp16: what the loss scaler skipped so far), and in all."""
         found = {} if self.engine.fp16_enabled() else {"nonfinite_steps": self.since_read}
@@ -47,7 +54,11 @@ class SkippedSteps:
 
     def _stop(self, step: int, loss: torch.Tensor, micro_batches: list) -> None:
         file = self.output / FOLDER / f"step-{step:06d}-rank-{collectives.rank()}.jsonl"
-        write_texts(file, micro_batches, self.tokenizer)
+        texts = f"Each rank's texts of this step are in {file.parent / f'step-{step:06d}-rank-*.jsonl'}"
+        try:
+            write_texts(file, micro_batches, self.tokenizer)
+        except OSError as error:  # a full disk must not hide why the run ends
+            texts = f"The texts of this step could not be written to {file} ({error})"
         # Also the sign that every rank has written: one that leaves takes the others with it.
         finite = collectives.gather_counts(int(torch.isfinite(loss.detach())), self.engine.device)
         where = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
@@ -55,8 +66,8 @@ class SkippedSteps:
         last = checkpoint.newest(self.output)
         raise Diverged(
             f"step {step}: {self.in_a_row} steps in a row were skipped as not finite (--max_nonfinite_steps {self.limit}); "
-            f"{whose}. The weights are as they were before these steps; the last checkpoint is {last or 'none'}. Each rank's "
-            f"texts of this step are in {file.parent / f'step-{step:06d}-rank-*.jsonl'}. Lower --learning_rate or raise "
+            f"{whose}. The weights are as they were before these steps; the last checkpoint is {last or 'none'}. {texts}. "
+            "Lower --learning_rate or raise "
             "--warmup_steps, take --bf16 in place of --fp16, or look at these texts"
         )
 

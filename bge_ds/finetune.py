@@ -16,7 +16,7 @@ import torch
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
-from bge_ds.distributed import checkpoint, collectives, gradcache, watch
+from bge_ds.distributed import checkpoint, collectives, disk, gradcache, watch
 from bge_ds.distributed import engine as engines
 from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import SkippedSteps
@@ -100,9 +100,9 @@ def train(args: FinetuneArguments) -> None:
 
     objective = objective_of(args)
     meter = Meter(device, args.logging_nan_inf_filter)
-    resuming.restore_meter(meter, taken)
-    saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, started)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, Path(args.output_dir), engine, tokenizer, log.say)
+    resuming.restore_meter(meter, nonfinite, taken)
+    saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, nonfinite, started)
     pace = Pace(device, log.say)
     engine.train()
     pace.begin()
@@ -357,14 +357,12 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.Finetun
 
 def finish(save, output: Path) -> float:
     """The final model into the output folder itself: written aside, checked, then moved, what makes it loadable last."""
-    aside = output / ("model" + checkpoint.PARTIAL)
-    run.fresh_folder(aside)
-    difference = save(aside)
-    if collectives.rank() == 0:
+
+    def place(aside: Path) -> None:
         shutil.rmtree(output / lora.FOLDER, ignore_errors=True)  # an older run's would not fit this run's model
-        checkpoint.merge_folder(aside, output, last=export.ENTRY_FILES)
-    collectives.barrier()
-    return difference
+        disk.merge_folder(aside, output, last=export.ENTRY_FILES)
+
+    return checkpoint.write_aside(output, save, place)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,14 +7,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bge_ds.distributed import collectives
+from bge_ds.distributed import checkpoint, collectives, disk
 
 
 class Meter:
@@ -129,17 +130,33 @@ class RunLog:
         self.write_events = write_events
         if not self.active:
             return
+        self.path = file
+        with self._explained():
+            self._open(file, first_step)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not show_bar, dynamic_ncols=True, file=sys.stderr
+        )
+
+    def _open(self, file: Path, first_step: int) -> None:
         kept = []
         if first_step and file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= first_step]
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.file = file.open("w", encoding="utf-8")
-        self.file.writelines(line + "\n" for line in kept)
-        self.file.flush()
-        self.bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", disable=not show_bar, dynamic_ncols=True, file=sys.stderr
-        )
+        if kept:  # whole at any time: what was logged is not made again
+            disk.write_whole(file, "".join(line + "\n" for line in kept))
+        self.file = file.open("a" if kept else "w", encoding="utf-8")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            last = checkpoint.newest(self.path.parent)
+            raise ValueError(
+                f"{self.path} could not be written ({error}); the last checkpoint is {last or 'none'}. Make room or see to it "
+                "that the file can be written to, then go on with --resume_from_checkpoint auto"
+            ) from error
 
     def advance(self) -> None:
         if self.active:
@@ -176,8 +193,9 @@ class RunLog:
         record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
         # JSON has no NaN or infinity; other readers than Python's refuse them.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self.file.flush()
+        with self._explained():
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.file.flush()
         return record
 
     def say(self, text: str) -> None:

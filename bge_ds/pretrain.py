@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import PretrainArguments, parse
 from bge_ds.data import batches, records, shards
-from bge_ds.distributed import checkpoint, collectives, watch
+from bge_ds.distributed import checkpoint, collectives, disk, watch
 from bge_ds.distributed import engine as engines
 from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import SkippedSteps
@@ -78,12 +78,12 @@ def train(args: PretrainArguments) -> None:
     )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
-    resuming.restore_meter(meter, taken)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, output, engine, tokenizer, log.say)
+    resuming.restore_meter(meter, nonfinite, taken)
     weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
     pace = Pace(device, log.say)
     saver = resuming.Saver(
-        args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, started,
+        args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, nonfinite, started,
         publish=lambda folder: publish(partial(copy_model, folder), output),
     )  # fmt: skip
     engine.train()
@@ -276,14 +276,12 @@ def copy_model(checkpoint_folder: Path, folder: Path) -> None:
 
 def publish(write, output: Path) -> float | None:
     """The model as it is now into OUTPUT/encoder_model, and the decoder beside it, replacing the last ones."""
-    aside = output / ("model" + checkpoint.PARTIAL)
-    run.fresh_folder(aside)
-    difference = write(aside)
-    if collectives.rank() == 0:
-        checkpoint.replace_folder(aside / "encoder_model", output / "encoder_model")
-        checkpoint.merge_folder(aside, output, last=())
-    collectives.barrier()
-    return difference
+
+    def place(aside: Path) -> None:
+        disk.replace_folder(aside / "encoder_model", output / "encoder_model")
+        disk.merge_folder(aside, output, last=())
+
+    return checkpoint.write_aside(output, write, place)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bge_ds.arguments import TrainArguments
 from bge_ds.distributed import checkpoint, collectives, state
+from bge_ds.divergence import SkippedSteps
 from bge_ds.metrics import Meter, RunLog
 from bge_ds.ordering import split_weights
 
@@ -83,7 +84,8 @@ def agreement(args: TrainArguments, shards, plan, names: tuple[str, ...]) -> dic
     """
     common = (
         "seed", "data_seed", "learning_rate", "bf16", "fp16", "train_sampling_strategy", "lr_scheduler_type", "warmup_steps",
-        "weight_decay", "max_grad_norm", "mixing_temperature",
+        "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "mixing_temperature",
     )  # fmt: skip
     flag, product, _ = _batch(args)
     return {
@@ -103,9 +105,11 @@ def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreeme
     Holds the output folder from here on. Another run's checkpoints in it would be taken for this one's newest, and be kept in
     place of this one's.
     """
-    checkpoint.begin(Path(args.output_dir), drop=taken is None and args.overwrite_output_dir)
+    output = Path(args.output_dir)
     if not args.save_only_model:
         next(state.pieces(engine), None)  # what cannot be saved is said now, not hours later
+    of_another = taken is None or taken.path.absolute().parent.resolve() != output.resolve()
+    checkpoint.begin(output, drop=of_another and args.overwrite_output_dir)
     if taken is None:
         return 0, 0
     checkpoint.check_agreement(taken, agreement)
@@ -113,10 +117,17 @@ def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreeme
     return taken.state["step"], taken.state["tokens_seen"] if collectives.rank() == 0 else 0
 
 
-def restore_meter(meter: Meter, taken: checkpoint.Taken | None) -> None:
-    """What the checkpoint's ranks had added since their last line of the log. Another number of ranks begins anew."""
-    if taken is not None and len(taken.state["meters"]) == collectives.world_size():
-        meter.go_on(taken.state["meters"][collectives.rank()])
+def restore_meter(meter: Meter, nonfinite: SkippedSteps, taken: checkpoint.Taken | None) -> None:
+    """What the checkpoint's ranks had added since their last line of the log, and the steps skipped until then.
+
+    Another number of ranks adds up anew; the skipped steps are the same on all.
+    """
+    if taken is None:
+        return
+    meters = taken.state["meters"]
+    nonfinite.go_on(meters[0]["skipped"])
+    if len(meters) == collectives.world_size():
+        meter.go_on(meters[collectives.rank()])
 
 
 class Saver:
@@ -127,10 +138,10 @@ class Saver:
 
     def __init__(
         self, args: TrainArguments, engine, agreement: dict, asked: dict, export: Callable[[Path], float], log: RunLog,
-        meter: Meter, started: float, publish: Callable[[Path], object] | None = None,
+        meter: Meter, nonfinite: SkippedSteps, started: float, publish: Callable[[Path], object] | None = None,
     ):  # fmt: skip
         self.args, self.engine, self.agreement, self.asked, self.export = args, engine, agreement, asked, export
-        self.log, self.meter, self.started, self.publish = log, meter, started, publish
+        self.log, self.meter, self.nonfinite, self.started, self.publish = log, meter, nonfinite, started, publish
         self.seconds = self.unwritten = 0.0
         self.saves = 0
 
@@ -140,7 +151,7 @@ class Saver:
         saved = checkpoint.save(
             self.engine, Path(self.args.output_dir), step, tokens_seen, self.agreement, self.export,
             keep=self.args.save_total_limit, only_model=self.args.save_only_model, best=best, asked=self.asked,
-            meter=self.meter.keep(),
+            meter=self.meter.keep() | {"skipped": self.nonfinite.keep()},
         )  # fmt: skip
         if self.publish is not None:
             self.publish(saved.path)

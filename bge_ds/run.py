@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import sys
 import textwrap
 import traceback
@@ -105,7 +104,8 @@ def set_up(args: TrainArguments) -> None:
     if not os.access(there, os.W_OK):
         raise ValueError(f"--output_dir {output}: {there} is read-only to this user; give a folder that can be written to")
     held = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
-    if held and resume is None and not args.overwrite_output_dir and not _only_a_start(held, args):
+    goes_on = resume is not None and resume.absolute().parent.resolve() == output.resolve()
+    if held and not goes_on and not args.overwrite_output_dir and not _only_a_start(held, args):
         shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
         raise ValueError(
             f"--output_dir {output} is not empty (it holds {shown}); give another folder, --overwrite_output_dir to train "
@@ -357,11 +357,3 @@ def is_first_on_host() -> bool:
 
 def silent(_: str) -> None:
     """For ranks that have nothing to say."""
-
-
-def fresh_folder(folder: Path) -> None:
-    """An empty folder, made by rank 0 before any rank goes on."""
-    if collectives.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    collectives.barrier()

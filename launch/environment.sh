@@ -39,6 +39,10 @@ find_hostfile() {
         echo "error: no hostfile $hostfile; copy launch/hostfile, or name yours in HOSTFILE" >&2
         return 1
     fi
+    if [[ $hostfile =~ [[:space:]] ]]; then
+        echo "error: the hostfile's path '$hostfile' has a space, at which DeepSpeed's options would be split; name another in HOSTFILE" >&2
+        return 1
+    fi
     if grep -nvE '^[[:space:]]*(#.*)?$|^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$' "$hostfile" >&2; then
         echo "error: $hostfile: these lines are no host and its slots; valid is NAME slots=N, such as worker-1 slots=8" >&2
         return 1

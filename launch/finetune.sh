@@ -7,7 +7,8 @@
 # DEEPSPEED_ARGS replaces the launcher's own options altogether (launch/finetune_multinode.sh shows a use).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-find_environment && look_at_machine
+find_environment || exit 127
+look_at_machine || exit 1
 
 # The two unquoted variables hold several words, or none.
 exec deepspeed ${DEEPSPEED_ARGS:---num_gpus $ranks} -m bge_ds.finetune \

@@ -14,6 +14,11 @@ if [ -z "${MASTER_ADDR:-}" ] || ! [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]]; then
     echo "error: MASTER_ADDR (the first host's address) and NODE_RANK (this host's line in $hostfile, from 0) must be set" >&2
     exit 2
 fi
+hosts=$(grep -cE '^[[:space:]]*[^[:space:]#]' "$hostfile" || true)
+if ((10#$NODE_RANK >= hosts)); then
+    echo "error: NODE_RANK $NODE_RANK, and $hostfile has $hosts hosts, numbered from 0" >&2
+    exit 2
+fi
 DEEPSPEED_ARGS="--hostfile $hostfile --no_ssh --node_rank $NODE_RANK"
 DEEPSPEED_ARGS+=" --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-29500}"
 export DEEPSPEED_ARGS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,36 @@ def test_metrics_are_json_that_any_reader_takes(tmp_path):
     found = json.loads(file.read_text(), parse_constant=refuse)
     assert found["loss"] is None and found["grad_norm"] is None and found["mfu"] == 0.5
     assert ("train/grad_norm", float("inf"), 1) in events
+
+
+def test_a_log_that_cannot_be_written_says_what_to_do(tmp_path):
+    """A full disk (/dev/full) is named with the file, the last checkpoint and the way on: not an error number alone."""
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "state.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log, _ = log_to(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics.jsonl could not be written .*No space left.*checkpoint-7\. Make room"):
+        log.write(record(1))
+
+
+def test_the_lines_of_a_resumed_run_are_never_half_there(tmp_path, monkeypatch):
+    """What the stopped run logged is kept as it was until all of it is written anew: those steps are not run again."""
+    file = tmp_path / "metrics.jsonl"
+    log, _ = log_to(file)
+    for step in (1, 2, 3):
+        log.write(record(step))
+    log.close()
+    before = file.read_text()
+
+    def fail(path, text, **more):
+        with path.open("w") as out:
+            out.write(text[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ValueError, match="No space left"):
+        log_to(file, first_step=2)
+    assert file.read_text() == before
 
 
 def test_a_new_run_starts_a_new_file(tmp_path):

@@ -120,6 +120,14 @@ def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path, groups, tiny
     )
     assert "is not empty (it holds precious)" in line and "--overwrite_output_dir" in line
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    # Going on from elsewhere is no reason to mix two runs.
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint-3" / "state.json").write_text("{}")
+    line = error_of(
+        capsys, finetune.main, "--output_dir", tmp_path / "out", "--train_data", groups, "--model_name_or_path", tiny_bert_path,
+        "--resume_from_checkpoint", tmp_path / "other" / "checkpoint-3",
+    )  # fmt: skip
+    assert "is not empty (it holds precious)" in line
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def find_sources(inputs: list[str], skip_unknown: bool = False) -> list[Source]:
         shown = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ValueError(
             f"unknown kind of file: {shown}. Read are {', '.join(KNOWN)} and folders written by"
-            " datasets.save_to_disk; --skip_unknown passes over all others"
+            " datasets.save_to_disk; `python -m bge_ds.preprocess ... --skip_unknown` passes over all others"
         )
     if not sources:
         raise ValueError(f"no file of a known kind ({', '.join(KNOWN)}) in {', '.join(inputs)}")

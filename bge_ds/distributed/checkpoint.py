@@ -133,17 +133,25 @@ def _checksum(content: dict) -> str:
 
 
 def _read(path: Path) -> dict | str:
-    """state.json, or what is wrong with it. Raises ValueError for one of another version."""
+    """state.json, or what is wrong with it. Raises ValueError for a whole one of another version."""
+    file = path / "state.json"
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"{file} cannot be read ({error})"
     except ValueError as error:
-        return f"{path / 'state.json'} is no JSON ({error})"
-    if content.get("format") != FORMAT:
+        return f"{file} is no JSON ({error})"
+    if not isinstance(content, dict):
+        return f"{file} holds no object"
+    written = content.get("format", 1)  # DeepSpeed's own, which had no checksum
+    if ("checksum" in content or "format" in content) and content.get("checksum") != _checksum(content):
+        return f"{file} does not have its checksum"
+    if written != FORMAT:
         raise ValueError(
-            f"{path} was written by another version of bge_ds (format {content.get('format', 1)}, this one reads {FORMAT}); "
-            "go on with that version, or start a new run from its model"
+            f"{path} was written by another version of bge_ds (format {written}, this one reads {FORMAT}); go on with that "
+            "version, or start a new run from its model"
         )
-    return content if content.get("checksum") == _checksum(content) else f"{path / 'state.json'} does not have its checksum"
+    return content
 
 
 def check_agreement(taken: Taken, expected: dict) -> None:
@@ -152,6 +160,11 @@ def check_agreement(taken: Taken, expected: dict) -> None:
     What a checkpoint does not hold was off there, as it must be here.
     """
     there = taken.state["agreement"]
+    if there.get(FROZEN) and expected.get(FROZEN) and there[FROZEN] != expected[FROZEN]:
+        raise ValueError(
+            f"{taken.path} belongs to another run: the weights that are not trained differ, so --model_name_or_path is not the "
+            "model that it began with; give that one, or start a new run in another --output_dir"
+        )
     differing = [
         f"{key}: {there.get(key)!r} there, {value!r} now"
         for key, value in expected.items()
@@ -216,7 +229,7 @@ def save(
     def finish() -> int:
         known = {name: entry for part in written for name, entry in part.items()}
         if not only_model:
-            write_json(partial / "resume" / state.ENGINE, state.describe(engine))
+            disk.write_json(partial / "resume" / state.ENGINE, state.describe(engine))
         files = disk.hashes(partial, known)
         if not only_model:
             content = {
@@ -225,27 +238,57 @@ def save(
                 "meters": meters,
             }  # fmt: skip
             content = json.loads(json.dumps(content))
-            write_json(partial / "state.json", content | {"checksum": _checksum(content)})
+            disk.write_json(partial / "state.json", content | {"checksum": _checksum(content)})
         disk.sync(partial)
-        replace_folder(partial, final)
+        disk.replace_folder(partial, final)
         disk.sync_one(output_dir)
-        if best is not None:
-            write_json(output_dir / "best.json", best)
-        if keep:
-            drop_oldest(output_dir, keep, None if best is None else best["step"])
         return sum(size for size, _ in files.values())
+
+    def make_room() -> None:
+        if best is not None:
+            disk.write_json(output_dir / "best.json", best)
+        if keep:
+            drop_oldest(output_dir, keep, None if best is None else best["step"], newest=step)
 
     def part(work: Callable, first_only: bool = False):
         result, failure = _try(work, first_only)
         if failure is not None:
-            raise ValueError(_say_failed(output_dir, partial, needed, failure))
+            raise ValueError(_say_failed(output_dir, partial, f"checkpoint-{step}", failure, needed))
         return result
 
     part(prepare, first_only=True)
     part(lambda: export(partial))
     written = collectives.gather_object(part(write_resume))
     size = collectives.broadcast_object(part(finish, first_only=True))
+    if (failure := _try(make_room, first_only=True)[1]) is not None:
+        raise ValueError(
+            f"{final} is written and whole, but best.json could not be brought up to date or older checkpoints not be removed "
+            f"({failure}); see to it that {output_dir} can be written to, then go on with --resume_from_checkpoint auto"
+        )
     return Saved(final, time.perf_counter() - began, size)
+
+
+def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callable[[Path], None]) -> float:
+    """Have export(folder) write a model into a folder aside, on every rank, and rank 0 move it from there by place(folder).
+
+    Returns what `export` does. Raises ValueError on every rank where the disk is full or not to be written to.
+    """
+    aside = output_dir / ("model" + PARTIAL)
+
+    def make() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def part(work: Callable, first_only: bool = False):
+        result, failure = _try(work, first_only)
+        if failure is not None:
+            raise ValueError(_say_failed(output_dir, aside, "the model", failure))
+        return result
+
+    part(make, first_only=True)
+    result = part(lambda: export(aside))
+    part(lambda: place(aside), first_only=True)
+    return result
 
 
 def model_size(engine) -> int:
@@ -269,8 +312,8 @@ def _try(work: Callable, first_only: bool) -> tuple[object, str | None]:
     return result, next(filter(None, collectives.gather_object(failure)), None)
 
 
-def _say_failed(output_dir: Path, partial: Path, needed: int, failure: str) -> str:
-    """Clear away what was half-written; words for a person, on every rank."""
+def _say_failed(output_dir: Path, partial: Path, what: str, failure: str, needed: int | None = None) -> str:
+    """Clear away what was half-written; words for a person, on every rank. needed: bytes."""
 
     def clear() -> tuple[int, Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
@@ -278,31 +321,35 @@ def _say_failed(output_dir: Path, partial: Path, needed: int, failure: str) -> s
 
     free, last = collectives.on_first_rank(clear)
     good = f"{last} is still good" if last else "there is no earlier checkpoint"
+    need = f"it needs about {needed / 2**20:,.1f} MiB, and " if needed else ""
     return (
-        f"{partial.name.removesuffix(PARTIAL)} could not be written to {output_dir} ({failure}): it needs about "
-        f"{needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; {good}. Make room (--save_total_limit keeps fewer) "
-        "or see to it that the folder can be written to, then go on with --resume_from_checkpoint auto"
+        f"{what} could not be written to {output_dir} ({failure}): {need}{free / 2**20:,.1f} MiB are free; {good}. Make room "
+        "(--save_total_limit keeps fewer) or see to it that the folder can be written to, then go on with "
+        "--resume_from_checkpoint auto"
     )
 
 
 def begin(output_dir: Path, drop: bool) -> None:
-    """Hold the output folder for this run and tidy it, on every rank; drop: remove another run's checkpoints."""
+    """Hold the output folder for this run and tidy it, on every rank; drop: remove another run's checkpoints and log."""
 
     def work() -> None:
         disk.hold(output_dir)
         disk.tidy(output_dir)
         if drop:
             drop_oldest(output_dir, keep=0)
+            for name in ("best.json", "metrics.jsonl"):
+                (output_dir / name).unlink(missing_ok=True)
 
     collectives.on_first_rank(work)
 
 
-def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None) -> None:
+def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None, newest: int | None = None) -> None:
     """Remove all but `keep` checkpoints (0: all): the newest, and the best in place of the oldest of them. On rank 0.
 
-    The newest stays beside the best even where `keep` is 1: it is the one to resume from.
+    The newest stays beside the best even where `keep` is 1: it is the one to resume from. newest: its step, where a run that
+    went on from an earlier checkpoint has later ones of before in its folder; those go first.
     """
-    found = _all(output_dir)
+    found = sorted(_all(output_dir), key=lambda entry: (newest is None or entry[0] <= newest, entry[0]))
     split = max(0, len(found) - keep)
     doomed_ones = found[:split]
     if any(step == best_step for step, _ in doomed_ones):
@@ -342,33 +389,3 @@ def copy_model(path: Path, folder: Path) -> None:
             shutil.copytree(entry, folder / entry.name)
         else:
             shutil.copy2(entry, folder / entry.name)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(path.name + PARTIAL)
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Put a finished folder in another's place."""
-    old = final.with_name(final.name + disk.OLD)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def merge_folder(new: Path, final: Path, last: tuple[str, ...]) -> None:
-    """Move a finished folder's files into another, those in `last` (what makes it loadable) removed first, added last."""
-    for name in last:
-        (final / name).unlink(missing_ok=True)
-    entries = sorted(new.iterdir(), key=lambda p: (last.index(p.name) if p.name in last else -1, p.name))
-    for entry in entries:
-        target = final / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        entry.replace(target)
-    new.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 
 from bge_ds.distributed import collectives
@@ -12,6 +13,17 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _CONFIG_FOLDERS = (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs")
 # Fewer than this many elements a bucket, and the cost of starting a reduction outweighs its overlap.
 _SMALLEST_BUCKET = 1 << 20
+# Sections of a config that hold settings, and single settings: what a misspelt name may have meant. DeepSpeed takes unknown
+# names without a word at the top, and refuses them inside "zero_optimization", "bf16" and "fp16".
+_SECTIONS = (
+    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "checkpoint", "elasticity", "activation_checkpointing",
+    "flops_profiler", "comms_logger", "tensorboard", "csv_monitor", "wandb", "data_types", "torch_autocast", "aio",
+)  # fmt: skip
+_SETTINGS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "gradient_predivide_factor", "prescale_gradients", "communication_data_type", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "dump_state",
+)  # fmt: skip
 _BUCKET_MULTIPLE = 1 << 12  # DeepSpeed asks for multiples of its alignment, which is a small power of two
 
 
@@ -31,11 +43,27 @@ def read_config(name_or_path: str) -> tuple[dict, str]:
         raise ValueError(f"--deepspeed {path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"--deepspeed {path}: holds a {type(config).__name__}, not an object of settings")
+    _check_shape(config, str(path))
     if config.get("elasticity", {}).get("enabled"):
         raise ValueError(
             f'--deepspeed {path}: "elasticity" changes the batch size, and with it the number of negatives; remove it'
         )
     return config, str(path)
+
+
+def _check_shape(config: dict, path: str) -> None:
+    """Refuse what DeepSpeed would take without a word, or end at with a traceback."""
+    for name, value in config.items():
+        if name in _SECTIONS and not isinstance(value, dict):
+            raise ValueError(f'--deepspeed {path}: "{name}" is {json.dumps(value)}; it must be an object of settings')
+        if name in ("optimizer", "scheduler") and not isinstance(value.get("params", {}), dict):
+            raise ValueError(f'--deepspeed {path}: "{name}.params" is {json.dumps(value["params"])}; it must be an object')
+        known = (*_SECTIONS, *_SETTINGS)
+        if name not in known and (meant := get_close_matches(name, known, 1, cutoff=0.85)):
+            raise ValueError(f'--deepspeed {path}: "{name}" has no effect; "{meant[0]}" is what DeepSpeed knows')
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f'--deepspeed {path}: "zero_optimization.stage" is {json.dumps(stage)}; it must be 0, 1, 2 or 3')
 
 
 def auto_values(

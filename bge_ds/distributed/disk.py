@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from bge_ds.data.shards import hash_file
 
 PARTIAL, OLD, LOCK = ".partial", ".old", "run.lock"
-_LEFT_OVER = re.compile(r"(checkpoint-\d+|model|encoder_model|best\.json)(\.partial|\.old)")
+_LEFT_OVER = re.compile(r"(checkpoint-\d+|model|encoder_model|best\.json|metrics\.jsonl)(\.partial|\.old)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
 _held: dict[Path, object] = {}  # the open files, whose locks end with this process
 
@@ -48,13 +49,50 @@ def hashes(folder: Path, known: dict[str, tuple[int, str]]) -> dict[str, tuple[i
 
 def damage(path: Path, size: int, digest: str) -> str | None:
     """What is wrong with a file, in words; None: it is as it was written."""
-    if not path.is_file():
-        return f"{path} is missing"
-    if (here := path.stat().st_size) != size:
-        return f"{path} has {here:,} bytes, {size:,} were written"
-    if (found := hash_file(path).hexdigest()) != digest:
-        return f"{path} has the hash {found}, {digest} was written"
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        if (here := path.stat().st_size) != size:
+            return f"{path} has {here:,} bytes, {size:,} were written"
+        if (found := hash_file(path).hexdigest()) != digest:
+            return f"{path} has the hash {found}, {digest} was written"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
     return None
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, in place of what is there."""
+    aside = path.with_name(path.name + PARTIAL)
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a finished folder in another's place."""
+    old = final.with_name(final.name + OLD)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def merge_folder(new: Path, final: Path, last: tuple[str, ...]) -> None:
+    """Move a finished folder's files into another, those in `last` (what makes it loadable) removed first, added last."""
+    for name in last:
+        (final / name).unlink(missing_ok=True)
+    entries = sorted(new.iterdir(), key=lambda p: (last.index(p.name) if p.name in last else -1, p.name))
+    for entry in entries:
+        target = final / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)
+    new.rmdir()
 
 
 def tidy(output_dir: Path) -> None:

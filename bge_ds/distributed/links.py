@@ -25,6 +25,9 @@ class Member:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
+LONGEST_UNKNOWN = 1 << 24  # bytes of one line; the names of 100,000 ranks fit
+
+
 class Link:
     """A connection to another rank: lines of JSON each way. member: who is there; unknown until it has said so."""
 
@@ -49,6 +52,8 @@ class Link:
         if not data:
             return None
         self.heard = time.monotonic()
+        if self.member is None and len(self._rest) + len(data) > LONGEST_UNKNOWN:
+            raise ValueError("too long for one that has not said who it is")
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 

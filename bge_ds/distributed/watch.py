@@ -237,7 +237,7 @@ class _Watch:
                 return
             for message in messages:
                 self._take(link, message)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if not self._is_strange(link):
                 raise
             self._drop(link)

@@ -55,10 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--train_data", nargs="+", default=[], help="of the run, PATH or PATH=WEIGHT: the same on all hosts")
     add("--cache_dir", default="", help="of the run")
     add("--deepspeed", default="auto", help="of the run: auto, a shipped config (zero1, ...) or a file")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--bf16", action="store_true", help="of the run, for the memory it takes")
-    precision.add_argument("--fp16", action="store_true", help="of the run, for the memory it takes")
-    add("--use_cpu", action="store_true", help="of the run: train on the CPU even where there is a GPU")
+    switch = {"nargs": "?", "const": True, "default": False, "type": _switch}
+    add("--bf16", **switch, help="of the run, for the memory it takes")
+    add("--fp16", **switch, help="of the run, for the memory it takes")
+    add("--use_cpu", **switch, help="of the run: train on the CPU even where there is a GPU")
     for name in ("per_device_train_batch_size", "query_max_len", "passage_max_len", "max_seq_length", "sub_batch_tokens",
                  "per_device_train_tokens"):  # fmt: skip
         add(f"--{name}", type=_positive, help="of the run, for the memory of activations")
@@ -68,10 +68,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--probe", action="store_true", help=argparse.SUPPRESS)
     add("--rank_test", help=argparse.SUPPRESS)
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if others and (strange := _strangers(others)):
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if args.bf16 and args.fp16:
+        parser.error("--bf16 and --fp16: give one of them")
     if args.hostfile and args.num_gpus:
         parser.error("--num_gpus is for this machine alone; with --hostfile the slots say how many ranks each host gets")
     return args
+
+
+def _strangers(words: list[str]) -> list[str]:
+    """Those of the words that no training command takes either: the flags of a run may all be given."""
+    from bge_ds.arguments import FinetuneArguments, PretrainArguments  # they import transformers
+
+    known = {field.name for kind in (FinetuneArguments, PretrainArguments) for field in dataclasses.fields(kind)}
+    flags = [word for word in words if word.startswith("--")]
+    strange = [word for word in flags if word[2:].split("=")[0].replace("-", "_") not in known]
+    return strange or ([] if words[0].startswith("--") else words[:1])
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
 
 
 def _positive(text: str) -> int:
@@ -227,7 +247,7 @@ def make_plan(args: argparse.Namespace, slots: dict[str, int]) -> Plan:
     from bge_ds.ordering import split_weights
 
     port = os.environ.get("MASTER_PORT", "29500")
-    if not (port.isdigit() and 0 < int(port) < 1 << 16):
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise ValueError(f"MASTER_PORT={port} is no port; set it to a number from 1 to 65535, or unset it")
     paths = tuple(split_weights(args.train_data)[0])
     return Plan(slots, args.hostfile, int(port), args.save_total_limit, paths, args.model_name_or_path, args.output_dir)

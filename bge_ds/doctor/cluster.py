@@ -68,7 +68,11 @@ def forwarded_variables() -> tuple[dict[str, str], list[str]]:
     paths = [os.path.join(folder, name) for folder in (os.path.expanduser("~"), ".")]
     paths = [path for path in dict.fromkeys(map(os.path.abspath, paths)) if os.path.isfile(path)]
     for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from None
+        for number, line in enumerate(lines, start=1):
             if not _VARIABLE.match(line):
                 raise ValueError(
                     f"{path}:{number}: {line!r} is no NAME=value, and the launcher's reader stops at it; "

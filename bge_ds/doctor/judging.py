@@ -147,7 +147,8 @@ def model(told: dict[str, dict], plan: Plan) -> Iterator[Finding]:
             found += _alike(check, held, lambda facts: facts["model"]["revision"], f"{plan.model} is revision", remedy)
     if not found:
         facts = next(iter(told.values()))["model"]
-        what = f"{len(facts['files'])} files, one model" if facts["kind"] == "folder" else "a name of the hub"
+        count = len(facts.get("files", ()))
+        what = f"{count} file{'s' * (count != 1)}, one model" if facts["kind"] == "folder" else "a name of the hub"
         if facts.get("revision"):
             what += f", revision {facts['revision'][:12]} in the cache"
         found = [Finding(check, ALL, OK, f"{plan.model}: {what}")]

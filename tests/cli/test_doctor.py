@@ -61,6 +61,7 @@ def test_this_machine_is_ready(tmp_path, tiny_bert_path):
     command = [*COMMAND, "--num_gpus", 2, "--use_cpu", "--output_dir", tmp_path / "out/run", "--save_total_limit", 2]
     command += ["--model_name_or_path", tiny_bert_path, "--train_data", rows(tmp_path), "--cache_dir", tmp_path / "cache"]
     command += ["--sub_batch_tokens", 4096, "--deepspeed", "zero3"]
+    command += ["--learning_rate", "1e-5", "--eval_data", "a", "b"]  # of the run, and nothing to the doctor
     status, printed = run(command, tmp_path, MASTER_PORT=helpers.free_port())
     assert status == 0, printed
     wanted = ("versions", "model", "data", "devices", "memory", "output", "port", "gradients", "bandwidth")
@@ -102,7 +103,13 @@ def test_this_machine_is_not_ready(tmp_path, tiny_bert_path):
         (["--num_gpus", "0"], {}, "--num_gpus: '0' is no whole number above 0"),
         (["--timeout", "1m"], {}, "--timeout: '1m' is no whole number above 0"),
         (["--nodes", "2"], {}, "unrecognized arguments: --nodes"),
+        (["--learning_rate", "1e-5", "--bf16", "True", "--nodes", "2"], {}, "unrecognized arguments: --nodes (--help"),
+        (["--bf16", "maybe"], {}, "--bf16: 'maybe' is neither True nor False"),
+        (["--bf16", "--fp16", "true"], {}, "--bf16 and --fp16: give one of them"),
+        (["stray"], {}, "unrecognized arguments: stray"),
+        (["--hostfile", "good"], {"DS_ENV_FILE": "no_text"}, "no_text: cannot be read"),
         ([], {"MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
+        ([], {"MASTER_PORT": "²"}, "MASTER_PORT=² is no port"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_status_2(tmp_path, monkeypatch, capsys, words, variables, said):
@@ -110,6 +117,7 @@ def test_a_users_mistake_is_one_message_and_status_2(tmp_path, monkeypatch, caps
     (tmp_path / "hosts").write_text("a slots=1\nb slots=two\n")
     (tmp_path / "good").write_text("192.0.2.9 slots=1\n")
     (tmp_path / "bad_env").write_text("# mine\nA=1\n")
+    (tmp_path / "no_text").write_bytes(b"A=\xff\n")
     monkeypatch.chdir(tmp_path)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)

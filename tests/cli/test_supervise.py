@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,76 @@ def test_flags_that_stay_as_they_are(tmp_path, flags):
     """A checkpoint that the user names stays; nothing is added to the one file that holds all settings."""
     supervise(tmp_path, script(tmp_path, "exit 0"), *flags)
     assert (tmp_path / "flags").read_text() == " ".join(flags) + "\n"
+
+
+def test_a_path_is_left_behind(tmp_path):
+    """Restarts go on from the run's own checkpoints, once there are any, not from the one that it began with."""
+    text = """
+    n=$(wc -l < runs)
+    if [ $n -eq 2 ]; then mkdir -p out/checkpoint-9 && touch out/checkpoint-9/state.json; fi
+    [ $n -eq 3 ]
+    """
+    given = "--output_dir out --resume_from_checkpoint x/checkpoint-3"
+    status, said = supervise(tmp_path, script(tmp_path, text), *given.split())
+    assert status == 0, said
+    assert (tmp_path / "flags").read_text().splitlines() == [given, given, given + " --resume_from_checkpoint auto"]
+
+
+@pytest.mark.parametrize("status", [138, 143])
+def test_a_run_stopped_before_it_listened_is_stopped(tmp_path, status):
+    """SIGUSR1 or SIGTERM to a rank that has not yet got its handlers kills it: 75, which a scheduler starts again."""
+    assert supervise(tmp_path, script(tmp_path, f"exit {status}"))[0] == 75
+    assert runs(tmp_path) == 1
+
+
+@pytest.mark.parametrize("status", [1, 76, 75, 2, 0])
+def test_a_failure_after_a_signal_is_a_stop(tmp_path, status):
+    """What the signal reached but did not end cleanly is not started again here, and 75 says that it may be elsewhere; a
+    finished run and a user's mistake stay what they are."""
+    text = f"trap 'exit {status}' TERM; kill -s TERM $PPID_OF_TEST; while :; do sleep 0.1; done"
+    text = text.replace("$PPID_OF_TEST", "$(cat supervisor)")
+    (tmp_path / "command.sh").touch()
+    command = script(tmp_path, "while [ ! -s supervisor ]; do sleep 0.1; done\n" + text)
+    with open(tmp_path / "said", "w+") as log:
+        process = subprocess.Popen(
+            [SUPERVISE, command], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        (tmp_path / "supervisor").write_text(str(process.pid))
+        try:
+            assert process.wait(60) == (status if status in (0, 2) else 75), (tmp_path / "said").read_text()
+        finally:
+            process.kill()
+    assert runs(tmp_path) == 1
+
+
+def test_a_launcher_that_died_is_no_end(tmp_path):
+    """Status 0 while ranks of the run are still at work is a failure: they are ended, and the run is started again."""
+    text = """
+    if [ $(wc -l < runs) -eq 1 ]; then
+        RANK=0 nohup bash -c 'sleep 300; true' rank --output_dir out >/dev/null 2>&1 &
+        echo $! > rank
+        sleep 0.5
+        exit 0
+    fi
+    """
+    status, said = supervise(tmp_path, script(tmp_path, text), "--output_dir", "out")
+    assert status == 0 and runs(tmp_path) == 2 and "its launcher has died" in said, said
+    file = Path("/proc", (tmp_path / "rank").read_text().strip(), "status")
+    assert not file.exists() or "zombie" in file.read_text()
+
+
+def test_the_end_of_the_terminal_stops_the_run(tmp_path):
+    """SIGHUP, which closing the terminal sends to the supervisor, reaches the ranks as SIGTERM: they save, nobody trains on."""
+    text = "export RANK=0; exec bash -c \"trap 'echo got > got; exit 75' TERM; touch up; while :; do sleep 0.1; done\""
+    process = subprocess.Popen([SUPERVISE, script(tmp_path, text)], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75 and (tmp_path / "got").exists()
+    finally:
+        process.kill()
 
 
 def test_nothing_of_a_failed_run_is_left(tmp_path):
@@ -261,6 +332,35 @@ def test_hosts_without_ssh(tmp_path, setting):
             process.kill()
     assert found == [0, 0], "".join((tmp_path / f"log-{rank}").read_text()[-3000:] for rank in (0, 1))
     assert_same_result(tmp_path / "out", setting / "whole")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("NODE_RANK", "2", "NODE_RANK 2, and .* has 2 hosts, numbered from 0"),
+        ("HOSTFILE", "my hosts", "'my hosts' has a space"),
+    ],
+)
+def test_what_a_launch_without_ssh_refuses(tmp_path, variable, value, said):
+    """A number beyond the hostfile, and a path that DeepSpeed's options would be split at: named, with status 2."""
+    for name in ("hosts", "my hosts"):
+        (tmp_path / name).write_text("# two\nworker-1 slots=1\n\nworker-2 slots=1\n")
+    given = {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "HOSTFILE": "hosts", variable: value}
+    command = [helpers.REPO / "launch/finetune_no_ssh.sh"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(**given), capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
+
+
+def test_without_deepspeed_nothing_is_tried_again(tmp_path):
+    """127, as of any command that is not there, which the supervisor does not restart."""
+    shutil.copytree(helpers.REPO / "launch", tmp_path / "launch")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "grep", "mktemp", "rm", "setsid", "env", "sleep", "cat", "cut"):
+        (programs / name).symlink_to(shutil.which(name))
+    for script_name in ("finetune.sh", "pretrain.sh"):
+        status, said = supervise(tmp_path, tmp_path / "launch" / script_name, "--output_dir", "out", PATH=str(programs))
+        assert status == 127 and said.count("no deepspeed command") == 1, said
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "NODE_RANK", "HOSTFILE"])

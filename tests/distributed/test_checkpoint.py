@@ -146,6 +146,10 @@ def spoil(path: Path, how: str) -> None:
         os.truncate(file, file.stat().st_size - 1)
     elif how == "missing":
         file.unlink()
+    elif how == "state of nothing":
+        (path / "state.json").write_text("null")
+    elif how == "another format":  # one digit, of a file that its checksum knows
+        (path / "state.json").write_text((path / "state.json").read_text().replace('"format": 2', '"format": 3'))
     elif how == "state cut":
         (path / "state.json").write_text((path / "state.json").read_text()[:-9])
     else:
@@ -155,7 +159,8 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [("flipped", "has the hash [0-9a-f]{32}, [0-9a-f]{32} was written"), ("short", "bytes, .* were written"),
-     ("missing", "is missing"), ("state cut", "is no JSON .*"), ("state changed", "does not have its checksum")],
+     ("missing", "is missing"), ("state cut", "is no JSON .*"), ("state changed", "does not have its checksum"),
+     ("state of nothing", "holds no object"), ("another format", "does not have its checksum")],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, how, words):
     """One flipped bit is enough. With auto it is put aside; a path that was given is an error that names the others; with
@@ -187,6 +192,75 @@ def test_a_damaged_model_is_not_handed_on(tmp_path):
         checkpoint.check_model(best)
     (before / "state.json").unlink()
     checkpoint.check_model(before)
+
+
+def test_what_cannot_be_read_is_damaged(tmp_path, monkeypatch):
+    """A bad sector is an error of the reading, not of the file's bytes: the checkpoint before is taken all the same."""
+    before = save(tmp_path, 1).path
+    for step, name in ((2, "state.json"), (3, "rank-00000-of-00001.safetensors")):
+        newest = save(tmp_path, step).path
+        real = Path.stat, Path.read_text
+
+        def stat(path, name=name, newest=newest, real=real[0], **more):
+            if path.name == name and newest in path.parents and name != "state.json":
+                raise OSError(5, "Input/output error")
+            return real(path, **more)
+
+        def read_text(path, *words, name=name, newest=newest, real=real[1], **more):
+            if path.name == name and newest in path.parents:
+                raise OSError(5, "Input/output error")
+            return real(path, *words, **more)
+
+        monkeypatch.setattr(Path, "stat", stat)
+        monkeypatch.setattr(Path, "read_text", read_text)
+        taken = checkpoint.take("auto", tmp_path)
+        monkeypatch.undo()
+        assert taken.path == before and "cannot be read ([Errno 5] Input/output error)" in taken.notes[0]
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
+    """Gone on from step 2 in a folder that has later checkpoints: what it saves is the newest, and those go first."""
+    for step in (2, 6, 100):
+        save(tmp_path, step)
+    save(tmp_path, 3, keep=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_another_model_is_named_by_its_flag(tmp_path):
+    """What is not trained is known by a mark, which tells a user nothing; the flag does."""
+    taken = checkpoint.take(str(save(tmp_path, 1, **{checkpoint.FROZEN: "a"}).path), tmp_path)
+    with pytest.raises(ValueError, match="--model_name_or_path is not the model that it began with"):
+        checkpoint.check_agreement(taken, {checkpoint.FROZEN: "b"})
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing_half(tmp_path):
+    """A full disk at the run's end: what failed, which checkpoint is good, and no folder left of it. Other errors pass."""
+    save(tmp_path, 1)
+
+    def full(folder):
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match=r"the model could not be written .*No space left.*checkpoint-1 is still good"):
+        checkpoint.write_aside(tmp_path, full, lambda aside: pytest.fail("nothing is to be placed"))
+    assert names(tmp_path) == ["checkpoint-1"]
+    with pytest.raises(KeyError):
+        checkpoint.write_aside(tmp_path, lambda folder: {}["x"], lambda aside: None)
+    assert checkpoint.write_aside(tmp_path, lambda folder: 0.5, lambda aside: aside.rmdir()) == 0.5
+
+
+def test_a_whole_checkpoint_is_not_called_unwritten(tmp_path, monkeypatch):
+    """What fails after the rename is said as it is: the checkpoint is there."""
+
+    def refuse(*words, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "drop_oldest", refuse)
+    with pytest.raises(ValueError, match=r"checkpoint-1 is written and whole, but .*No space left"):
+        save(tmp_path, 1, keep=1)
+    assert checkpoint.take("auto", tmp_path).state["step"] == 1
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
@@ -281,7 +355,7 @@ def test_merge_folder_makes_it_loadable_last(tmp_path, monkeypatch):
         return replace(self, target)
 
     monkeypatch.setattr(type(new), "replace", noted)
-    checkpoint.merge_folder(new, final, last=("modules.json", "config.json"))
+    disk.merge_folder(new, final, last=("modules.json", "config.json"))
     assert order[-2:] == ["modules.json", "config.json"] and not new.exists()
     assert {p.read_text() for p in final.rglob("*") if p.is_file()} == {"new"}
 

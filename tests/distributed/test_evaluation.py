@@ -12,7 +12,7 @@ import torch
 
 from bge_ds import evaluate, evaluation, retrieval
 from bge_ds.data.batches import pack, split
-from bge_ds.distributed import checkpoint
+from bge_ds.distributed import checkpoint, disk
 from bge_ds.metrics import Meter, RunLog
 from bge_ds.modeling.encoder import Encoder
 
@@ -244,7 +244,7 @@ def test_the_best_so_far_is_that_of_the_resumed_checkpoint(tmp_path):
         (4, {"step": 2, "metric": "eval_nDCG@10", "value": 0.5}),
     ):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        checkpoint.write_json(tmp_path / f"checkpoint-{step}" / "state.json", {"step": step, "best": best})
+        disk.write_json(tmp_path / f"checkpoint-{step}" / "state.json", {"step": step, "best": best})
     resumed = evaluation_of(tmp_path, load_best_model_at_end=True)
     resumed.resume(tmp_path / "checkpoint-4")
     assert resumed.best_folder == tmp_path / "checkpoint-2"

@@ -154,6 +154,21 @@ def test_too_many_in_a_row_end_the_run(tmp_path, setting, name):
             assert all(same(line["text"], texts[line["row"]]) for line in lines)
 
 
+def test_steps_in_a_row_count_across_a_resume(tmp_path, setting):
+    """Step 4 was skipped before the checkpoint, step 5 after it: two in a row, which --max_nonfinite_steps 2 ends as it ended
+    the run that was not stopped. A run that dies time and again must not skip for ever."""
+    common = {"deepspeed": "zero1", "max_steps": 8, "max_nonfinite_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    first = arguments(setting, "finetune", tmp_path / "first", **common)
+    resume = str(tmp_path / "first" / "checkpoint-4")
+    second = arguments(setting, "finetune", tmp_path / "second", resume_from_checkpoint=resume, **common)
+    plans = [{"name": "finetune", "args": args, "poisoned": [4, 5], "left_out": []} for args in (first, second)]
+    script = RANK_SCRIPT.replace("import json, sys", "import json, sys; sys.stderr = sys.stdout", 1)
+    out = helpers.run_ranks(script, 2, json.dumps(plans))
+    assert out.count(f"status {statuses.DIVERGED}") == 4, out
+    assert out.count("step 5: 2 steps in a row were skipped as not finite") == 4
+    assert out.count("step 4: skipped") == 1 and f"resumed from {resume} at step 4" in out
+
+
 def same(decoded: str, text: str) -> bool:
     """A decoded text is the original but for spaces, case and what the tiny vocabulary lacks."""
     words = decoded.replace("[CLS]", "").replace("[SEP]", "").split()
