@@ -136,8 +136,8 @@ def test_another_base_model_is_refused(tmp_path, setting):
         "exactly (lora_rank: ": {"lora_rank": 8},
     }
     again = [
-        {**flags_of(setting, tmp_path / f"{number}", 1, max_steps=3, resume_from_checkpoint=str(whole / "checkpoint-3")), **more}
-        for number, more in enumerate(changes.values())
+        {**flags_of(setting, tmp_path / f"{n}", 1, max_steps=3, resume_from_checkpoint=str(whole / "checkpoint-3")), **more}
+        for n, more in enumerate(changes.values())
     ]
     errors = helpers.run_ranks(REFUSED_SCRIPT, 1, json.dumps(again)).splitlines()
     errors = [line for line in errors if "belongs to another run" in line]
