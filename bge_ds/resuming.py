@@ -171,4 +171,6 @@ class Saver:
         return {"checkpoint_seconds": seconds} if seconds else {}
 
     def say_total(self) -> str:
-        return f"{self.saves} checkpoints took {self.seconds:.1f} s, {self._share()} of the run"
+        if not self.saves:
+            return "no checkpoint was saved"
+        return f"{self.saves} checkpoint{'s' * (self.saves != 1)} took {self.seconds:.1f} s, {self._share()} of the run"

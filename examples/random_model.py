@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, logging
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42, help="of the weights (42)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    logging.disable_progress_bar()
     AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(args.config)).save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.config).save_pretrained(args.output)
     print(f"random weights in {args.output}")
