@@ -249,7 +249,8 @@ class _Watch:
             getattr(self, "_on_" + message.pop("kind"))(link, **message)
 
     def _welcome(self, link: Link, kind: str, secret: str, rank: int, name: str, pid: int, local: int) -> None:
-        known = {other.member.rank for other in self.links if other.member}
+        # One that has come before is never taken in again: it belongs to the next run, whose rank 0 is yet to come.
+        known = {other.member.rank for other in self.links if other.member} | self.members.keys()
         if kind != "hello" or secret != self._secret or rank in known or not 0 < rank < self.world:
             raise ValueError("not a rank of this run")
         theirs, ours = link.sock.getpeername()[0], link.sock.getsockname()[0]
@@ -257,7 +258,7 @@ class _Watch:
         host = own_host() if here else f"{name}, {theirs.removeprefix('::ffff:')}"
         link.member = Member(rank, host, pid, local)
         link.send("welcome")
-        if len(known) + 1 < self.world - 1 or self.joined.is_set():
+        if len(known) + 1 < self.world - 1:
             return
         members = [Member(0, own_host(), os.getpid(), self.local), *(other.member for other in self.links if other.member)]
         self.members = {member.rank: member for member in members}

@@ -32,6 +32,13 @@ watch.join(float(sys.argv[3]))
 print("joined", flush=True)
 if mode == "startup":
     time.sleep(600)
+if mode == "again":
+    time.sleep(0 if rank else 2)
+    watch.leave()
+    watch.join(float(sys.argv[3]))
+    print("joined again", flush=True)
+    watch.leave()
+    sys.exit()
 for step in range(1, 1000):
     if mode in ("mistake", "one-mistake") and (mode == "mistake" or rank == 1) and step == 3:
         watch.fail(2, "the data is wrong")
@@ -105,6 +112,14 @@ def test_a_rank_that_dies_before_it_joins(tmp_path):
         run.processes[1].kill()
         assert run.statuses(60) == [statuses.LOST, -signal.SIGKILL]
         assert "rank 1 did not come" in run.log(0)
+
+
+def test_a_rank_of_the_next_run_does_not_join_this_one(tmp_path):
+    """Rank 0 is still in a run that rank 1 has left for the next one, at the same port, as after a restart: rank 1 waits for
+    the next run's rank 0. Taken in by the old one, it would miss the new."""
+    with start(tmp_path, 2, "again", join_s=20) as run:
+        assert run.statuses(60) == [0, 0], run.everything()
+        assert all("joined again" in run.log(rank) for rank in (0, 1))
 
 
 def test_the_mistake_of_one_rank_ends_all_with_its_status(tmp_path):
