@@ -8,6 +8,7 @@ generators from (seed, step, rank), and the data's position is the step, so that
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -250,12 +251,7 @@ def save(
         if keep:
             drop_oldest(output_dir, keep, None if best is None else best["step"], newest=step)
 
-    def part(work: Callable, first_only: bool = False):
-        result, failure = _try(work, first_only)
-        if failure is not None:
-            raise ValueError(_say_failed(output_dir, partial, f"checkpoint-{step}", failure, needed))
-        return result
-
+    part = functools.partial(_part, functools.partial(_say_failed, output_dir, partial, f"checkpoint-{step}", needed))
     part(prepare, first_only=True)
     part(lambda: export(partial))
     written = collectives.gather_object(part(write_resume))
@@ -279,12 +275,7 @@ def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callab
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
 
-    def part(work: Callable, first_only: bool = False):
-        result, failure = _try(work, first_only)
-        if failure is not None:
-            raise ValueError(_say_failed(output_dir, aside, "the model", failure))
-        return result
-
+    part = functools.partial(_part, functools.partial(_say_failed, output_dir, aside, "the model", None))
     part(make, first_only=True)
     result = part(lambda: export(aside))
     part(lambda: place(aside), first_only=True)
@@ -312,8 +303,16 @@ def _try(work: Callable, first_only: bool) -> tuple[object, str | None]:
     return result, next(filter(None, collectives.gather_object(failure)), None)
 
 
-def _say_failed(output_dir: Path, partial: Path, what: str, failure: str, needed: int | None = None) -> str:
-    """Clear away what was half-written; words for a person, on every rank. needed: bytes."""
+def _part(say_failed: Callable[[str], str], work: Callable, first_only: bool = False):
+    """What `work` gives on this rank; where some rank could not write, a ValueError with say_failed's words on every rank."""
+    result, failure = _try(work, first_only)
+    if failure is not None:
+        raise ValueError(say_failed(failure))
+    return result
+
+
+def _say_failed(output_dir: Path, partial: Path, what: str, needed: int | None, failure: str) -> str:
+    """Clear away what was half-written; words for a person, on every rank. needed: bytes, where they are known."""
 
     def clear() -> tuple[int, Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
