@@ -1,0 +1,45 @@
+"""Whether Triton kernels can run on a device, and how every one of them is launched.
+
+On CUDA they run compiled. With TRITON_INTERPRET=1 they run on the CPU, in Python: that is how the tests compare them with
+plain torch. On the `meta` device, whose tensors have shapes and no values, a launch does nothing: that is how the tests run
+a whole step as a GPU would, without one.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from importlib.util import find_spec
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(device_type: str) -> str | None:
+    """Why Triton kernels do not run on devices of this type; None where they do."""
+    if find_spec("triton") is None:
+        return "the triton package is not installed"
+    if interpreted() or device_type == "meta":
+        return None
+    if device_type != "cuda":
+        return f"the device is {device_type!r}"
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    return None
+
+
+def is_gpu(device_type: str) -> bool:
+    """Whether the GPU's way is to be taken: on CUDA, and on `meta`, which stands in for it in the tests."""
+    return device_type in ("cuda", "meta")
+
+
+def launch(kernel, grid: tuple[int, ...], *args, on: torch.Tensor, **constants) -> None:
+    """`kernel[grid](*args, **constants)` on the device of the tensor `on`; nothing where the grid is empty or `on` is meta."""
+    if 0 in grid or on.device.type == "meta":
+        return
+    with torch.cuda.device_of(on) if on.is_cuda else nullcontext():
+        kernel[grid](*args, **constants)
