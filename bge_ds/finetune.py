@@ -72,7 +72,7 @@ def train(args: FinetuneArguments) -> None:
     passages = args.per_device_train_batch_size * args.train_group_size * ranks
     negatives = (passages if args.use_inbatch_neg else args.train_group_size) - 1
     facts = [
-        ("model", f"{args.model_name_or_path}, runs {say_how(model_config)}"),
+        ("model", f"{args.model_name_or_path}, runs {say_how(model_config, device, engines.precision(engine))}"),
         ("data", f"{len(data)} groups, {data.num_passages} passages"),
         ("sets", ordering.table(args, data, order, plan.total)),
         ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),

@@ -57,7 +57,7 @@ def train(args: PretrainArguments) -> None:
     log = run.open_log(args, engine, first_step, plan)
     source = args.model_name_or_path or f"from scratch, {args.config_name}"
     facts = [
-        ("model", f"{source}, runs {say_how(model_config)}"),
+        ("model", f"{source}, runs {say_how(model_config, device, engines.precision(engine))}"),
         ("objective", say_objective(args, model)),
         ("data", f"{len(data)} texts to {args.max_seq_length} tokens"),
         ("sets", ordering.table(args, data, order, plan.total)),

@@ -2,43 +2,57 @@
 
 Shapes: T tokens of N texts in one row, H heads, D features a head.
 
-Three ways, one result: torch's variable-length flash attention (CUDA, 16-bit, no dropout), the flash-attn package
-(the same, with dropout), and everywhere else scaled_dot_product_attention once for each run of texts of equal length:
-the row is ordered by length, so a run is a view and nothing is padded or copied. Putting neighbouring lengths into one
-call, padded inside it, was measured and lost: a call costs less than copying tokens to padded places and masking them.
+Three ways, one result. On a GPU one call for the whole row, whatever the run's settings:
+
+flash   FlashAttention as torch brings it, by cumulative lengths: 16-bit types, with dropout, windows, grouped heads. Its
+        gradients add up in no fixed order, unless torch is told to be deterministic (`--full_determinism`).
+fused   our own kernels in Triton (`attention_triton`), for fp32, and in a fixed order.
+runs    scaled_dot_product_attention once for each run of texts of equal length: the row is ordered by length, so a run is a
+        view and nothing is padded or copied. For the CPU; on a GPU it is hundreds of small calls, and the run's summary warns.
+        Putting neighbouring lengths into one call, padded inside it, was measured on a CPU and lost: a call costs less than
+        copying tokens to padded places and masking them.
 """
 
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
 from bge_ds.data.batches import Run
 from bge_ds.kernels.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.triton_support import is_gpu, obstacle
 
+WAYS = {
+    "flash": "FlashAttention, one call a layer",
+    "fused": "fused attention, one call a layer",
+    "runs": "attention text length by text length",
+}
+_LARGEST_HEAD = 256
 # Queries a call where a window cuts a text: each block meets only the keys its window reaches.
 _WINDOW_BLOCK = 256
 
 
-@cache
-def _flash_attn_varlen():
-    if find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func
-
-
-def choose(device_type: str, dtype: torch.dtype, head_dim: int, dropout: float, causal: bool) -> str:
-    """The way taken: "varlen", "flash_attn" or "runs"."""
-    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+def choose(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The way taken: one of WAYS."""
+    if not is_gpu(device_type) or head_dim > _LARGEST_HEAD:
         return "runs"
-    if dropout == 0.0:
-        return "varlen"
-    return "flash_attn" if _flash_attn_varlen() else "runs"
+    if dtype in (torch.bfloat16, torch.float16) and _has_flash(device_type):
+        return "flash"
+    return "runs" if obstacle(device_type) or dtype == torch.float64 else "fused"
+
+
+@cache
+def _has_flash(device_type: str) -> bool:
+    return device_type == "meta" or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def why_slow(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a GPU has to go length by length here, in words; None where it has not, and on a CPU."""
+    if not is_gpu(device_type) or choose(device_type, dtype, head_dim) != "runs":
+        return None
+    return obstacle(device_type) or f"heads of {head_dim} features in {str(dtype).removeprefix('torch.')} have no kernel"
 
 
 def varlen_attention(
@@ -62,24 +76,16 @@ def varlen_attention(
     """
     if window is not None and window < 1:
         raise ValueError(f"attention window {window} lets a token see nothing; it is 1 or more, or None for no window")
-    way = way or choose(q_THD.device.type, q_THD.dtype, q_THD.shape[-1], dropout, causal)
-    grouped = q_THD.shape[1] != k_THD.shape[1]
-    longest = runs[-1].length if runs else 0
-    # Flash attention counts the tokens left and right of a token that it sees; -1 is all of them.
-    reach = -1 if window is None else window - 1
-    sides = (reach, 0 if causal else reach)
-    if way == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
+    way = way or choose(q_THD.device.type, q_THD.dtype, q_THD.shape[-1])
+    longest = max((length for _, length in runs), default=0)
+    if way == "flash":
+        return _flash(q_THD, k_THD, v_THD, cu_seqlens, longest, scale, dropout, causal, window)
+    if way == "fused":
+        from bge_ds.kernels.attention_triton import Rule, fused_attention
 
-        options = {"enable_gqa": True} if grouped else {}
-        return varlen_attn(
-            q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=sides, **options
-        )
-    if way == "flash_attn":
-        return _flash_attn_varlen()(
-            q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, longest, longest, dropout, softmax_scale=scale, causal=causal,
-            window_size=sides,
-        )  # fmt: skip
+        rule = Rule(causal=causal, window=window if window is not None and window < longest else None)
+        return fused_attention(q_THD, k_THD, v_THD, cu_seqlens, longest, rule=rule, scale=scale, p=dropout)
+    grouped = q_THD.shape[1] != k_THD.shape[1]
     if dropout > 0 and q_THD.device.type == "cpu" and not grouped:
         bias = _bias(causal, window)
         return blockwise_attention(q_THD, k_THD, v_THD, runs, scale=scale, p=dropout, bias=bias)
@@ -95,6 +101,20 @@ def varlen_attention(
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, **options)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
+
+
+def _flash(q, k, v, cu_seqlens, longest: int, scale: float, dropout: float, causal: bool, window: int | None):
+    """torch's FlashAttention over cumulative lengths; it takes heads of multiples of 8 features: zeros change no product."""
+    head_dim = q.shape[-1]
+    if head_dim % 8:
+        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))
+    # It counts the tokens left and right of a token that it sees; -1 is all of them.
+    reach = -1 if window is None else window - 1
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, dropout, causal, False, scale=scale,
+        window_size_left=reach, window_size_right=0 if causal else reach,
+    )[0]  # fmt: skip
+    return out[..., :head_dim]
 
 
 def _windowed(q, k, v, window: int, causal: bool, options: dict) -> torch.Tensor:

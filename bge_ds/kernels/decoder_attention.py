@@ -2,7 +2,7 @@
 
 Shapes: T tokens of N texts in one row, M of them inner (with a query), H heads, E features a head, L tokens of a text.
 
-Three ways, one result. Fused (`decoder_attention_triton`, CUDA): what a row sees is hashed inside the kernels, so that no
+Three ways, one result. Fused (`attention_triton`, CUDA): what a row sees is hashed inside the kernels, so that no
 mask exists anywhere. `blockwise_attention` (CPU): the mask of a block of scores at a time, made again in the backward.
 torch's scaled_dot_product_attention with the mask of some texts at a time, which autograd keeps: on CUDA without Triton,
 and on the CPU without dropout, where it is the fastest. Measured there, forward and backward, one thread, 12 heads of 32:
@@ -12,15 +12,13 @@ way round: 2.0 s against 0.81 s, and 0.26 s against 0.14 s.
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 
 from bge_ds.data.batches import Run
 from bge_ds.kernels import masks
 from bge_ds.kernels.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.triton_support import interpreted, is_gpu, obstacle
 
 KERNELS = ("auto", "torch", "fused")
 # Scores of one call of torch's attention are kept below this many (texts x L x L), which bounds its memory.
@@ -29,43 +27,25 @@ _CALL_ELEMENTS = 1 << 22
 _CPU_MASKS = 1 << 24
 
 
-def _interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, in Python: as the tests do."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _obstacle(device_type: str) -> str | None:
-    """What keeps the fused kernels from running here."""
-    if find_spec("triton") is None:
-        return "the triton package is not installed"
-    if _interpreted():
-        return None
-    if device_type != "cuda":
-        return f"the device is {device_type!r}"
-    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU's compute capability is below 8.0"
-    return None
-
-
 def choose(kernels: str, device_type: str) -> str:
     """The way taken: "fused" or "torch"."""
     if kernels not in KERNELS:
         raise ValueError(f"--kernels {kernels}: unknown; it is one of {', '.join(KERNELS)}")
-    if kernels == "torch" or (kernels == "auto" and device_type != "cuda"):
+    if kernels == "torch" or (kernels == "auto" and not is_gpu(device_type)):
         return "torch"
-    obstacle = _obstacle(device_type)
-    if obstacle and kernels == "fused":
+    reason = obstacle(device_type)
+    if reason and kernels == "fused":
         raise ValueError(
             "--kernels fused: RetroMAE's fused decoder attention needs a CUDA device and the triton package; "
-            f"{obstacle}; use auto or torch"
+            f"{reason}; use auto or torch"
         )
-    return "torch" if obstacle else "fused"
+    return "torch" if reason else "fused"
 
 
 def _fused_takes(q_MHE: torch.Tensor, kernels: str) -> bool:
-    from bge_ds.kernels.decoder_attention_triton import DTYPES, MAX_HEAD_DIM
+    from bge_ds.kernels.attention_triton import DTYPES, MAX_HEAD_DIM
 
-    if _interpreted() and q_MHE.dtype == torch.bfloat16:
+    if interpreted() and q_MHE.dtype == torch.bfloat16:
         raise ValueError("--kernels fused: Triton's interpreter cannot multiply bfloat16; use torch, or float32 or float16")
     if q_MHE.dtype in DTYPES and q_MHE.shape[-1] <= MAX_HEAD_DIM:
         return True
@@ -100,12 +80,13 @@ def decoder_attention(
     """
     scale = q_MHE.shape[-1] ** -0.5 if scale is None else scale
     if choose(kernels, q_MHE.device.type) == "fused" and _fused_takes(q_MHE, kernels):
-        from bge_ds.kernels.decoder_attention_triton import fused_decoder_attention
+        from bge_ds.kernels.attention_triton import Rule, fused_attention
 
         longest = max((length for _, length in runs), default=0)
-        return fused_decoder_attention(
-            q_MHE, k_THE, v_THE, words_T, key_N, cu_seqlens, longest, share=share, scale=scale, p=dropout
-        )
+        return fused_attention(
+            q_MHE, k_THE, v_THE, cu_seqlens, longest, rule=Rule(decoder_share=share), scale=scale, p=dropout,
+            words_T=words_T, key_N=key_N,
+        )  # fmt: skip
     kept = sum(texts * length * length for texts, length in runs)
     if q_MHE.device.type == "cpu" and (dropout > 0 or kept > _CPU_MASKS):
         bias = _bias(words_T, key_N, share)

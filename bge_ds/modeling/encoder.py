@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from bge_ds.data.batches import PackedTexts, chunk_bounds, pack, split
-from bge_ds.kernels.attention import varlen_attention
+from bge_ds.kernels.attention import WAYS, choose, varlen_attention, why_slow
 from bge_ds.kernels.dropout import use_fast_dropout
 
 logger = logging.getLogger(__name__)
@@ -321,10 +321,16 @@ class Encoder(nn.Module):
         return out
 
 
-def say_how(config: PretrainedConfig) -> str:
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def say_how(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
     """How the backbone runs, in words, for the summary."""
     if can_run_unpadded(config):
-        return "without padding"
+        facts = device.type, dtype, _head_dim(config)
+        slow = why_slow(*facts)
+        return f"without padding, {WAYS[choose(*facts)]}" + (f" (slow on a GPU: {slow})" if slow else "")
     families = ", ".join(sorted(name for name, family in FAMILIES.items() if family.unpadded))
     return f"padded ({config.model_type} is not one of the families that run without padding: {families})"
 

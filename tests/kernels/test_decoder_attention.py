@@ -250,7 +250,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bge_ds.kernels import decoder_attention_triton as module
+from bge_ds.kernels import attention_triton as module
 
 POINTERS = {"words_ptr": "i64", "key_ptr": "i64", "starts_ptr": "i32", "query_starts_ptr": "i64", "lse_ptr": "fp32",
             "delta_ptr": "fp32"}

@@ -1,0 +1,396 @@
+"""Attention within each text of a padding-free row, in Triton: no mask, no L x L scores, one pass forward and two backward.
+
+Shapes: T tokens of N texts in one row, M queries, H heads of queries, K heads of keys, E features a head.
+
+Flash attention's method (arXiv 2307.08691): a program takes a block of one text's rows (of its keys in `_backward_keys`),
+walks over the blocks on the other side that its rows can see, and holds a running maximum and sum, so that a score lives in
+registers only. What a row sees is computed on the spot: RetroMAE's decoder hashes it from the text's key, the row and each
+key's word, by the arithmetic of `masks` on unsigned integers; elsewhere it is the whole text, what precedes, or a window.
+Dropout is hashed as well, from a seed, the head, the row and the key. The backward computes both again: kept are q, k, v,
+the output, one number a row and head, and the seed. No atomic additions: the result is the same each time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from bge_ds.kernels import masks
+from bge_ds.kernels.triton_support import launch
+
+# The constants of `masks`, unsigned: what a kernel reads of its module must be a constexpr.
+_PRIME = tl.constexpr(masks._PRIME & 0xFFFFFFFF)
+_MUL_1, _MUL_2 = tl.constexpr(masks._MUL_1 & 0xFFFFFFFF), tl.constexpr(masks._MUL_2 & 0xFFFFFFFF)
+_DECODER_MARK = tl.constexpr((masks._DECODER + 1) * masks._PRIME & 0xFFFFFFFF)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * _MUL_1
+    x = (x ^ (x >> 15)) * _MUL_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _mark(value):
+    return value.to(tl.uint32) * _PRIME + _PRIME
+
+
+@triton.jit
+def _row_state(key, rows):
+    """`masks.hash_words(key, _DECODER, rows)`."""
+    low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    return _mix(_mix(_mix(_mix(low) + high) ^ _DECODER_MARK) ^ _mark(rows))
+
+
+@triton.jit
+def _at_least(hashes, THRESHOLD: tl.constexpr):
+    return (hashes & 0x7FFFFFFF) >= THRESHOLD
+
+
+@triton.jit
+def _visible(state, marks, rows, keys, last, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr,
+             WINDOW: tl.constexpr):  # fmt: skip
+    """What rows see of keys, shaped to broadcast; no row sees what lies behind the text.
+
+    state, marks: the decoder's hash of each row, and of each key's word; unused elsewhere.
+    """
+    seen = keys <= last
+    if DECODER:
+        shown = _at_least(_mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
+        return seen & shown & (rows != keys)
+    if CAUSAL:
+        seen = seen & (keys <= rows)
+    if WINDOW > 0:
+        seen = seen & (rows - keys < WINDOW) & (keys - rows < WINDOW)
+    return seen
+
+
+@triton.jit
+def _dropout_state(seed, head, rows):
+    """A hash for each row of the batch and head; the rows are counted over all texts."""
+    return _mix(_mix(seed.to(tl.uint32) ^ _mark(head)) ^ _mark(rows))
+
+
+@triton.jit
+def _kept(state, keys, DROPPED: tl.constexpr):
+    return _at_least(_mix(state ^ _mark(keys)), DROPPED)
+
+
+@triton.jit
+def _tile(base, rows, limit, row_stride, column_stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Rows x BLOCK_E from `base`, 0 outside."""
+    columns = tl.arange(0, BLOCK_E)
+    places = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :] * column_stride
+    if E == BLOCK_E:
+        return tl.load(places, mask=rows[:, None] < limit, other=0.0)
+    return tl.load(places, mask=(rows[:, None] < limit) & (columns[None, :] < E), other=0.0)
+
+
+@triton.jit
+def _put(base, rows, limit, values, row_stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    columns = tl.arange(0, BLOCK_E)
+    places = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
+    tl.store(places, values.to(base.dtype.element_ty), mask=(rows[:, None] < limit) & (columns[None, :] < E))
+
+
+@triton.jit
+def _seen_from(first, last, length, AHEAD: tl.constexpr, BEHIND: tl.constexpr, WINDOW: tl.constexpr):
+    """Where, on the other side, what positions first to last - 1 can meet begins and ends.
+
+    AHEAD, BEHIND: whether a position meets those after it, and those before it. WINDOW: 0 for none.
+    """
+    begin, end = first * 0, length
+    if WINDOW > 0:
+        begin, end = tl.maximum(first - (WINDOW - 1), 0), tl.minimum(last + (WINDOW - 1), length)
+    if not BEHIND:
+        begin = first
+    if not AHEAD:
+        end = tl.minimum(last, length)
+    return begin, end
+
+
+@triton.jit(do_not_specialize=["seed", "queries_all"])
+def _forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, words_ptr, key_ptr, starts_ptr, query_starts_ptr,
+    q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
+    queries_all, scale_log2, seed,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    DROPPED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    EDGE: tl.constexpr = 1 if DECODER else 0
+    text, head = tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts_ptr + text).to(tl.int64)
+    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
+    inner = length - 2 * EDGE
+    first = tl.program_id(0) * BLOCK_Q
+    if first >= inner:
+        return
+    query_start = tl.load(query_starts_ptr + text).to(tl.int64)
+    queries = first + tl.arange(0, BLOCK_Q)
+    rows = queries + EDGE
+    state = rows.to(tl.uint32)
+    if DECODER:
+        state = _row_state(tl.load(key_ptr + text), rows)
+    drop_state = _dropout_state(seed, head, query_start + queries)
+    q = _tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
+    k_base, v_base = k_ptr + start * k_row + head // GROUP * k_head, v_ptr + start * v_row + head // GROUP * v_head
+
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    out = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
+    begin_at, end = _seen_from(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
+    for begin in range(begin_at, end, BLOCK_K):
+        keys = begin + tl.arange(0, BLOCK_K)
+        k = _tile(k_base, keys, length, k_row, k_column, E, BLOCK_E)
+        v = _tile(v_base, keys, length, v_row, v_column, E, BLOCK_E)
+        marks = keys.to(tl.uint32)
+        if DECODER:
+            marks = _mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        visible = _visible(
+            state[:, None], marks[None, :], rows[:, None], keys[None, :], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
+        )
+        scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # A row may see no key of the first blocks that its neighbours' windows reach; elsewhere the maximum is finite.
+        reference = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW > 0 else higher
+        weights = tl.exp2(scores - reference[:, None])
+        shrink = tl.exp2(highest - reference)
+        total = total * shrink + tl.sum(weights, 1)
+        if DROPPED > 0:
+            weights = tl.where(_kept(drop_state[:, None], keys[None, :], DROPPED), weights, 0.0)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        highest = higher
+    if WINDOW > 0:
+        total = tl.where(total > 0, total, 1.0)  # rows behind the text saw nothing, and are not stored
+    out = out / (total * KEEP)[:, None]
+    _put(out_ptr + (query_start * HEADS + head) * E, queries, inner, out, HEADS * E, E, BLOCK_E)
+    tl.store(
+        lse_ptr + head.to(tl.int64) * queries_all + query_start + queries, highest + tl.log2(total), mask=queries < inner
+    )
+
+
+@triton.jit(do_not_specialize=["seed", "queries_all"])
+def _backward_queries(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, words_ptr, key_ptr, starts_ptr, query_starts_ptr,
+    q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
+    queries_all, scale_log2, seed,
+    grad_ptr, g_row, g_head, g_column, dq_ptr, delta_ptr, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    DROPPED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and what `_backward_keys` needs of each row: delta, the sum over keys of weight times its gradient."""
+    EDGE: tl.constexpr = 1 if DECODER else 0
+    text, head = tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts_ptr + text).to(tl.int64)
+    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
+    inner = length - 2 * EDGE
+    first = tl.program_id(0) * BLOCK_Q
+    if first >= inner:
+        return
+    query_start = tl.load(query_starts_ptr + text).to(tl.int64)
+    queries = first + tl.arange(0, BLOCK_Q)
+    rows = queries + EDGE
+    state = rows.to(tl.uint32)
+    if DECODER:
+        state = _row_state(tl.load(key_ptr + text), rows)
+    drop_state = _dropout_state(seed, head, query_start + queries)
+    q = _tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
+    grad = _tile(grad_ptr + query_start * g_row + head * g_head, queries, inner, g_row, g_column, E, BLOCK_E)
+    out = _tile(out_ptr + (query_start * HEADS + head) * E, queries, inner, HEADS * E, 1, E, BLOCK_E)
+    of_row = head.to(tl.int64) * queries_all + query_start + queries
+    lse = tl.load(lse_ptr + of_row, mask=queries < inner, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(delta_ptr + of_row, delta, mask=queries < inner)
+    k_base, v_base = k_ptr + start * k_row + head // GROUP * k_head, v_ptr + start * v_row + head // GROUP * v_head
+
+    dq = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
+    begin_at, end = _seen_from(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
+    for begin in range(begin_at, end, BLOCK_K):
+        keys = begin + tl.arange(0, BLOCK_K)
+        k = _tile(k_base, keys, length, k_row, k_column, E, BLOCK_E)
+        v = _tile(v_base, keys, length, v_row, v_column, E, BLOCK_E)
+        marks = keys.to(tl.uint32)
+        if DECODER:
+            marks = _mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        visible = _visible(
+            state[:, None], marks[None, :], rows[:, None], keys[None, :], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
+        )
+        weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
+        d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if DROPPED > 0:
+            d_weights = tl.where(_kept(drop_state[:, None], keys[None, :], DROPPED), d_weights / KEEP, 0.0)
+        d_scores = weights * (d_weights - delta[:, None])
+        dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
+    _put(dq_ptr + (query_start * HEADS + head) * E, queries, inner, dq * scale, HEADS * E, E, BLOCK_E)
+
+
+@triton.jit(do_not_specialize=["seed", "queries_all"])
+def _backward_keys(
+    q_ptr, k_ptr, v_ptr, lse_ptr, words_ptr, key_ptr, starts_ptr, query_starts_ptr,
+    q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
+    queries_all, scale_log2, seed,
+    grad_ptr, g_row, g_head, g_column, dk_ptr, dv_ptr, delta_ptr, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    DROPPED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of one head's keys, over all rows and heads that see it; zeros where there is none."""
+    EDGE: tl.constexpr = 1 if DECODER else 0
+    KEY_HEADS: tl.constexpr = HEADS // GROUP
+    text, key_head = tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts_ptr + text).to(tl.int64)
+    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
+    inner = length - 2 * EDGE
+    first = tl.program_id(0) * BLOCK_K
+    if first >= length:
+        return
+    query_start = tl.load(query_starts_ptr + text).to(tl.int64)
+    keys = first + tl.arange(0, BLOCK_K)
+    marks = keys.to(tl.uint32)
+    key = start
+    if DECODER:
+        key = tl.load(key_ptr + text)
+        marks = _mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
+    k = _tile(k_ptr + start * k_row + key_head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
+    v = _tile(v_ptr + start * v_row + key_head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
+
+    dk = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+    begin_at, end = _seen_from(first, first + BLOCK_K, inner, True, not CAUSAL, WINDOW)
+    for member in range(0, GROUP):
+        head = key_head * GROUP + member
+        q_base, g_base = q_ptr + query_start * q_row + head * q_head, grad_ptr + query_start * g_row + head * g_head
+        for begin in range(begin_at, end, BLOCK_Q):
+            queries = begin + tl.arange(0, BLOCK_Q)
+            rows = queries + EDGE
+            q = _tile(q_base, queries, inner, q_row, q_column, E, BLOCK_E)
+            grad = _tile(g_base, queries, inner, g_row, g_column, E, BLOCK_E)
+            of_row = head.to(tl.int64) * queries_all + query_start + queries
+            lse = tl.load(lse_ptr + of_row, mask=queries < inner, other=0.0)
+            delta = tl.load(delta_ptr + of_row, mask=queries < inner, other=0.0)
+            # Keys x rows: so both sums over rows are plain products, without turning a block of scores.
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+            state = rows.to(tl.uint32)
+            if DECODER:
+                state = _row_state(key, rows)
+            visible = _visible(
+                state[None, :], marks[:, None], rows[None, :], keys[:, None], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
+            )
+            # Rows behind the text have q, grad and delta 0: whatever their weights, they add nothing.
+            weights = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+            if DROPPED > 0:
+                drop_state = _dropout_state(seed, head, query_start + queries)
+                kept = _kept(drop_state[None, :], keys[:, None], DROPPED)
+                dropped = tl.where(kept, weights / KEEP, 0.0)
+                dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                d_weights = tl.where(kept, d_weights / KEEP, 0.0)
+            else:
+                dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            d_scores = weights * (d_weights - delta[None, :])
+            dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
+    _put(dk_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dk * scale, KEY_HEADS * E, E, BLOCK_E)
+    _put(dv_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dv, KEY_HEADS * E, E, BLOCK_E)
+
+
+class Rule(NamedTuple):
+    """What a row sees. decoder_share: of the words hidden from each inner row of RetroMAE's decoder; None: not a decoder,
+    then the whole text, with `causal` what precedes, with a window only tokens nearer than it."""
+
+    decoder_share: float | None = None
+    causal: bool = False
+    window: int | None = None
+
+
+def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, rule: Rule, p: float) -> dict:
+    """What the kernels are compiled for, but for the blocks."""
+    dropped = masks.threshold(p) if p > 0 else 0
+    # Products of fp32 inputs in fp32, or in TF32 where torch may take it; without effect on 16 bits.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "HEADS": heads, "GROUP": heads // key_heads, "E": head_dim, "BLOCK_E": max(16, triton.next_power_of_2(head_dim)),
+        "DECODER": rule.decoder_share is not None, "HIDDEN": masks.threshold(rule.decoder_share or 0.0),
+        "CAUSAL": rule.causal, "WINDOW": rule.window or 0,
+        "DROPPED": dropped, "KEEP": 1 - dropped / (1 << 31), "PRECISION": "tf32" if tf32 else "ieee",
+    }  # fmt: skip
+
+
+def blocks(kernel: str, head_dim: int, dtype: torch.dtype) -> dict:
+    """BLOCK_Q, BLOCK_K, num_warps and num_stages of a kernel: "forward", "queries" or "keys"."""
+    width = max(16, triton.next_power_of_2(head_dim))
+    block = max(16, min(32 if dtype == torch.float32 else 64, (1 << 13) // (width * dtype.itemsize)))
+    return {"BLOCK_Q": block, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, words_T, key_N, starts_N1, longest: int, rule: Rule, scale: float, p: float):
+        # From the CPU's generator, so nothing waits; 31 bits stay in an int32, so that no seed compiles the kernels again.
+        seed = int(torch.randint(1 << 31, ())) if p > 0 else 0
+        query_starts_N = starts_N1
+        if rule.decoder_share is not None:
+            inner_N = (starts_N1.diff() - 2).clamp_(min=0)
+            query_starts_N = (inner_N.cumsum(0) - inner_N).int()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse_HM = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        # The kernels load what a decoder alone has where it is one; elsewhere any pointer will do.
+        words_T, key_N = (starts_N1 if x is None else x.contiguous() for x in (words_T, key_N))
+        places = words_T, key_N, starts_N1, query_starts_N
+        ctx.settings = constants(q.shape[1], k.shape[1], q.shape[2], q.dtype, rule, p), longest, scale, seed
+        ctx.save_for_backward(q, k, v, out, lse_HM, *places)
+        _Attention._launch(ctx, "forward", _forward, (q, k, v, out, lse_HM, *places), ())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse_HM, *places = ctx.saved_tensors
+        scale = ctx.settings[2]
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        delta_HM = torch.empty_like(lse_HM)
+        g = grad, *grad.stride()
+        # In this order: the first writes delta, the second reads it.
+        _Attention._launch(
+            ctx, "queries", _backward_queries, (q, k, v, out, lse_HM, *places), (*g, dq, delta_HM, scale)
+        )
+        _Attention._launch(ctx, "keys", _backward_keys, (q, k, v, lse_HM, *places), (*g, dk, dv, delta_HM, scale))
+        return dq, dk, dv, *(None,) * 7
+
+    @staticmethod
+    def _launch(ctx, name: str, kernel, tensors, more) -> None:
+        sizes, longest, scale, seed = ctx.settings
+        q, k, v = tensors[:3]
+        of_block = blocks(name, sizes["E"], q.dtype)
+        over_keys = name == "keys"
+        rows = longest if over_keys or not sizes["DECODER"] else max(longest - 2, 0)
+        grid = (
+            triton.cdiv(rows, of_block["BLOCK_K" if over_keys else "BLOCK_Q"]),
+            tensors[-2].shape[0] - 1,
+            sizes["HEADS"] // sizes["GROUP"] if over_keys else sizes["HEADS"],
+        )
+        strides = (*q.stride(), *k.stride(), *v.stride())
+        launch(kernel, grid, *tensors, *strides, q.shape[0], scale * _LOG2_E, seed, *more, on=q, **sizes, **of_block)
+
+
+def fused_attention(
+    q_MHE, k_TKE, v_TKE, cu_seqlens, longest: int, *, rule: Rule, scale: float, p: float, words_T=None, key_N=None
+) -> torch.Tensor:
+    """Attention of each text's queries on its own tokens, M x H x E; M is T but for a decoder (its inner tokens).
+
+    cu_seqlens: int32 of N + 1. longest: tokens of the longest text, or more. p: dropout of the weights. words_T, key_N:
+    as in `PretrainBatch`, for a decoder. Heads of queries are a multiple of those of keys.
+    """
+    return _Attention.apply(q_MHE, k_TKE, v_TKE, words_T, key_N, cu_seqlens, longest, rule, scale, p)
