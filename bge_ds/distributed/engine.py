@@ -44,6 +44,8 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
     accelerator = deepspeed.get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() != "cpu":
+        # Before the group is made: NCCL, its barriers and collectives of objects take the current device.
+        _check_local_rank(local_rank, accelerator.device_count())
         accelerator.set_device(local_rank)
     if accelerator.device_name() == "cpu":
         backend = backend or "gloo"
@@ -68,6 +70,17 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
         )
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def _check_local_rank(local_rank: int, devices: int) -> None:
+    """Refuse a rank without a GPU of its own: torch would say "invalid device ordinal", and not why."""
+    if local_rank < devices:
+        return
+    seen = f"{devices} GPU{'s' * (devices != 1)}"
+    raise ValueError(
+        f"LOCAL_RANK is {local_rank} and this process sees {seen}; start at most as many ranks on a host as it has GPUs "
+        "(--num_gpus, slots=), and let each process see all of them: under Slurm --gpus-per-node, not --gpus-per-task"
+    )
 
 
 def _fit_allocator() -> None:
