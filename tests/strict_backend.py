@@ -57,7 +57,7 @@ class StrictGroup(dist.ProcessGroup):
         self.gloo._register_backend(torch.device("cpu"), kind, backend)
         self.gloo._set_default_backend(kind)
 
-    def getBackendName(self) -> str:  # noqa: N802
+    def getBackendName(self) -> str:
         return "strict"
 
     def issue(self, name: str, *args, **kwargs):

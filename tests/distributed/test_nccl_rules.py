@@ -123,7 +123,10 @@ def test_between_steps_nothing_but_the_log(recorded, command, stage):
 
 def test_a_collective_of_objects_among_the_steps_is_found():
     """The judge of the tests above sees what it is for."""
-    good = [["step", "allreduce", "torch.float32", 9, 2, ""], ["save", "broadcast", "torch.int64", 1, 2, "broadcast_object_list"]]
+    good = [
+        ["step", "allreduce", "torch.float32", 9, 2, ""],
+        ["save", "broadcast", "torch.int64", 1, 2, "broadcast_object_list"],
+    ]
     assert not misplaced(good)
     assert misplaced([*good, ["log", "allgather", "torch.int64", 1, 2, "all_gather_object"]])
     assert misplaced([*good, ["step", "barrier", "", 0, 2, ""]])
@@ -252,7 +255,7 @@ def test_the_device_is_set_before_the_group_is_made(monkeypatch):
     assert order == [("set_device", 1), ("group", "nccl", "cuda:1"), ("deepspeed",)]
 
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="LOCAL_RANK is 2 and this process sees 2 GPUs; .* as it has GPUs"):
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is 2 and this process sees 2 GPUs; .* as it has GPUs"):
         engines.start()
 
 
