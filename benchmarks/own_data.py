@@ -227,7 +227,8 @@ def plan(asked: dict):
     spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
     order = Order(seed=42, spans=spans, global_batch=asked["batch"])
     if isinstance(data, shards.PretrainShards):
-        return order, batches.collate_texts, {"seed": 42, "max_seq_length": data.manifest["max_seq_length"]}
+        options = {"seed": 42, "encoder_share": 0.3, "max_seq_length": data.manifest["max_seq_length"]}
+        return order, batches.collate_texts, options
     lengths = {name: data.manifest[name] for name in ("query_max_len", "passage_max_len")}
     return order, batches.collate_groups, {"seed": 42, "group_size": GROUP, **lengths}
 

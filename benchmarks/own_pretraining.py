@@ -75,7 +75,8 @@ def order_of(asked: dict, data: shards.PretrainShards) -> order.Order:
 def batches_of(asked: dict) -> Iterator[batches.PretrainBatch]:
     """The batches of that run, without an end; in this process, or with `worker` as the command's loader gives them."""
     data = shards.open_folder(Path(asked["shards"]))
-    line, options = order_of(asked, data), {"seed": 42, "max_seq_length": asked["max_seq_length"]}
+    line = order_of(asked, data)
+    options = {"seed": 42, "max_seq_length": asked["max_seq_length"], "encoder_share": ENCODER_SHARE}
     if not asked.get("worker"):
         step = 0
         while True:
@@ -105,14 +106,10 @@ def time_input(asked: dict) -> dict:
 
 
 def draw_masks(batch: batches.PretrainBatch, mask_id: int) -> batches.PretrainBatch:
-    """The batch, with all masks made and dropped: our model draws them in the step, FlagEmbedding's collator beforehand."""
-    texts = batch.texts
-    lengths_N, ends_N = texts.cu_seqlens.diff(), texts.cu_seqlens[1:].long()
-    key_T = batch.keys_N.repeat_interleave(lengths_N)
-    inner_T = texts.positions_T > 0
-    inner_T[ends_N - 1] = False
-    masked_T = masks.encoder_masked(key_T, batch.words_T, inner_T, ENCODER_SHARE)
-    masks.corrupt(texts.ids_T, key_T, texts.positions_T, masked_T, mask_id=mask_id, vocab_size=30_000)
+    """The batch, with all other masks made and dropped: our model draws them in the step, FlagEmbedding's collator before."""
+    texts, masked_M = batch.texts, batch.masked_M
+    key_M = batch.keys_N.repeat_interleave(texts.cu_seqlens.diff())[masked_M]
+    masks.corrupt(texts.ids_T[masked_M], key_M, texts.positions_T[masked_M], mask_id=mask_id, vocab_size=30_000)
     words = batch.words_T.split([n * length for n, length in texts.runs])
     keys = batch.keys_N.split([n for n, _ in texts.runs])
     for (n, length), words_T, keys_N in zip(texts.runs, words, keys, strict=True):

@@ -19,39 +19,53 @@ from bge_ds.distributed import checkpoint, collectives, disk
 
 
 class Meter:
-    """Sums of named values since the last reading, kept on the device: adding never waits for it."""
+    """Sums of named values since the last reading; those of tensors are kept on the device: adding never waits for it."""
 
     def __init__(self, device: torch.device, filter_nonfinite: bool = True):
         self.device, self.filter = device, filter_nonfinite
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counted: dict[str, torch.Tensor] = {}
+        # [sum, how many values it is of] by name: of plain numbers here, of tensors on the device, by the names added together.
+        self.on_host: dict[str, list[float]] = {}
+        self.on_device: dict[tuple[str, ...], torch.Tensor] = {}
         self.steps = 0
         self.began = time.perf_counter()
 
     def add(self, **values: torch.Tensor | float) -> None:
         """One optimizer step's values. A value that is not finite counts as the average of the others, where filtered."""
-        for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
-            counts = torch.isfinite(value) if self.filter else torch.ones_like(value, dtype=torch.bool)
-            zero = torch.zeros_like(value)
-            self.sums[name] = self.sums.get(name, zero) + torch.where(counts, value, zero)
-            self.counted[name] = self.counted.get(name, zero) + counts
+        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        for name in values.keys() - tensors.keys():
+            counts = math.isfinite(values[name]) or not self.filter
+            self._add_on_host(name, values[name] if counts else 0.0, counts)
+        if tensors:
+            value_K = torch.stack([value.to(self.device, torch.float64) for value in tensors.values()])
+            counts_K = torch.isfinite(value_K) if self.filter else torch.ones_like(value_K, dtype=torch.bool)
+            added_2K = torch.stack([value_K.where(counts_K, 0.0), counts_K.double()])
+            names = tuple(tensors)
+            self.on_device[names] = self.on_device[names] + added_2K if names in self.on_device else added_2K
         self.steps += 1
+
+    def _add_on_host(self, name: str, total: float, counted: float) -> None:
+        before = self.on_host.get(name, [0.0, 0.0])
+        self.on_host[name] = [before[0] + total, before[1] + counted]
+
+    def _settle(self) -> None:
+        """Bring what is on the device to the host, waiting for it."""
+        for names, sums_2K in self.on_device.items():
+            for name, total, counted in zip(names, *sums_2K.tolist(), strict=True):
+                self._add_on_host(name, total, counted)
+        self.on_device.clear()
 
     def keep(self) -> dict:
         """What has been added since the last reading, as plain numbers: for a run that goes on from here."""
-        sums = {name: [self.sums[name].item(), self.counted[name].item()] for name in self.sums}
-        return {"steps": self.steps, "seconds": time.perf_counter() - self.began, "sums": sums}
+        self._settle()
+        return {"steps": self.steps, "seconds": time.perf_counter() - self.began, "sums": dict(self.on_host)}
 
     def go_on(self, kept: dict) -> None:
         """As if all that was kept had been added here."""
         for name, (total, counted) in kept["sums"].items():
-            self.sums[name], self.counted[name] = (
-                torch.tensor(value, dtype=torch.float64, device=self.device) for value in (total, counted)
-            )
+            self._add_on_host(name, total, counted)
         self.steps = kept["steps"]
         self.began -= kept["seconds"]
 
@@ -61,9 +75,10 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Each value summed over the steps and the ranks (NaN where none was finite); `steps`, `seconds`. Starts anew."""
-        names = sorted(self.sums)
-        both = [torch.stack([values[name] for name in names]) for values in (self.sums, self.counted)]
-        totals, counted = collectives.sum_over_ranks(torch.stack(both))
+        self._settle()
+        names = sorted(self.on_host)
+        both = torch.tensor([self.on_host[name] for name in names], dtype=torch.float64, device=self.device).T
+        totals, counted = collectives.sum_over_ranks(both.contiguous())
         # What was left out counts as the average of the rest, of any rank.
         totals = totals * (self.steps * collectives.world_size() / counted)
         result = dict(zip(names, totals.tolist(), strict=True))

@@ -67,7 +67,7 @@ def train(args: PretrainArguments) -> None:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
     batches_of_steps = run.load_steps(
         args, data, order, batches.collate_texts, device, first_step, plan.total,
-        seed=order.seed, max_seq_length=args.max_seq_length,
+        seed=order.seed, max_seq_length=args.max_seq_length, encoder_share=args.encoder_mlm_probability,
     )  # fmt: skip
     write = partial(write_model, engine, tokenizer, data, args.max_seq_length)
     output = Path(args.output_dir)
@@ -80,7 +80,6 @@ def train(args: PretrainArguments) -> None:
     meter = Meter(device, args.logging_nan_inf_filter)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, output, engine, tokenizer, log.say)
     resuming.restore_meter(meter, nonfinite, taken)
-    weights_3 = torch.tensor([1.0, 1.0, args.bow_loss_weight], device=device)
     pace = Pace(device, log.say)
     saver = resuming.Saver(
         args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, nonfinite, started,
@@ -88,17 +87,18 @@ def train(args: PretrainArguments) -> None:
     )  # fmt: skip
     engine.train()
     pace.begin()
-    for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
+    over_all = args.average_tokens_across_devices
+    counted = collectives.exchange_ahead(batches_of_steps, count_targets if over_all else lambda _: [], device)
+    for step, (micro_batches, counts_R) in enumerate(counted, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
         micro_batches = [batch.to(device) for batch in micro_batches]
-        targets = count_targets(model, micro_batches, args.average_tokens_across_devices)
+        targets = divisors(micro_batches, counts_R if over_all else None)
         sums_5 = torch.zeros(5, device=device)
         for micro, (batch, targets_3) in enumerate(zip(micro_batches, targets, strict=True)):
             run.seed_step(args.seed, step, micro)
             losses_5 = engine(batch)
-            # Sums over a rank's tokens, each over the tokens of the whole step: with DeepSpeed's mean over ranks and
-            # without its division by the accumulation steps, this is the gradient of one process with the whole batch.
-            engine.backward(engines.all_or_nothing((weights_3 * losses_5[:3] / targets_3).sum()), scale_wrt_gas=False)
+            loss = weighted(losses_5, args.bow_loss_weight, targets_3)
+            engine.backward(engines.all_or_nothing(loss), scale_wrt_gas=False)
             applied = engines.take_step(engine)
             sums_5 += losses_5.detach()
         pace.end(sum(b.texts.tokens for b in micro_batches))
@@ -107,7 +107,7 @@ def train(args: PretrainArguments) -> None:
             sums_5 = sums_5.masked_fill(sums_5 != 0, math.nan)  # what the objective has not stays 0
         meter.add(
             **dict(zip(_SUMS, sums_5, strict=True)),
-            **dict(zip(_COUNTS, count_own_targets(model, micro_batches), strict=True)),
+            **dict(zip(_COUNTS, count_targets(micro_batches), strict=True)),
             tokens=sum(b.texts.tokens for b in micro_batches),
             padded_tokens=sum(b.texts.padded_tokens for b in micro_batches),
             flops=sum(model.flops(b.texts.runs) for b in micro_batches),
@@ -233,21 +233,31 @@ def say_objective(args: PretrainArguments, model: RetroMAE) -> str:
     return words + (f", bag of words x {args.bow_loss_weight:g}" if args.objective == "dupmae" else "")
 
 
-def count_own_targets(model: RetroMAE, micro_batches: list) -> torch.Tensor:
-    """How many terms this rank's losses have in the step, float of 3."""
-    return torch.stack([model.count(batch) for batch in micro_batches]).sum(0)
+def count_targets(micro_batches: list[batches.PretrainBatch]) -> list[int]:
+    """How many terms each of this rank's three losses has in the step."""
+    return [sum(counts) for counts in zip(*(batch.targets for batch in micro_batches), strict=True)]
 
 
-def count_targets(model: RetroMAE, micro_batches: list, over_all: bool) -> list[torch.Tensor]:
+def divisors(micro_batches: list[batches.PretrainBatch], counts_R: list[list[int]] | None) -> list[list[float]]:
     """What each micro batch's three sums are divided by.
 
-    Over all: the tokens of the step, of all ranks and accumulation steps, over the number of ranks (DeepSpeed's mean
-    over ranks multiplies it back). Otherwise the micro batch's own, times the accumulation steps.
+    With the counts of every rank: the terms of the step, of all ranks and accumulation steps, over the number of ranks
+    (DeepSpeed's mean over ranks multiplies it back). Without: the micro batch's own, times the accumulation steps.
     """
-    if over_all:
-        total = collectives.sum_over_ranks(count_own_targets(model, micro_batches)) / collectives.world_size()
-        return [total.clamp_min(1e-9)] * len(micro_batches)
-    return [model.count(batch).clamp_min(1) * len(micro_batches) for batch in micro_batches]
+    if counts_R is not None:
+        total_3 = [max(1e-9, sum(counts) / len(counts_R)) for counts in zip(*counts_R, strict=True)]
+        return [total_3] * len(micro_batches)
+    return [[max(1, count) * len(micro_batches) for count in batch.targets] for batch in micro_batches]
+
+
+def weighted(losses_5: torch.Tensor, bow_weight: float, targets_3: list[float]) -> torch.Tensor:
+    """The loss to go back from: the three sums, each over its number of terms in the whole step.
+
+    With DeepSpeed's mean over ranks and without its division by the accumulation steps, its gradient is that of one
+    process with the whole batch. Plain numbers, not tensors: copying them to a GPU would wait for it.
+    """
+    encoder, decoder, bow = (losses_5[k] / targets_3[k] for k in range(3))
+    return encoder + decoder + bow_weight * bow
 
 
 def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: int, folder: Path) -> float:

@@ -18,6 +18,7 @@ import torch
 
 from bge_ds.data.lists import Lists
 from bge_ds.data.order import mix64
+from bge_ds.kernels import masks
 
 
 class Run(NamedTuple):
@@ -96,7 +97,7 @@ class PackedTexts(_Movable):
 
     @property
     def max_length(self) -> int:
-        return self.runs[-1].length
+        return max(length for _, length in self.runs)
 
     @property
     def padded_tokens(self) -> int:
@@ -143,15 +144,25 @@ class ContrastiveBatch(_Movable):
 
 @dataclass
 class PretrainBatch(_Movable):
-    """N texts with the word of each token, and a key a text from which every mask is computed on the device.
+    """N texts with the word of each token, and a key a text from which every mask is computed.
 
     words_T: int64 word number of each token in its text. keys_N: int64, hash of (seed, epoch, row), in packed order.
+    masked_M: int64, the tokens of the row that the encoder must predict, rising: chosen where the batch is built, because
+    their number decides shapes, and a GPU that is asked for it keeps the loop waiting.
     """
 
     texts: PackedTexts
     words_T: torch.Tensor
     keys_N: torch.Tensor
     rows_N: torch.Tensor
+    masked_M: torch.Tensor
+
+    @property
+    def targets(self) -> tuple[int, int, int]:
+        """How many masked tokens, inner tokens (all but the first and last of a text), and texts with an inner token."""
+        runs = self.texts.runs
+        inner = sum(n * max(0, length - 2) for n, length in runs)
+        return self.masked_M.numel(), inner, sum(n for n, length in runs if length > 2)
 
 
 def pack(texts: Lists | Sequence[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
@@ -197,6 +208,12 @@ def split_further(bounds: list[int], pieces: int) -> list[int]:
         sizes[largest : largest + 1] = [half, sizes[largest] - half]
     sizes += [0] * (pieces - len(sizes))
     return [0, *np.cumsum(sizes).tolist()]
+
+
+def spans(starts_N: torch.Tensor, counts_N: torch.Tensor, total: int) -> torch.Tensor:
+    """start, start + 1, ... of each text, count of them, end to end: int64 of `total`, the sum of the counts, known here."""
+    shift_N = starts_N - (counts_N.cumsum(0) - counts_N)
+    return shift_N.repeat_interleave(counts_N, output_size=total) + torch.arange(total, device=starts_N.device)
 
 
 def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
@@ -290,14 +307,22 @@ def _taken(pos: Lists, neg: Lists, chosen: tuple[np.ndarray, np.ndarray]) -> np.
     return taken_BG
 
 
-def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int) -> PretrainBatch:
-    """A `PretrainBatch` of the texts `rows_N` as visited in `epochs_N`."""
+def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int, encoder_share: float) -> PretrainBatch:
+    """A `PretrainBatch` of the texts `rows_N` as visited in `epochs_N`. encoder_share: of the words masked."""
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
     ids, words = (part.cut(max_seq_length, suffix) for part in shards.texts(rows_N))
     texts, order = pack(ids)
-    return PretrainBatch(
-        texts=texts,
-        words_T=torch.from_numpy(words.take(order).values.astype(np.int64)),
-        keys_N=torch.from_numpy(mix64(seed, epochs_N, rows_N)[order].view(np.int64)),
-        rows_N=torch.from_numpy(rows_N[order]),
-    )
+    words_T = torch.from_numpy(words.take(order).values.astype(np.int64))
+    keys_N = torch.from_numpy(mix64(seed, epochs_N, rows_N)[order].view(np.int64))
+    masked_M = choose_masked(texts, words_T, keys_N, encoder_share)
+    return PretrainBatch(texts, words_T, keys_N, torch.from_numpy(rows_N[order]), masked_M)
+
+
+def choose_masked(texts: PackedTexts, words_T: torch.Tensor, keys_N: torch.Tensor, share: float) -> torch.Tensor:
+    """The tokens (int64, rising) of the words masked for the encoder: a share of them, first and last token excepted."""
+    inner_T = torch.ones_like(words_T, dtype=torch.bool)
+    ends = texts.cu_seqlens.long()
+    inner_T[ends[:-1]] = False
+    inner_T[ends[1:] - 1] = False
+    key_T = keys_N.repeat_interleave(texts.cu_seqlens.diff())
+    return masks.encoder_masked(key_T, words_T, inner_T, share).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -90,13 +90,53 @@ def all_gather_rows(x_ND: torch.Tensor, counts: list[int] | None = None) -> torc
 
 
 def gather_counts(n: int, device: torch.device) -> list[int]:
-    """Each rank's n."""
-    if world_size() == 1:
-        return [n]
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    counts[rank()] = n
-    call("all_reduce", dist.all_reduce, counts)
-    return counts.tolist()
+    """Each rank's n. Waits for the device: not for the steps, where `exchange_ahead` is."""
+    return [numbers[0] for numbers in _Exchange([n], device).result()]
+
+
+class _Exchange:
+    """A few whole numbers of each rank on their way to all ranks; every rank brings as many."""
+
+    def __init__(self, numbers: list[int], device: torch.device):
+        self.numbers, self.arrived = [numbers], None
+        if world_size() == 1 or not numbers:
+            self.numbers = [numbers] * world_size()
+            return
+        on_gpu = device.type == "cuda"
+        own = torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=True)
+        table = own.new_empty(world_size() * len(numbers))
+        call("all_gather", _all_gather, table, own)
+        self.table = torch.empty(table.shape, dtype=table.dtype, pin_memory=on_gpu)
+        self.table.copy_(table, non_blocking=True)
+        if on_gpu:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def result(self) -> list[list[int]]:
+        """The numbers of each rank."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if hasattr(self, "table"):
+            self.numbers = self.table.unflatten(0, (world_size(), -1)).tolist()
+        return self.numbers
+
+
+def exchange_ahead(
+    steps: Iterable[_T], numbers_of: Callable[[_T], list[int]], device: torch.device
+) -> Iterator[tuple[_T, list[list[int]]]]:
+    """Each step with the numbers that every rank has for it, asked for before the step in front of it is computed.
+
+    So the answer is on the host when its step begins, and a GPU's queue never runs empty for it. Every rank must take
+    equally many steps, and bring equally many numbers to each.
+    """
+    waiting = None
+    for step in steps:
+        asked = step, _Exchange(numbers_of(step), device)
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+        waiting = asked
+    if waiting is not None:
+        yield waiting[0], waiting[1].result()
 
 
 def largest(n: int, device: torch.device) -> int:

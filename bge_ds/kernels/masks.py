@@ -66,12 +66,12 @@ def encoder_masked(key_T: torch.Tensor, words_T: torch.Tensor, inner_T: torch.Te
     return _below(hash_words(key_T, _ENCODER, words_T), share) & inner_T
 
 
-def corrupt(ids_T, key_T, positions_T, masked_T, *, mask_id: int, vocab_size: int) -> torch.Tensor:
-    """The encoder's input: of the masked tokens 80 % become `mask_id`, 10 % a random id, 10 % stay."""
-    action = hash_words(key_T, _ACTION, positions_T)
-    random_ids = (hash_words(key_T, _REPLACEMENT, positions_T) & 0x7FFFFFFF).to(ids_T.dtype) % vocab_size
-    out = torch.where(masked_T & _below(action, 0.8), mask_id, ids_T)
-    return torch.where(masked_T & ~_below(action, 0.8) & _below(action, 0.9), random_ids, out)
+def corrupt(ids_M, key_M, positions_M, *, mask_id: int, vocab_size: int) -> torch.Tensor:
+    """What the encoder reads at its M masked tokens: `mask_id` in 80 % of the cases, a random id in 10 %, else the token."""
+    action = hash_words(key_M, _ACTION, positions_M)
+    random_ids = (hash_words(key_M, _REPLACEMENT, positions_M) & 0x7FFFFFFF).to(ids_M.dtype) % vocab_size
+    out = torch.where(_below(action, 0.9), random_ids, ids_M)
+    return torch.where(_below(action, 0.8), mask_id, out)
 
 
 def decoder_visible(

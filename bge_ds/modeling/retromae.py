@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from bge_ds.data.batches import PretrainBatch, Run
+from bge_ds.data.batches import PackedTexts, PretrainBatch, Run, spans
 from bge_ds.kernels import masks
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.dropout import Dropout
@@ -112,9 +112,13 @@ class RetroMAESettings:
 
 @dataclass
 class _Prepared:
-    """What several parts of a forward pass need of a batch; positions as the model counts them."""
+    """What several parts of a forward pass need of a batch.
 
-    inner_T: torch.Tensor
+    inner_M: the row's inner tokens, rising. inner_N: how many each text has. positions_T: as the model counts them.
+    """
+
+    inner_M: torch.Tensor
+    inner_N: torch.Tensor
     positions_T: torch.Tensor
     hidden_TD: torch.Tensor
 
@@ -134,17 +138,6 @@ class RetroMAE(nn.Module):
             model.base_model.pooler.requires_grad_(False)
         self.decoder = None if settings.objective == "mlm" else EnhancedDecoder(model.config, kernels)
         self.head = VocabularyHead(model)
-
-    def masked(self, batch: PretrainBatch) -> torch.Tensor:
-        """bool T: the tokens the encoder must predict. Cheap: the loop counts them before any forward pass."""
-        return masks.encoder_masked(self._key_T(batch), batch.words_T, self._inner(batch), self.settings.encoder_share)
-
-    def count(self, batch: PretrainBatch) -> torch.Tensor:
-        """How many terms each sum of LOSSES has: masked tokens, inner tokens, texts with an inner token; float of 3."""
-        inner = sum(n * max(0, length - 2) for n, length in batch.texts.runs)
-        texts = sum(n for n, length in batch.texts.runs if length > 2)
-        masked = self.masked(batch).sum().float()
-        return torch.stack([masked, torch.full_like(masked, inner), torch.full_like(masked, texts)])
 
     def flops(self, runs: list[Run]) -> float:
         """Of forward and backward over texts, without what `flops_a_prediction` counts."""
@@ -173,23 +166,16 @@ class RetroMAE(nn.Module):
     def _key_T(self, batch: PretrainBatch) -> torch.Tensor:
         return batch.keys_N.repeat_interleave(batch.texts.cu_seqlens.diff(), output_size=batch.texts.tokens)
 
-    def _inner(self, batch: PretrainBatch) -> torch.Tensor:
-        inner = torch.ones_like(batch.texts.ids_T, dtype=torch.bool)
-        ends = batch.texts.cu_seqlens.long()
-        inner[ends[:-1]] = False
-        inner[ends[1:] - 1] = False
-        return inner
-
     def forward(self, batch: PretrainBatch) -> torch.Tensor:
-        texts, settings = batch.texts, self.settings
-        masked_T = self.masked(batch)
-        inputs_T = masks.corrupt(
-            texts.ids_T, self._key_T(batch), texts.positions_T, masked_T,
+        texts, settings, masked_M = batch.texts, self.settings, batch.masked_M
+        corrupted_M = masks.corrupt(
+            texts.ids_T[masked_M], self._key_T(batch)[masked_M], texts.positions_T[masked_M],
             mask_id=settings.mask_id, vocab_size=self.model.config.vocab_size,
         )  # fmt: skip
+        inputs_T = texts.ids_T.index_copy(0, masked_M, corrupted_M)
         hidden_TD = run_backbone(self.model.base_model, texts, inputs_T)
-        encoder_loss, encoder_correct = self.head(hidden_TD[masked_T], texts.ids_T[masked_T])
-        prepared = _Prepared(self._inner(batch), position_ids(self.model.config, texts), hidden_TD)
+        encoder_loss, encoder_correct = self.head(hidden_TD.index_select(0, masked_M), texts.ids_T[masked_M])
+        prepared = _Prepared(*_inner_tokens(texts), position_ids(self.model.config, texts), hidden_TD)
         nothing = torch.zeros((), device=hidden_TD.device)
         decoder_loss, decoder_correct = (nothing, nothing) if self.decoder is None else self._decode(batch, prepared)
         bow_loss = self._bag_of_words(batch, prepared) if settings.objective == "dupmae" else nothing
@@ -198,37 +184,47 @@ class RetroMAE(nn.Module):
 
     def _decode(self, batch: PretrainBatch, prepared: _Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         texts, model = batch.texts, self.model
-        inner_T, positions_T = prepared.inner_T, prepared.positions_T
+        inner_M, positions_T = prepared.inner_M, prepared.positions_T
         first = texts.cu_seqlens[:-1].long()
         h_ND = prepared.hidden_TD[first]
         embedded_TD = embed(model, positions_T, ids_T=texts.ids_T)
         keys_TD = embedded_TD.index_copy(0, first, h_ND.to(embedded_TD.dtype))
-        h_MD = h_ND.repeat_interleave(texts.cu_seqlens.diff(), dim=0, output_size=texts.tokens)[inner_T]
+        h_MD = h_ND.repeat_interleave(prepared.inner_N, dim=0, output_size=inner_M.numel())
         if self.settings.decoder_query == "raw":
-            query_MD = add_position(model, h_MD, positions_T[inner_T])
+            query_MD = add_position(model, h_MD, positions_T[inner_M])
         else:
-            query_MD = embed(model, positions_T[inner_T], vectors_TD=h_MD)
+            query_MD = embed(model, positions_T[inner_M], vectors_TD=h_MD)
         turn_T = rotation(model, keys_TD, positions_T)
-        turn_M = None if turn_T is None else tuple(part[inner_T] for part in turn_T)
+        turn_M = None if turn_T is None else tuple(part[inner_M] for part in turn_T)
         states_MD = self.decoder(
             query_MD, keys_TD, batch.words_T, batch.keys_N, texts.cu_seqlens, texts.runs, self.settings.decoder_share, turn_M,
             turn_T,
         )  # fmt: skip
-        return self.head(states_MD, texts.ids_T[inner_T])
+        return self.head(states_MD, texts.ids_T[inner_M])
 
     def _bag_of_words(self, batch: PretrainBatch, prepared: _Prepared) -> torch.Tensor:
         """Sum over texts: the mean, over a text's inner tokens, of -log softmax(maxima)[word], each word once.
 
         (As DupMAE's authors have it: the words of the set weigh 1 / tokens each, so their weights need not add up to 1.)
         """
-        texts, inner_T = batch.texts, prepared.inner_T
+        texts, inner_M, inner_N = batch.texts, prepared.inner_M, prepared.inner_N
         lengths_N = texts.cu_seqlens.diff()
-        best_NV = self.head(prepared.hidden_TD[texts.positions_T > 0], runs=[Run(n, length - 1) for n, length in texts.runs])
-        text_T = torch.repeat_interleave(lengths_N, output_size=texts.tokens)
+        after_first = spans(texts.cu_seqlens[:-1].long() + 1, lengths_N - 1, texts.tokens - len(lengths_N))
+        best_NV = self.head(
+            prepared.hidden_TD.index_select(0, after_first), runs=[Run(n, length - 1) for n, length in texts.runs]
+        )
+        text_M = torch.repeat_interleave(inner_N, output_size=inner_M.numel())
         held_NV = torch.zeros_like(best_NV, dtype=torch.bool)
-        held_NV[text_T[inner_T], texts.ids_T[inner_T]] = True
+        held_NV[text_M, texts.ids_T[inner_M]] = True
         log_share_N = held_NV.sum(-1) * best_NV.logsumexp(-1) - best_NV.masked_fill(~held_NV, 0.0).sum(-1)
         return (log_share_N / (lengths_N - 2).clamp_min(1)).sum()
+
+
+def _inner_tokens(texts: PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 M, the row's tokens that are neither first nor last of their text; how many each of the N texts has)."""
+    inner_N = (texts.cu_seqlens.diff() - 2).clamp_min(0)
+    total = sum(n * max(0, length - 2) for n, length in texts.runs)
+    return spans(texts.cu_seqlens[:-1].long() + 1, inner_N, total), inner_N
 
 
 def save_decoder(decoder_state: dict[str, torch.Tensor], settings: RetroMAESettings, folder: Path) -> None:

@@ -94,7 +94,10 @@ def contrastive_batch(vocab_size: int) -> ContrastiveBatch:
 def pretrain_batch(vocab_size: int) -> PretrainBatch:
     texts, _ = pack(helpers.random_texts([5, 70, 3], vocab_size=vocab_size))
     keys = torch.tensor([1, -5, 2**62])
-    return PretrainBatch(texts=texts, words_T=texts.positions_T // 2, keys_N=keys, rows_N=torch.tensor([3, 1, 2]))
+    return PretrainBatch(
+        texts=texts, words_T=texts.positions_T // 2, keys_N=keys, rows_N=torch.tensor([3, 1, 2]),
+        masked_M=torch.tensor([4, 9, 77]),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("vocab_size", [1 << 16, 250_002])
@@ -106,8 +109,9 @@ def test_a_batch_survives_its_way_from_a_worker(make, vocab_size):
 
 
 def test_a_batch_travels_in_its_own_bytes():
-    """Two bytes an id and two a word: plain pickle, without torch's storages, of which each would be a file of its own."""
+    """Two bytes an id, word or masked token: plain pickle, not torch's storages, each a file of its own."""
     texts, _ = pack(helpers.random_texts([512] * 16, vocab_size=30_000))
-    batch = PretrainBatch(texts, texts.positions_T, *torch.ones(2, 16, dtype=torch.int64))
+    masked_M = torch.arange(0, 8192, 3)
+    batch = PretrainBatch(texts, texts.positions_T, *torch.ones(2, 16, dtype=torch.int64), masked_M)
     sent = pickle.dumps(batch)
-    assert len(sent) < 4 * 8192 + 2000 and b"torch.storage" not in sent and b"_rebuild_tensor" not in sent
+    assert len(sent) < 4 * 8192 + 2 * len(masked_M) + 2000 and b"torch.storage" not in sent and b"_rebuild_tensor" not in sent

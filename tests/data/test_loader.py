@@ -19,10 +19,11 @@ from bge_ds import preprocess
 from bge_ds.data import loader, shards
 from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts, pack
 from bge_ds.data.order import Order, mix64
+from bge_ds.kernels import masks
 
 LENGTHS = {"pretrain": {"max_seq_length": 12}, "finetune": {"query_max_len": 8, "passage_max_len": 10}}
 COLLATE = {
-    "pretrain": (collate_texts, {"seed": 5, **LENGTHS["pretrain"]}),
+    "pretrain": (collate_texts, {"seed": 5, "encoder_share": 0.3, **LENGTHS["pretrain"]}),
     "finetune": (collate_groups, {"seed": 5, "group_size": 4, **LENGTHS["finetune"], "own_only_spans": ((30, 50),)}),
 }
 
@@ -81,7 +82,15 @@ def one_by_one(data, epochs, rows, seed, distill):
         texts, order = pack([cut(data.ids(row), 12, suffix) for row in rows])
         words = np.concatenate([cut(data.words(rows[i]), 12, suffix) for i in order]).astype(np.int64)
         keys = [int(mix64(seed, int(epochs[i]), int(rows[i])).view(np.int64)) for i in order]
-        return PretrainBatch(texts, torch.from_numpy(words), torch.tensor(keys), torch.from_numpy(rows[order]))
+        masked, start = [], 0
+        for key, length in zip(keys, np.diff(texts.cu_seqlens).tolist(), strict=True):
+            of_text = torch.from_numpy(words[start : start + length])
+            chosen = masks.encoder_masked(torch.full((length,), key), of_text, torch.ones(length, dtype=torch.bool), 0.3)
+            masked += [start + i for i in range(1, length - 1) if chosen[i]]
+            start += length
+        return PretrainBatch(
+            texts, torch.from_numpy(words), torch.tensor(keys), torch.from_numpy(rows[order]), torch.tensor(masked)
+        )
     passages, own, known, scores = [], [], [], []
     for b, (epoch, row) in enumerate(zip(epochs.tolist(), rows.tolist(), strict=True)):
         group = data.group(row)

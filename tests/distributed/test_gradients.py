@@ -91,7 +91,8 @@ for case, flags in cases.items():
         generator = torch.Generator().manual_seed(3)
         for p in model.decoder.parameters() if model.decoder else ():
             p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
-        data, collate, options = shards.open_folder(texts_path), batches.collate_texts, dict(max_seq_length=40)
+        data, collate, options = shards.open_folder(texts_path), batches.collate_texts, dict(
+            max_seq_length=40, encoder_share=0.3)
     else:
         args = FinetuneArguments.build(**common, train_data=data_path, model_name_or_path=model_path, train_group_size=3,
                                        temperature=0.2, sentence_pooling_method="mean", **flags)
@@ -105,11 +106,13 @@ for case, flags in cases.items():
     order = ordering.make_order(args, data)
     engine = engine_of(args, model, order)
     parts = [collate(data, *rows, seed=order.seed, **options) for rows in order.micro_batches(0, accumulation, rank, world)]
-    targets = pretrain.count_targets(model, parts, True) if "pretrain" in case else None
+    if "pretrain" in case:
+        (_, counts), = collectives.exchange_ahead([parts], pretrain.count_targets, engine.device)
+        targets = pretrain.divisors(parts, counts)
     for micro, batch in enumerate(parts):
         if "pretrain" in case:
-            weights = torch.tensor([1.0, 1.0, args.bow_loss_weight])
-            engine.backward((weights * engine(batch)[:3] / targets[micro]).sum(), scale_wrt_gas=False)
+            loss = pretrain.weighted(engine(batch), args.bow_loss_weight, targets[micro])
+            engine.backward(loss, scale_wrt_gas=False)
         else:
             finetune.backward(engine, batch, args, finetune.objective_of(args), case != "bare_groups",
                               lambda piece: None)
@@ -208,9 +211,9 @@ def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bo
         bins = TokenOrder(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
         assert len({len(rows) for _, rows in bins}) > 1  # micro batches of equal counts would hide a mean of means
         epochs, rows = (np.concatenate(parts) for parts in zip(*bins, strict=True))
-    batch = batches.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40)
+    batch = batches.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40, encoder_share=0.3)
     sums = model(batch)
-    masked = model.masked(batch).sum()
+    masked = len(batch.masked_M)
     predicted = batch.texts.tokens - 2 * len(rows)
     assert masked > 5
     (sums[0] / masked + sums[1] / predicted + bow_loss_weight * sums[2] / len(rows)).backward()

@@ -117,7 +117,7 @@ def test_a_loader_s_batches_are_pinned(tmp_path, tiny_tokenizer_path):
     assert preprocess.main([*argv, str(tiny_tokenizer_path)]) == 0
     found = loader.steps(
         [tmp_path / "s"], Order(0, ((0, 6),), 2), collate_texts, first_step=0, end_step=3, accumulation=1, rank=0, world=1,
-        workers=1, pin_memory=True, seed=0, max_seq_length=32,
+        workers=1, pin_memory=True, seed=0, max_seq_length=32, encoder_share=0.3,
     )  # fmt: skip
     for (batch,) in found:
         tensors = (

@@ -71,14 +71,11 @@ def test_rows_are_independent():
 
 
 def test_eighty_ten_ten():
-    """Of the masked tokens 80 % become the mask, 10 % random ids (all of the vocabulary), 10 % stay; others never change."""
+    """Of the masked tokens 80 % become the mask, 10 % random ids (all of the vocabulary), 10 % stay."""
     n = 300_000
     key_T, positions_T = keys(3).repeat_interleave(n // 3), torch.arange(n // 3).repeat(3)
-    masked_T = torch.arange(n) % 3 == 0
     ids_T = torch.full((n,), 7)
-    out = masks.corrupt(ids_T, key_T, positions_T, masked_T, mask_id=4, vocab_size=1000)
-    assert torch.equal(out[~masked_T], ids_T[~masked_T])
-    chosen = out[masked_T]
+    chosen = masks.corrupt(ids_T, key_T, positions_T, mask_id=4, vocab_size=1000)
     m = len(chosen)
     assert within((chosen == 4).float().mean().item(), 0.8 + 0.1 / 1000, m)
     assert within((chosen == 7).float().mean().item(), 0.1 + 0.1 / 1000, m)

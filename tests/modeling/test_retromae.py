@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForMaskedLM, ElectraForMaskedLM
 
-from bge_ds.data.batches import PretrainBatch, pack
+from bge_ds.data.batches import PretrainBatch, choose_masked, pack
 from bge_ds.data.order import mix64
 from bge_ds.kernels import masks
 from bge_ds.modeling.encoder import load_backbone
@@ -27,7 +27,9 @@ def make_batch(lengths, seed=0, epoch=0) -> PretrainBatch:
             steps[1] = 1
         words.append(np.cumsum(steps))
     keys = mix64(seed, epoch, np.arange(len(lengths)))[order].view(np.int64)
-    return PretrainBatch(texts, torch.from_numpy(np.concatenate(words)), torch.from_numpy(keys), torch.from_numpy(order))
+    words_T, keys_N = torch.from_numpy(np.concatenate(words)), torch.from_numpy(keys)
+    masked_M = choose_masked(texts, words_T, keys_N, 0.3)
+    return PretrainBatch(texts, words_T, keys_N, torch.from_numpy(order), masked_M)
 
 
 def make(family, path, changes=None, **settings) -> RetroMAE:
@@ -57,11 +59,12 @@ def reference(model: RetroMAE, stock, batch: PretrainBatch):
     texts, settings, decoder, config = batch.texts, model.settings, model.decoder, stock.config
     embeddings = stock.base_model.embeddings
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert") else 0
-    masked_T = model.masked(batch)
+    masked_T = torch.zeros(texts.tokens, dtype=torch.bool)
+    masked_T[batch.masked_M] = True
     corrupted_T = masks.corrupt(
-        texts.ids_T, batch.keys_N.repeat_interleave(texts.cu_seqlens.diff()), texts.positions_T, masked_T,
+        texts.ids_T, batch.keys_N.repeat_interleave(texts.cu_seqlens.diff()), texts.positions_T,
         mask_id=settings.mask_id, vocab_size=config.vocab_size,
-    )  # fmt: skip
+    ).where(masked_T, texts.ids_T)  # fmt: skip
     losses = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
     for n in range(len(batch.keys_N)):
         part = slice(int(texts.cu_seqlens[n]), int(texts.cu_seqlens[n + 1]))
