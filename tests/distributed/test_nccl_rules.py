@@ -169,7 +169,7 @@ def issued(monkeypatch):
 
 def read_meter(device: torch.device):
     meter = metrics.Meter(device)
-    meter.add(loss=torch.ones((), device=device), tokens=3, flops=1e9)
+    meter.add(loss=1.0, tokens=3, flops=1e9)
     meter.read()
 
 

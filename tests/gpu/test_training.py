@@ -35,14 +35,13 @@ def test_every_stage_trains_as_the_cpu(train, reference, command, stage):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-@BOTH
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("command", "stage"), [("finetune", 1), ("finetune", 2), ("finetune", 3), ("pretrain", 3)])
 def test_every_stage_in_bf16(train, command, stage):
     """bf16: each stage gives ZeRO 0's losses within the rounding of 16 bits: 0.4 % of two vectors' product, which the
     temperature multiplies by 20, and of gradients, which the stages add in other orders."""
     if command not in _once:
         _once[command] = losses(train(command, deepspeed="zero0", bf16=True))
-    assert losses(train(command, deepspeed=f"zero{stage}", bf16=True)) == pytest.approx(_once[command], rel=5e-2)
+    assert losses(train(command, deepspeed=f"zero{stage}", bf16=True)) == pytest.approx(_once[command], rel=2e-2)
 
 
 @BOTH
@@ -62,11 +61,10 @@ def test_fp16_finds_its_scale_and_trains(train, cuda, tmp_path, command, stage):
     assert np.mean(finite[-3:]) < finite[0]
 
 
-@BOTH
-def test_the_fused_optimizer_is_the_plain_one(train, command):
+def test_the_fused_optimizer_is_the_plain_one(train):
     """torch's fused AdamW gives the losses of the plain one."""
-    found = train(command, optim="adamw_torch_fused", weight_decay=0.1)
-    assert losses(found) == pytest.approx(losses(train(command, optim="adamw_torch", weight_decay=0.1)), rel=1e-5)
+    found = train("finetune", optim="adamw_torch_fused", weight_decay=0.1)
+    assert losses(found) == pytest.approx(losses(train("finetune", optim="adamw_torch", weight_decay=0.1)), rel=1e-5)
 
 
 def test_tf32_is_set_and_is_near(train, reference, cuda):
@@ -77,11 +75,11 @@ def test_tf32_is_set_and_is_near(train, reference, cuda):
 
 
 @BOTH
-def test_loader_workers_change_nothing(train, command):
+def test_loader_workers_change_nothing(train, reference, command):
     """Worker processes, forked from one that holds a GPU, and page-locked memory bring the batches that the loop would make
     by itself."""
     found = train(command, dataloader_num_workers=2, dataloader_pin_memory=True)
-    assert losses(found) == pytest.approx(losses(train(command)), rel=1e-5)
+    assert losses(found) == pytest.approx(losses(reference(command)), rel=1e-4)
 
 
 @BOTH
@@ -120,16 +118,15 @@ def test_the_evaluate_command(setting, device, tmp_path, bf16):
 
 
 @BOTH
-@pytest.mark.parametrize("model", ["exact", "model"])
-def test_recomputed_activations_change_nothing(train, setting, command, model):
-    """--gradient_checkpointing, with and without dropout: the second forward pass draws the first one's masks."""
-    common = {"model_name_or_path": str(setting / model)}
+def test_recomputed_activations_change_nothing(train, setting, command):
+    """--gradient_checkpointing, with dropout: the second forward pass draws the first one's masks."""
+    common = {"model_name_or_path": str(setting / "model")}
     plain, again = train(command, **common), train(command, **common, gradient_checkpointing=True)
     assert losses(again) == pytest.approx(losses(plain), rel=1e-5)
     assert [r["grad_norm"] for r in again] == pytest.approx([r["grad_norm"] for r in plain], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_pieces_train_as_the_whole(train, stage):
     """GradCache in fp32 without dropout: two texts a piece give the losses and gradient norms of the whole batch."""
     whole = train("finetune", deepspeed=f"zero{stage}")
