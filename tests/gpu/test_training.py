@@ -51,14 +51,14 @@ def test_fp16_finds_its_scale_and_trains(train, cuda, tmp_path, command, stage):
     that fits on the loss falls."""
     config = {"fp16": {"enabled": "auto", "initial_scale_power": 28, "hysteresis": 1}, "zero_optimization": {"stage": stage}}
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    records = train(command, deepspeed=str(tmp_path / "ds.json"), fp16=True, max_steps=40, learning_rate=1e-3, warmup_steps=0,
-                    lr_scheduler_type="constant")  # fmt: skip
+    records = train(command, deepspeed=str(tmp_path / "ds.json"), fp16=True, max_steps=40, learning_rate=1e-3,
+                    adam_epsilon=1e-8, lr_scheduler_type="constant")  # fmt: skip
     skipped = [record["skipped_steps"] for record in records]
     assert skipped[0] == 1 and records[0]["loss"] is None
     assert skipped[-1] == skipped[-5] <= 30
     finite = [loss for loss in losses(records) if loss is not None]
     assert len(finite) == 40 - skipped[-1] and np.isfinite(finite).all()
-    assert np.mean(finite[-3:]) < finite[0]
+    assert np.mean(finite[-4:]) < 0.9 * np.mean(finite[:4])
 
 
 def test_the_fused_optimizer_is_the_plain_one(train):
