@@ -1,4 +1,10 @@
-"""Gathering across ranks with gradients, and reductions. On one rank, or before the process group, the identity."""
+"""Gathering across ranks with gradients, and reductions. On one rank, or before the process group, the identity.
+
+NCCL's rules, which hold everywhere here: each tensor is contiguous, of a type that NCCL knows, and on this rank's device; every
+rank issues the same collectives in the same order. Those of Python objects (`broadcast_object`, `gather_object`,
+`on_first_rank`) make the host wait for the GPU twice: they belong to the start, to saves and to the end, never to a step or a
+line of the log (`tests/distributed/test_nccl_rules.py`).
+"""
 
 from __future__ import annotations
 
@@ -138,24 +144,35 @@ def largest(n: int, device: torch.device) -> int:
     return n if world_size() == 1 else int(max_over_ranks(torch.tensor(n, device=device)))
 
 
+def _copied(values: torch.Tensor) -> torch.Tensor:
+    """What may be reduced in place: a collective takes elements as they lie in memory, which a view's layout may change."""
+    return values.detach().clone(memory_format=torch.contiguous_format)
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over ranks (a new tensor, no gradient)."""
-    values = values.detach().clone()
+    values = _copied(values)
     if world_size() > 1:
         call("all_reduce", dist.all_reduce, values)
     return values
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    values = values.detach().clone()
+    values = _copied(values)
     if world_size() > 1:
         call("all_reduce", dist.all_reduce, values, op=dist.ReduceOp.MAX)
     return values
 
 
 def barrier() -> None:
+    """Every rank is here, and on a GPU has done what it was given to do.
+
+    NCCL's barrier reduces a number on a GPU. Where it is not told which, it may take the rank modulo the host's GPUs: another
+    rank's, wherever ranks and GPUs are not numbered alike, and both wait for ever.
+    """
     if world_size() > 1:
-        call("barrier", dist.barrier)
+        on_nccl = dist.get_backend() == "nccl"
+        call("barrier", dist.barrier, device_ids=[torch.cuda.current_device()] if on_nccl else None)
 
 
 def broadcast_object(value):

@@ -44,6 +44,8 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
     accelerator = deepspeed.get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() != "cpu":
+        # Before the group is made: NCCL, its barriers and collectives of objects take the current device.
+        _check_local_rank(local_rank, accelerator.device_count())
         accelerator.set_device(local_rank)
     if accelerator.device_name() == "cpu":
         backend = backend or "gloo"
@@ -58,16 +60,29 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
     if store is not None and not torch.distributed.is_initialized():
         # The ranks have met already; a second store would need a second port. DeepSpeed takes the group that is there.
         store.set_timeout(timeout)
+        name = backend or accelerator.communication_backend_name()
         torch.distributed.init_process_group(
-            backend or accelerator.communication_backend_name(),
+            name,
             store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timeout,
-            device_id=torch.device("cuda", local_rank) if accelerator.device_name() == "cuda" else None,
+            # Bound to it, NCCL connects at once, not in the first step, and need never guess.
+            device_id=torch.device("cuda", local_rank) if name == "nccl" else None,
         )
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def _check_local_rank(local_rank: int, devices: int) -> None:
+    """Refuse a rank without a GPU of its own: torch would say "invalid device ordinal", and not why."""
+    if local_rank < devices:
+        return
+    seen = f"{devices} GPU{'s' * (devices != 1)}"
+    raise ValueError(
+        f"LOCAL_RANK is {local_rank} and this process sees {seen}; start at most as many ranks on a host as it has GPUs "
+        "(--num_gpus, slots=), and let each process see all of them: under Slurm --gpus-per-node, not --gpus-per-task"
+    )
 
 
 def _fit_allocator() -> None:
@@ -208,7 +223,10 @@ def build(
     for name, buffer in model.named_buffers():
         if name in exact:
             buffer.data = exact[name].to(buffer.device)
+    _forget_empty_step(engine)
     _skip_what_is_not_finite(engine)
+    if engine.fp16_enabled() and not hasattr(engine.optimizer, "scale_if_loss"):
+        _scale_losses(engine)
     timing.watch(deepspeed.comm.comm.cdb)
     return engine
 
@@ -263,6 +281,49 @@ def _check_norm_first(engine, optimizer: torch.optim.Optimizer) -> None:
         take(closure)
 
     optimizer.step = step
+
+
+def _forget_empty_step(engine) -> None:
+    """ZeRO 0 in 16 bits: undo the step with gradients of 0 by which DeepSpeed's wrapper makes the optimizer's states.
+
+    It would count: Adam's correction of its moments would be a step ahead, which halves the first real one, and the weights
+    would have decayed once more than at other stages.
+    """
+    copies = state.masters(engine.optimizer)
+    if not copies:
+        return
+    state.innermost(engine.optimizer).state.clear()
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            if id(parameter) in copies:
+                holder, offset = copies[id(parameter)]
+                holder.view(-1).narrow(0, offset, parameter.numel()).copy_(parameter.view(-1))
+
+
+def _scale_losses(engine) -> None:
+    """fp16 at ZeRO 0: multiply the loss by the scale that the step divides the gradients by.
+
+    DeepSpeed's `backward` does so for its ZeRO optimizers alone (0.19.8). At stage 0 gradients would be divided by 65,536 that
+    were never multiplied: too small to be clipped, and below Adam's epsilon, so that a run learns next to nothing. The value
+    that the backward pass starts from is set, not multiplied: a version that scales by itself is not counted twice.
+    """
+    optimizer, run_backward = engine.optimizer, engine.backward
+    take = optimizer.step
+
+    @functools.wraps(run_backward)
+    def backward(loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True):
+        first = optimizer.loss_scale / (engine.gradient_accumulation_steps() if scale_wrt_gas else 1)
+        loss.register_hook(lambda grad: torch.full_like(grad, first))
+        return run_backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    @functools.wraps(take)
+    def step(closure=None):
+        scale = optimizer.loss_scale
+        take(closure)
+        if hasattr(optimizer, "fp32_groups"):  # the wrapper of torch's optimizers keeps the norm as it was scaled
+            optimizer._global_grad_norm /= scale
+
+    engine.backward, optimizer.step = backward, step
 
 
 def all_or_nothing(loss: torch.Tensor) -> torch.Tensor:

@@ -189,6 +189,12 @@ def accelerators(told: dict[str, dict], plan: Plan) -> Iterator[Finding]:
             found.append(Finding(check, host, FAILED, f"{slots} ranks and {count} GPUs", remedy))
         elif slots < count:
             found.append(Finding(check, host, WARNING, f"{slots} ranks leave {count - slots} of {count} GPUs idle"))
+        if why := of.get("no_kernels"):
+            text = f"the fused kernels do not run ({why}): attention and losses fall back to loops, which are slower"
+            remedy = "take GPUs of compute capability 8.0 or above (A100 and later)"
+            if "triton" in why:
+                remedy = "pip install triton there, the version that its torch asks for (`pip show torch`)"
+            found.append(Finding(check, host, WARNING, text, remedy))
         for k, (free, total) in enumerate(zip(of["free"][:slots], of["memory"], strict=False)):
             if free < ROOMY * total:
                 text = f"GPU {k}: {size(total - free)} of its {size(total)} are in use already"

@@ -81,8 +81,11 @@ def _code() -> dict:
 
 
 def devices(use_cpu: bool) -> dict:
-    """kind (cuda or cpu), and of GPUs: names, memory (bytes), CUDA's version in torch, the driver's version."""
+    """kind (cuda or cpu), and of GPUs: names, memory (bytes), CUDA's version in torch, the driver's version, and why the fused
+    kernels do not run there ("": they do)."""
     import torch
+
+    from bge_ds.kernels import triton_support
 
     if use_cpu or not torch.cuda.is_available():
         # Where torch sees none and the driver does, the two do not fit: a run would go to the CPU without a word.
@@ -95,6 +98,7 @@ def devices(use_cpu: bool) -> dict:
         "free": [torch.cuda.mem_get_info(k)[0] for k in range(len(known))],
         "cuda": torch.version.cuda,
         "driver": ", ".join(sorted(set(_ask_driver("driver_version")))),
+        "no_kernels": triton_support.obstacle("cuda") or "",
     }
 
 

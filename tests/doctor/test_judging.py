@@ -13,7 +13,7 @@ GIB = 1 << 30
 CPU = {"kind": "cpu", "unseen": []}
 GPU = {
     "kind": "cuda", "names": ["H100", "H100"], "memory": [80 * GIB] * 2, "free": [79 * GIB] * 2, "cuda": "12.8",
-    "driver": "570.1",
+    "driver": "570.1", "no_kernels": "",
 }  # fmt: skip
 FOLDER = {"kind": "folder", "files": {"config.json": "aa", "model.safetensors": "90 bytes"}}
 PLAN = Plan({"a": 2, "b": 2}, "hosts", data=("rows",), model="model", output_dir="/shared/out", keep=2)
@@ -56,6 +56,10 @@ SECOND_HOST = [
     (judging.accelerators, {"devices": GPU | {"free": [9 * GIB, 79 * GIB]}}, WARNING, "GPU 0: 71.0 GiB", "nvidia-smi"),
     (judging.accelerators, {"devices": GPU | {"names": ["A100"] * 2}}, WARNING, "GPUs are A100, and H100 on a", "one kind"),
     (judging.accelerators, {"devices": GPU | {"cuda": "11.8"}}, FAILED, "CUDA is 11.8, and 12.8 on a", "install the same"),
+    (judging.accelerators, {"devices": GPU | {"no_kernels": "the triton package is not installed"}}, WARNING,
+     "do not run (the triton package is not installed): attention and losses fall back", "pip install triton"),
+    (judging.accelerators, {"devices": GPU | {"no_kernels": "the GPU's compute capability is below 8.0"}}, WARNING,
+     "compute capability is below 8.0", "take GPUs of"),
     (judging.accelerators, {"devices": GPU | {"driver": "535"}}, WARNING, "driver is 535, and 570.1", "install the same"),
 ]  # fmt: skip
 
