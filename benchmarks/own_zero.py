@@ -90,7 +90,7 @@ def measure(asked: dict) -> dict:
         collectives.barrier()
         began = time.perf_counter()
         pace.begin()
-        finetune.backward(engine, batch, args, objective, True, lambda piece: None)
+        finetune.backward(engine, batch, args, objective, lambda piece: None)
         engines.take_step(engine)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,12 +107,15 @@ def train(args: FinetuneArguments) -> None:
     pace = Pace(device, log.say)
     engine.train()
     pace.begin()
-    for step, micro_batches in enumerate(batches_of_steps, start=first_step + 1):
+    told = collectives.exchange_ahead(batches_of_steps, lambda micros: sizes_of(micros, args, uniform), device)
+    for step, (micro_batches, sizes_R) in enumerate(told, start=first_step + 1):
         learning_rate = engine.get_lr()[0]
         parts = []
         for micro, batch in enumerate(micro_batches):
             batch = batch.to(device)
-            parts.append(backward(engine, batch, args, objective, uniform, partial(run.seed_step, args.seed, step, micro)))
+            shares = [Share(*sizes[micro * len(Share._fields) :][: len(Share._fields)]) for sizes in sizes_R if sizes]
+            seed = partial(run.seed_step, args.seed, step, micro)
+            parts.append(backward(engine, batch, args, objective, seed, shares or None))
             applied = engines.take_step(engine)
         loss = sum(part.loss for part in parts) / len(parts)
         meter.add(
@@ -255,17 +259,46 @@ def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) ->
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+class Share(NamedTuple):
+    """What a rank brings to a micro batch: pieces that its texts are cut into, passages, hashes of listed positives."""
+
+    pieces: int
+    passages: int
+    known: int
+
+    @classmethod
+    def of(cls, batch: batches.ContrastiveBatch, args: FinetuneArguments) -> Share:
+        return cls(len(bounds_of(batch, args)) - 1, len(batch.hashes_P), len(batch.known_K))
+
+
+def sizes_of(micro_batches: list[batches.ContrastiveBatch], args: FinetuneArguments, uniform: bool) -> list[int]:
+    """The numbers of this rank's shares, which the others must know; none where they follow from the arguments."""
+    in_pieces = args.sub_batch_size or args.sub_batch_tokens
+    if uniform and not in_pieces and not args.bidirectional:
+        return []
+    return [number for batch in micro_batches for number in Share.of(batch, args)]
+
+
+def bounds_of(batch: batches.ContrastiveBatch, args: FinetuneArguments) -> list[int]:
+    """Where this rank by itself would cut its texts into pieces: all in one, where none are asked for."""
+    if not (args.sub_batch_size or args.sub_batch_tokens):
+        return [0, batch.texts.place_N.numel()]
+    return batches.chunk_bounds(batch.texts.runs, args.sub_batch_size, args.sub_batch_tokens)
+
+
 def backward(
-    engine, batch: batches.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, uniform: bool, seed
-) -> contrastive.Parts:
-    """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k."""
-    texts, bounds = batch.texts, [0, batch.texts.place_N.numel()]
-    if args.sub_batch_size or args.sub_batch_tokens:
-        bounds = batches.chunk_bounds(texts.runs, args.sub_batch_size, args.sub_batch_tokens)
-        # Every rank makes as many passes as the one that needs most: under ZeRO-3 a pass is a conversation.
-        bounds = batches.split_further(bounds, collectives.largest(len(bounds) - 1, texts.ids_T.device))
+    engine, batch: batches.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, seed,
+    shares: list[Share] | None = None,
+) -> contrastive.Parts:  # fmt: skip
+    """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k.
+
+    shares: of every rank; None where their numbers are all this rank's own (`sizes_of`).
+    """
+    texts, shares = batch.texts, shares or [Share.of(batch, args)] * collectives.world_size()
+    # Every rank makes as many passes as the one that needs most: under ZeRO-3 each forward is a collective.
+    bounds = batches.split_further(bounds_of(batch, args), max(share.pieces for share in shares))
     pieces = batches.split(texts, bounds)
-    fixed_scale = torch.tensor(1 / args.temperature, device=texts.ids_T.device)
+    fixed_scale = torch.full((), 1 / args.temperature, device=texts.ids_T.device)
     parts: list[contrastive.Parts] = []
 
     def embed(k: int):
@@ -274,7 +307,8 @@ def backward(
         return engine(pieces[k]), scale
 
     def loss(vectors_ND, scale):
-        parts.append(contrastive_loss(vectors_ND[texts.place_N], scale, batch, objective, args.negatives_cross_device, uniform))
+        vectors_ND = vectors_ND[texts.place_N]
+        parts.append(contrastive_loss(vectors_ND, scale, batch, objective, args.negatives_cross_device, shares))
         return engines.all_or_nothing(parts[0].loss)
 
     sizes = [last - first for first, last in pairwise(bounds)]
@@ -302,23 +336,23 @@ def contrastive_loss(
     batch: batches.ContrastiveBatch,
     objective: contrastive.Objective,
     cross_device: bool,
-    uniform: bool = True,
+    shares: list[Share] | None = None,
 ) -> contrastive.Parts:
     """The loss of this rank's queries, gathering first what other ranks bring.
 
-    vectors_ND: queries, then passages, in the batch's order. uniform: all ranks bring the same number of passages.
+    vectors_ND: queries, then passages, in the batch's order. shares: of every rank, where other ranks' passages count.
     """
     q_BD, p_PD = vectors_ND[: batch.queries], vectors_ND[batch.queries :]
     hashes_P, own_BG, device = batch.hashes_P, batch.own_BG, p_PD.device
     q_CD, mine_B, known, owner = q_BD, torch.arange(len(q_BD), device=device), batch.known_K, batch.known_query_K
     if cross_device and collectives.world_size() > 1:
         rank = collectives.rank()
-        counts = None if uniform else collectives.gather_counts(len(p_PD), device)
-        before = rank * len(p_PD) if counts is None else sum(counts[:rank])
+        counts = [share.passages for share in shares]
+        before = sum(counts[:rank])
         p_PD, hashes_P = collectives.all_gather_rows(p_PD, counts), collectives.all_gather_rows(hashes_P, counts)
         own_BG = torch.where(own_BG < 0, own_BG, own_BG + before)
         if objective.bidirectional:
-            lists = collectives.gather_counts(len(known), device)
+            lists = [share.known for share in shares]
             mine_B = mine_B + rank * len(q_BD)
             q_CD, known = collectives.all_gather_rows(q_BD), collectives.all_gather_rows(known, lists)
             owner = collectives.all_gather_rows(owner + rank * len(q_BD), lists)

@@ -49,7 +49,7 @@ def run(zero: dict, use_cpu: bool, timeout_s: int) -> dict:
     engine = build_engine(model, zero, world)
     engine.train()
     own = make_batch(range(rank * QUERIES, (rank + 1) * QUERIES)).to(device)
-    finetune.backward(engine, own, args, finetune.objective_of(args), True, lambda piece: None)
+    finetune.backward(engine, own, args, finetune.objective_of(args), lambda piece: None)
     engine.step()
     found = engines.full_parameters(engine)
     result = {"ranks": world, "stage": zero.get("stage", 0)}

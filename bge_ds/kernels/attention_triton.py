@@ -65,8 +65,8 @@ def _visible(state, marks, rows, keys, last, DECODER: tl.constexpr, HIDDEN: tl.c
     seen = keys <= last
     if DECODER:
         shown = _at_least(_mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
-        return seen & shown & (rows != keys)
-    if CAUSAL:
+        seen = seen & shown & (rows != keys)
+    elif CAUSAL:
         seen = seen & (keys <= rows)
     if WINDOW > 0:
         seen = seen & (rows - keys < WINDOW) & (keys - rows < WINDOW)
@@ -174,9 +174,7 @@ def _forward(
         total = tl.where(total > 0, total, 1.0)  # rows behind the text saw nothing, and are not stored
     out = out / (total * KEEP)[:, None]
     _put(out_ptr + (query_start * HEADS + head) * E, queries, inner, out, HEADS * E, E, BLOCK_E)
-    tl.store(
-        lse_ptr + head.to(tl.int64) * queries_all + query_start + queries, highest + tl.log2(total), mask=queries < inner
-    )
+    tl.store(lse_ptr + head.to(tl.int64) * queries_all + query_start + queries, highest + tl.log2(total), mask=queries < inner)
 
 
 @triton.jit(do_not_specialize=["seed", "queries_all"])
@@ -328,11 +326,25 @@ def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, rul
     }  # fmt: skip
 
 
+# (rows, keys) of a block by (bytes of an element, features of a head at most): in the two kernels that hold rows, and in
+# the one that holds keys. The largest of those tried that spill no register on compute capabilities 8.0, 9.0 and 10.0 and
+# keep to 99 KiB of shared memory, which small GPUs have; 8 warps, since 4 leave too few registers for 128 rows. Found with
+# `tests/ahead.py`; `test_compiled_ahead.py` holds them to it.
+_BLOCKS = {
+    (2, 64): ((128, 64), (64, 128)),
+    (2, 128): ((128, 32), (32, 64)),
+    (2, 256): ((64, 16), (32, 32)),
+    (4, 64): ((32, 32), (32, 32)),
+    (4, 128): ((16, 16), (16, 32)),
+    (4, 256): ((16, 16), (16, 16)),
+}
+
+
 def blocks(kernel: str, head_dim: int, dtype: torch.dtype) -> dict:
     """BLOCK_Q, BLOCK_K, num_warps and num_stages of a kernel: "forward", "queries" or "keys"."""
-    width = max(16, triton.next_power_of_2(head_dim))
-    block = max(16, min(32 if dtype == torch.float32 else 64, (1 << 13) // (width * dtype.itemsize)))
-    return {"BLOCK_Q": block, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
+    widest = next(width for width in (64, 128, 256) if head_dim <= width)
+    rows, keys = _BLOCKS[dtype.itemsize, widest][kernel == "keys"]
+    return {"BLOCK_Q": rows, "BLOCK_K": keys, "num_warps": 8, "num_stages": 2}
 
 
 class _Attention(torch.autograd.Function):
@@ -363,9 +375,7 @@ class _Attention(torch.autograd.Function):
         delta_HM = torch.empty_like(lse_HM)
         g = grad, *grad.stride()
         # In this order: the first writes delta, the second reads it.
-        _Attention._launch(
-            ctx, "queries", _backward_queries, (q, k, v, out, lse_HM, *places), (*g, dq, delta_HM, scale)
-        )
+        _Attention._launch(ctx, "queries", _backward_queries, (q, k, v, out, lse_HM, *places), (*g, dq, delta_HM, scale))
         _Attention._launch(ctx, "keys", _backward_keys, (q, k, v, lse_HM, *places), (*g, dk, dv, delta_HM, scale))
         return dq, dk, dv, *(None,) * 7
 

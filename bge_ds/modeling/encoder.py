@@ -316,9 +316,9 @@ class Encoder(nn.Module):
         device = next(self.parameters()).device
         texts, _ = pack(ids)
         pieces = split(texts, chunk_bounds(texts.runs, None, batch_tokens))
-        out = torch.cat([self(piece.to(device)).cpu() for piece in pieces])[texts.place_N]
+        vectors_ND = torch.cat([self(piece.to(device)) for piece in pieces])
         self.train(training)
-        return out
+        return vectors_ND.cpu()[texts.place_N]  # one copy: each would wait for the device
 
 
 def _head_dim(config: PretrainedConfig) -> int:

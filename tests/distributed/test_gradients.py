@@ -114,8 +114,10 @@ for case, flags in cases.items():
             loss = pretrain.weighted(engine(batch), args.bow_loss_weight, targets[micro])
             engine.backward(loss, scale_wrt_gas=False)
         else:
-            finetune.backward(engine, batch, args, finetune.objective_of(args), case != "bare_groups",
-                              lambda piece: None)
+            (_, sizes), = collectives.exchange_ahead(
+                [[batch]], lambda micros: finetune.sizes_of(micros, args, case != "bare_groups"), engine.device)
+            shares = [finetune.Share(*numbers) for numbers in sizes if numbers]
+            finetune.backward(engine, batch, args, finetune.objective_of(args), lambda piece: None, shares or None)
         if micro < accumulation - 1:
             engine.step()
     found = gradients(engine)

@@ -44,10 +44,10 @@ def build_and_hook(args, model, steps):
     engine.backward = lambda loss, **more: None if left_out() else own(loss, **more)
     return engine, config
 
-def backward_or_last(engine, batch, args, objective, uniform, seed):
+def backward_or_last(engine, batch, args, objective, seed, shares):
     seed(0)
     if not left_out():
-        last[:] = [backward(engine, batch, args, objective, uniform, seed)]
+        last[:] = [backward(engine, batch, args, objective, seed, shares)]
     return last[0]
 
 run.seed_step, run.build_engine, finetune.backward = note_and_seed, build_and_hook, backward_or_last

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bge_ds.data.batches import Run
-from bge_ds.kernels.attention import choose, varlen_attention
+from bge_ds.kernels import attention, triton_support
+from bge_ds.kernels.attention import choose, varlen_attention, why_slow
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
 
 RUNS = [Run(2, 1), Run(3, 5), Run(1, 9)]
 LONG_RUNS = [*RUNS, Run(2, 600)]  # more than two blocks of queries where a window cuts
@@ -86,10 +92,47 @@ def test_dropout_is_applied_and_unbiased(window):
     assert (draws.mean(0) - plain).abs().max() < 0.1
 
 
-def test_the_choice():
-    """Flash attention only where it computes the same thing: CUDA, 16 bits, no dropout it would leave out."""
-    assert choose("cpu", torch.bfloat16, 64, 0.0, False) == "runs"
-    assert choose("cuda", torch.float32, 64, 0.0, False) == "runs"
-    assert choose("cuda", torch.bfloat16, 64, 0.0, False) == "varlen"
-    assert choose("cuda", torch.bfloat16, 64, 0.1, False) in ("flash_attn", "runs")
-    assert choose("cuda", torch.bfloat16, 20, 0.0, False) == "runs"
+def test_the_choice(monkeypatch):
+    """On a GPU one call a row in every type and head size there is; the loop over lengths for the CPU, and never in silence."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    attention._has_flash.cache_clear()
+    assert choose("cpu", torch.bfloat16, 64) == "runs" and why_slow("cpu", torch.bfloat16, 64) is None
+    for head_dim in (16, 20, 64, 128, 256):
+        assert choose("cuda", torch.bfloat16, head_dim) == choose("cuda", torch.float16, head_dim) == "flash"
+        assert choose("cuda", torch.float32, head_dim) == "fused" and why_slow("cuda", torch.float32, head_dim) is None
+    assert choose("cuda", torch.bfloat16, 512) == "runs"
+    assert why_slow("cuda", torch.bfloat16, 512) == "heads of 512 features in bfloat16 have no kernel"
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
+    assert why_slow("cuda", torch.float32, 64) == "the triton package is not installed"
+    attention._has_flash.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("way", ["flash", "fused"])
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (2, 20)])
+def test_a_gpus_ways_are_one_call_and_read_nothing_back(way, heads, head_dim):
+    """On the meta device, where every look at a value is an error: forward and backward, all settings, each one call."""
+    runs = LONG_RUNS
+    tokens, texts = sum(n * length for n, length in runs), sum(n for n, _ in runs)
+    for causal, window, dropout in [(False, None, 0.1), (True, None, 0.0), (False, 5, 0.1), (True, 70, 0.1)]:
+        dtype = torch.bfloat16 if way == "flash" else torch.float32
+        q, k, v = (torch.empty(tokens, h, head_dim, device="meta", dtype=dtype).requires_grad_() for h in (4, heads, heads))
+        cu_seqlens = torch.empty(texts + 1, device="meta", dtype=torch.int32)
+        assert choose("meta", dtype, head_dim) == way
+        with CallCount() as calls:
+            out = varlen_attention(q, k, v, cu_seqlens, runs, scale=0.3, causal=causal, window=window, dropout=dropout)
+        assert out.shape == q.shape and sum("attention_forward" in name for name in calls.names) == (way == "flash")
+        out.float().sum().backward()
+        assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+
+
+class CallCount(TorchDispatchMode):
+    """The names of the operations called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

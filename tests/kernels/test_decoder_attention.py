@@ -19,7 +19,7 @@ from test_blockwise_attention import kept_masks
 
 from bge_ds.data.batches import Run
 from bge_ds.data.order import mix64
-from bge_ds.kernels import blockwise_attention, masks
+from bge_ds.kernels import blockwise_attention, masks, triton_support
 from bge_ds.kernels import decoder_attention as module
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
 
@@ -210,11 +210,11 @@ def test_the_choice(monkeypatch):
     assert choose("auto", "cpu") == "torch" and choose("torch", "cuda") == "torch"
     with pytest.raises(ValueError, match="--kernels fast: unknown; it is one of auto, torch, fused"):
         choose("fast", "cpu")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
     assert choose("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match=r"needs a CUDA device and the triton package; the triton .* not installed; use auto"):
         choose("fused", "cuda")
-    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"--kernels fused: .*; the device is 'cpu'; use auto or torch"):
         choose("fused", "cpu")
     with pytest.raises(ValueError, match="the device is 'cpu'"):
@@ -244,36 +244,3 @@ def test_the_fused_kernels_in_the_interpreter():
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
-
-
-COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from bge_ds.kernels import attention_triton as module
-
-POINTERS = {"words_ptr": "i64", "key_ptr": "i64", "starts_ptr": "i32", "query_starts_ptr": "i64", "lse_ptr": "fp32",
-            "delta_ptr": "fp32"}
-for kernel in (module._forward, module._backward_queries, module._backward_keys):
-    constants = module.constants(12, 64, torch.bfloat16, 0.5, 0.1)
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + POINTERS.get(name, "bf16")
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-    source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names})
-    made = triton.compile(source, target=GPUTarget("cuda", 80, 32))
-    assert made.asm["cubin"] and made.metadata.shared <= 99 << 10
-"""
-
-
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-def test_the_fused_kernels_compile_for_a_gpu(tmp_path):
-    """Triton makes machine code of all three for compute capability 8.0 (no GPU needed), within its shared memory."""
-    environment = {**helpers.environment(), "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]

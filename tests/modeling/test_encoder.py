@@ -211,7 +211,7 @@ def test_other_backbones_run_padded_and_say_so(tmp_path, attention):
     """A backbone whose attention cannot be replaced gives each text's own vector all the same, and is named."""
     encoder = build(helpers.make_model("mpnet", tmp_path), attention)
     assert not can_run_unpadded(encoder.backbone.config)
-    said = say_how(encoder.backbone.config)
+    said = say_how(encoder.backbone.config, torch.device("cpu"), torch.float32)
     assert said.startswith("padded (mpnet is not") and "modernbert" in said and said.count("mpnet") == 1
     texts = helpers.random_texts([9, 30, 4, 9])
     alone = torch.cat([encoder(pack([text])[0]) for text in texts])

@@ -1,0 +1,51 @@
+"""The attention kernels as compiled for GPUs: no register may spill, and shared memory must suffice."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import ahead
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or ahead.ptxas(80) is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs the triton package, with its assembler, and not its interpreter",
+)
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+POINTERS = {"words_ptr": "i64", "key_ptr": "i64", "starts_ptr": "i32", "query_starts_ptr": "i32", "lse_ptr": "fp32",
+            "delta_ptr": "fp32"}  # fmt: skip
+
+
+def cost(name: str, head_dim: int, dtype: torch.dtype, capability: int, rule) -> ahead.Cost:
+    from bge_ds.kernels import attention_triton as module
+
+    kernel = {"forward": module._forward, "queries": module._backward_queries, "keys": module._backward_keys}[name]
+    constants = module.constants(12, 12, head_dim, dtype, rule, 0.1) | module.blocks(name, head_dim, dtype)
+    pointers = POINTERS | {"*": TYPES[dtype]}
+    return ahead.compile_ahead(kernel, pointers, constants, capability, {"scale": "fp32", "scale_log2": "fp32"})
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_no_register_spills(head_dim, capability, tmp_path, monkeypatch):
+    """The decoder's rule, the heaviest, with dropout: a spill in the inner loop costs more than any tile gains."""
+    from bge_ds.kernels.attention_triton import Rule
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if capability == 90 else (torch.bfloat16, torch.float32):
+        for name in ("forward", "queries", "keys"):
+            found = cost(name, head_dim, dtype, capability, Rule(decoder_share=0.5))
+            assert found.spilled == 0 and found.registers <= 255, (name, dtype, found)
+            assert found.shared <= (99 << 10 if capability < 100 else 160 << 10), (name, dtype, found)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_whole_texts_spill_nothing_either(window, tmp_path, monkeypatch):
+    """fp32 attention of a backbone, causal or in a window, on the GPU that most have."""
+    from bge_ds.kernels.attention_triton import Rule
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name in ("forward", "queries", "keys"):
+        assert cost(name, 64, torch.float32, 90, Rule(causal=window is None, window=window)).spilled == 0
