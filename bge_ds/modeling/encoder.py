@@ -36,6 +36,7 @@ from transformers import (
 from bge_ds.data.batches import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.attention import WAYS, choose, varlen_attention, why_slow
 from bge_ds.kernels.dropout import use_fast_dropout
+from bge_ds.kernels.segment_mean import segment_mean
 
 logger = logging.getLogger(__name__)
 
@@ -267,10 +268,7 @@ def pool(hidden_TD: torch.Tensor, texts: PackedTexts, pooling: str) -> torch.Ten
         return _widen(hidden_TD[texts.cu_seqlens[:-1].long()])
     if pooling == "last_token":
         return _widen(hidden_TD[texts.cu_seqlens[1:].long() - 1])
-    # Run by run: a plain mean of a dense view, with the same result on every run (scattered sums differ on a GPU).
-    sizes = [n * length for n, length in texts.runs]
-    runs = zip(hidden_TD.split(sizes), texts.runs, strict=True)
-    return torch.cat([_widen(hidden.unflatten(0, run)).mean(1) for hidden, run in runs])
+    return segment_mean(hidden_TD, texts.cu_seqlens, texts.runs)
 
 
 def _widen(x: torch.Tensor) -> torch.Tensor:

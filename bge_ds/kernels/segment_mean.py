@@ -1,0 +1,54 @@
+"""The mean of each text's rows, of a row of texts end to end.
+
+Shapes: T tokens of N texts in one row, D features.
+
+On the CPU run by run of equal lengths: a plain mean of a dense view. On a GPU one Triton kernel for the whole row, in which a
+program adds up the rows of one text in their order: the same result each time, which scattered sums do not give.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bge_ds.data.batches import Run
+from bge_ds.kernels.triton_support import is_gpu, obstacle
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _SegmentMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, cu_seqlens):
+        from bge_ds.kernels.segment_mean_triton import means
+
+        ctx.save_for_backward(cu_seqlens)
+        ctx.tokens, ctx.dtype = len(hidden_TD), hidden_TD.dtype
+        return means(hidden_TD, cu_seqlens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_ND):
+        (cu_seqlens,) = ctx.saved_tensors
+        lengths_N = cu_seqlens.diff()
+        share_ND = (grad_ND / lengths_N.clamp_min(1)[:, None]).to(ctx.dtype)
+        return share_ND.repeat_interleave(lengths_N, dim=0, output_size=ctx.tokens), None
+
+
+def segment_mean(
+    hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor, runs: list[Run], *, fused: bool | None = None
+) -> torch.Tensor:
+    """N x D, at least fp32: the mean of each text's rows.
+
+    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together the N texts. Gradients
+    flow once. fused: by the GPU's kernel or not, for tests.
+    """
+    device = hidden_TD.device.type
+    if fused is None:
+        fused = is_gpu(device) and obstacle(device) is None and hidden_TD.dtype != torch.float64
+    if fused:
+        return _SegmentMean.apply(hidden_TD, cu_seqlens)
+    sizes = [n * length for n, length in runs]
+    parts = zip(hidden_TD.split(sizes), runs, strict=True)
+    return torch.cat([_at_least_fp32(hidden.unflatten(0, run)).mean(1) for hidden, run in parts])
