@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# All that is to be measured on a GPU, in 8 minutes on one H100: benchmarks/gpu.sh OUT --wheels FOLDER --data FOLDER [--dry-run]
+#
+# Needs no network. FOLDER of --wheels is made by launch/wheelhouse.sh, that of --data by `own_gpu.py sample`. OUT gets gpu.csv,
+# a row as soon as it is measured, a log of each part and profile.txt. A part that fails or takes too long leaves a row that
+# says so, and the next begins. With --dry-run: toy shapes on the CPU, to see that everything runs. PARTS="..." takes some.
+#
+#   part        seconds   what
+#   tests           150   tests/gpu
+#   rates            20   the card's matrix and memory rate, which others are shares of (each part measures it again: 1 s)
+#   large            60   fine-tuning at bge-large's shape against the padded loop
+#   kernels          60   decoder attention, cross entropy over the vocabulary, contrastive loss
+#   retromae         60   pre-training at three shapes against the padded one
+#   others           50   fine-tuning at three more shapes
+#   pieces           50   8,192 queries in pieces
+#   no_dropout       20   fine-tuning without dropout
+#   profile          20   kernels of a step, idle share
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+wheels='' data='' dry=()
+out=${1:?usage: $0 OUT --wheels FOLDER --data FOLDER [--dry-run]}
+shift
+while [ $# -gt 0 ]; do
+    case $1 in
+        --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
+        --data) data=${2:?--data needs a folder}; shift 2 ;;
+        --dry-run) dry=(--dry-run); shift ;;
+        *) echo "error: '$1' is unknown; valid are --wheels FOLDER, --data FOLDER, --dry-run" >&2; exit 2 ;;
+    esac
+done
+[ -f "$data/lengths.json" ] || { echo "error: --data '$data' has no lengths.json; make it by benchmarks/own_gpu.py sample" >&2; exit 2; }
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+if [ -n "$wheels" ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl || exit 1
+    rm -rf "$site"/bge_ds*  # the checkout's own is measured
+    export PYTHONPATH=$root:$site
+else
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+cd "$root"
+seconds() {
+    case $1 in tests) echo 150 ;; large | kernels | retromae) echo 60 ;; others | pieces) echo 50 ;; *) echo 20 ;; esac
+}
+for part in ${PARTS:-tests rates large kernels retromae others pieces no_dropout profile}; do
+    limit=$(seconds "$part")
+    [ ${#dry[@]} -gt 0 ] && limit=120
+    echo "== $part, at most $limit s"
+    if [ "$part" = tests ]; then
+        timeout -k 5 "$limit" python3 -m pytest tests/gpu -q -p no:cacheprovider --durations=5 > "$out/tests.log" 2>&1
+    else
+        timeout -k 5 "$limit" python3 benchmarks/own_gpu.py "$part" "$out/gpu.csv" --data "$data" "${dry[@]}" \
+            >> "$out/parts.log" 2>&1
+    fi
+    status=$?
+    if [ $status -ne 0 ]; then
+        [ $status -eq 124 ] && why="took more than $limit s" || why="ended with status $status"
+        echo "   failed: $why"
+        [ -f "$out/gpu.csv" ] && echo "$(date +%F),,,$part,bge_ds,,,,,,,,,failed: $why" >> "$out/gpu.csv"
+    fi
+done
+[ -f "$out/tests.log" ] && tail -n 1 "$out/tests.log"
+cat "$out/gpu.csv"
