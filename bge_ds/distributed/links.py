@@ -6,8 +6,10 @@ import base64
 import contextlib
 import json
 import os
+import select
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +59,21 @@ class Link:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def wait(self, seconds: float) -> list[dict]:
-        """The first messages. Raises OSError where the other end closes, or says nothing for so long."""
-        before = self.sock.gettimeout()
-        self.sock.settimeout(seconds)
-        while not (messages := self.receive()):
-            if messages is None:
-                self.sock.close()
-                raise ConnectionError("no answer")
-        self.sock.settimeout(before)
-        return messages
+    def wait(self, seconds: float, worthwhile: Callable[[], bool]) -> list[dict]:
+        """The first messages. Raises OSError where the other end closes or says nothing for so long, or where waiting for it
+        is no longer worthwhile, which is asked each second."""
+        until, ready = time.monotonic() + seconds, select.poll()
+        ready.register(self.sock, select.POLLIN)
+        messages: list[dict] | None = []
+        while messages is not None and time.monotonic() < until:
+            if ready.poll(1000):
+                messages = self.receive()
+                if messages:
+                    return messages
+            elif not worthwhile():
+                break
+        self.sock.close()
+        raise ConnectionError("no answer")
 
 
 def meeting_point() -> tuple[str, int]:

@@ -121,12 +121,14 @@ class _Watch:
                 socket.create_connection((address, port), timeout=5).close()
                 timeout = timedelta(seconds=self._join_timeout_s)
                 self.store = dist.TCPStore(address, port, self.world, False, timeout, wait_for_workers=False)
-                where = json.loads(self.store.get(_KEY))
+                said = self.store.get(_KEY)
+                where = json.loads(said)
                 sock = socket.create_connection((where["address"] or address, where["port"]), timeout=5)
                 link = Link(sock)
                 link.send("hello", secret=where["secret"], rank=self.rank, name=socket.gethostname(), pid=os.getpid(),
                           local=self.local)  # fmt: skip
-                arrived = link.wait(self._join_timeout_s)
+                # Where this was an earlier run's rank 0, another program may listen at its port by now, and never answer.
+                arrived = link.wait(self._join_timeout_s, lambda: self.store.get(_KEY) == said)  # noqa: B023
                 break
             except (OSError, RuntimeError):  # nobody there yet, or what is left of an earlier run
                 time.sleep(0.5)

@@ -66,8 +66,9 @@ def _add_product(total_VD: torch.Tensor, left_MV: torch.Tensor, right_MD: torch.
         total_VD += left_MV.T @ right_MD
 
 
-def _row_blocks(rows: int, columns: int, fewest: int = 1) -> list[slice]:
-    step = max(fewest, _BLOCK_ELEMENTS // max(1, columns))
+def _row_blocks(rows: int, columns: int, fewest: int = 1, gpu: bool = False) -> list[slice]:
+    # A GPU has no caches to fit into, and needs larger products to be busy: 512 MiB of fp32 logits.
+    step = max(fewest, _BLOCK_ELEMENTS * (8 if gpu else 1) // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -187,7 +188,7 @@ def linear_cross_entropy(
 class _LinearLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, w_VD, row_J, col_J, limit_M):
-        blocks = _row_blocks(x_MD.shape[0], w_VD.shape[0])
+        blocks = _row_blocks(x_MD.shape[0], w_VD.shape[0], 1, is_gpu(x_MD.device.type))
         # Where each block's pairs lie: read back once, since a slice needs numbers on the host.
         edges = torch.tensor([*(block.start for block in blocks), x_MD.shape[0]], device=row_J.device)
         bounds = torch.searchsorted(row_J, edges).tolist()

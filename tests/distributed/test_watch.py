@@ -22,7 +22,7 @@ from bge_ds.distributed import links, watch
 
 # Ranks that step without talking to each other, so that nothing but the watch holds them together.
 SCRIPT = """
-import os, sys, time
+import json, os, socket, sys, time
 from bge_ds.distributed import watch
 rank, mode, seconds = int(os.environ["RANK"]), sys.argv[1], float(sys.argv[2])
 print("imported", flush=True)
@@ -35,6 +35,18 @@ if mode == "startup":
 if mode == "again":
     time.sleep(0 if rank else 2)
     watch.leave()
+    watch.join(float(sys.argv[3]))
+    print("joined again", flush=True)
+    watch.leave()
+    sys.exit()
+if mode == "reused":
+    kept, silent = watch.store(), socket.create_server(("", 0))
+    if rank == 0:
+        where = json.loads(kept.get(watch._KEY))
+        kept.set(watch._KEY, json.dumps({**where, "port": silent.getsockname()[1]}))
+    time.sleep(0 if rank == 0 else 1)
+    watch.leave()
+    time.sleep(4 if rank == 0 else 0)
     watch.join(float(sys.argv[3]))
     print("joined again", flush=True)
     watch.leave()
@@ -118,6 +130,14 @@ def test_a_rank_of_the_next_run_does_not_join_this_one(tmp_path):
     """Rank 0 is still in a run that rank 1 has left for the next one, at the same port, as after a restart: rank 1 waits for
     the next run's rank 0. Taken in by the old one, it would miss the new."""
     with start(tmp_path, 2, "again", join_s=20) as run:
+        assert run.statuses(60) == [0, 0], run.everything()
+        assert all("joined again" in run.log(rank) for rank in (0, 1))
+
+
+def test_a_port_that_another_program_has_by_now(tmp_path):
+    """Rank 1 is early for the next run and finds the place of the old one's rank 0, where a program listens that says nothing:
+    it turns to the new rank 0 as soon as that is there, and does not wait for an answer until it is too late."""
+    with start(tmp_path, 2, "reused", join_s=20) as run:
         assert run.statuses(60) == [0, 0], run.everything()
         assert all("joined again" in run.log(rank) for rank in (0, 1))
 
