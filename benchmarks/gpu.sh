@@ -6,7 +6,7 @@
 # says so, and the next begins. With --dry-run: toy shapes on the CPU, to see that everything runs. PARTS="..." takes some.
 #
 #   part        seconds   what
-#   tests           150   tests/gpu
+#   tests           140   tests/gpu
 #   rates            20   the card's matrix and memory rate, which others are shares of (each part measures it again: 1 s)
 #   large            60   fine-tuning at bge-large's shape against the padded loop
 #   kernels          60   decoder attention, cross entropy over the vocabulary, contrastive loss
@@ -42,7 +42,7 @@ fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 cd "$root"
 seconds() {
-    case $1 in tests) echo 150 ;; large | kernels | retromae) echo 60 ;; others | pieces) echo 50 ;; *) echo 20 ;; esac
+    case $1 in tests) echo 140 ;; large | kernels | retromae) echo 60 ;; others | pieces) echo 50 ;; *) echo 20 ;; esac
 }
 for part in ${PARTS:-tests rates large kernels retromae others pieces no_dropout profile}; do
     limit=$(seconds "$part")
