@@ -14,7 +14,8 @@
 #   others           50   fine-tuning at three more shapes
 #   pieces           50   8,192 queries in pieces
 #   no_dropout       20   fine-tuning without dropout
-#   profile          20   kernels of a step, idle share
+#   profile          25   kernels of a step, idle share
+#   command          60   both commands themselves, on real texts
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 wheels='' data='' dry=()
@@ -42,9 +43,9 @@ fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 cd "$root"
 seconds() {
-    case $1 in tests) echo 140 ;; large | kernels | retromae) echo 60 ;; others | pieces) echo 50 ;; *) echo 20 ;; esac
+    case $1 in tests) echo 140 ;; large | kernels | retromae | command) echo 60 ;; others | pieces) echo 50 ;; *) echo 20 ;; esac
 }
-for part in ${PARTS:-tests rates large kernels retromae others pieces no_dropout profile}; do
+for part in ${PARTS:-tests rates large kernels retromae others pieces no_dropout profile command}; do
     limit=$(seconds "$part")
     [ ${#dry[@]} -gt 0 ] && limit=120
     echo "== $part, at most $limit s"

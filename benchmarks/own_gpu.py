@@ -10,13 +10,17 @@ goes through every part with toy shapes on the CPU; its figures say nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import gzip
 import itertools
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +43,7 @@ from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 
 COLUMNS = ("date", "hardware", "versions", "what", "side", "precision", "seconds", "tokens_per_second", "share_of_matrix_rate",
            "peak_MiB", "times_as_fast", "share_of_memory", "goal", "note")  # fmt: skip
-GROUP, KEPT = 8, 4096  # passages a query; groups and texts of a sample
+GROUP, KEPT, TEXTS = 8, 4096, 1600  # passages a query; groups whose lengths a sample has, and groups in full
 WARMUP, STEPS = 3, 6
 
 
@@ -47,7 +51,7 @@ class Place:
     """Where a part runs, and how large: the GPU, or toy shapes on the CPU."""
 
     def __init__(self, data: Path, file: Path, dry: bool):
-        self.dry, self.file = dry, file
+        self.dry, self.file, self.data = dry, file, data
         self.device = torch.device("cpu" if dry else "cuda")
         self.dtype = torch.float32 if dry else torch.bfloat16
         self.lengths = json.loads((data / "lengths.json").read_text())
@@ -65,8 +69,10 @@ class Place:
             self.rate = 2 * side**3 / seconds
         return self.rate
 
-    def measure(self, work: Callable[[], object], steps: int = STEPS, best: bool = False) -> tuple[float, float]:
-        """(seconds of a call, the median or the best of some; MiB at the peak beyond what was there before)."""
+    def measure(
+        self, work: Callable[[], object], steps: int = STEPS, best: bool = False, whole: bool = False
+    ) -> tuple[float, float]:
+        """(seconds of a call, the median or the best of some; MiB at the peak beyond what was there before, or all of it)."""
         if self.dry:
             began = time.perf_counter()
             work()
@@ -75,7 +81,7 @@ class Place:
             work()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before, found = torch.cuda.memory_allocated(), []
+        before, found = 0 if whole else torch.cuda.memory_allocated(), []
         for _ in range(steps):
             torch.cuda.synchronize()
             began = time.perf_counter()
@@ -166,8 +172,6 @@ class Engine:
         loss.backward()
 
     def coalesce_grad_reduction(self):
-        import contextlib
-
         return contextlib.nullcontext()
 
 
@@ -234,10 +238,9 @@ def finetuning(place: Place, names: list[str], dropout: float, goal: str) -> Non
         config = shapes(place, dropout)[name]
         batch = groups(place, place.size(64, 4), config.vocab_size)
         what = f"fine-tuning, {name}, 64 x {GROUP}, dropout {dropout if config.model_type == 'bert' else 0}"
-        peer = place.measure(padded_finetuning(place, config, batch), steps=3)
+        peer = place.measure(padded_finetuning(place, config, batch), steps=3, whole=True)
         place.row(what, "padded, SDPA", *peer, tokens=batch.texts.tokens)
-        step = ours_finetuning(place, config, batch)
-        found = place.measure(step)
+        found = place.measure(ours_finetuning(place, config, batch), whole=True)
         flops = backbone_flops(build_meta(config), batch.texts.runs)
         place.row(what, "bge_ds", *found, tokens=batch.texts.tokens, flops=flops, peer=peer, goal=goal)
 
@@ -255,58 +258,69 @@ def pieces(place: Place) -> None:
     for queries in (small, large):
         batch = groups(place, queries, config.vocab_size)
         step = ours_finetuning(place, config, batch, sub_batch_tokens=place.size(65_536, 100))
-        found[queries] = place.measure(step, steps=1 if queries == large else 3), batch.texts.tokens
+        found[queries] = place.measure(step, steps=1 if queries == large else 3, whole=True), batch.texts.tokens
+        del step
     (peer, _), (ours, tokens) = found[small], found[large]
     place.row("in pieces, bge-base, 256 queries", "bge_ds", *peer, tokens=found[small][1])
     goal = "memory <= 1.2 x that of 256"
     place.row("in pieces, bge-base, 8,192 queries", "bge_ds", *ours, tokens=tokens, peer=peer, goal=goal)
 
 
-def pretraining(place: Place, names: list[str]) -> None:
+def full_texts(place: Place, config) -> batches.PretrainBatch:
+    """32 texts of 512 tokens, masked."""
+    cap, count = place.size(512, 24), place.size(32, 4)
+    texts, order = batches.pack(texts_of([cap] * count, config.vocab_size))
+    words_T, keys_N = texts.positions_T, torch.arange(count) * 7919
+    masked_M = batches.choose_masked(texts, words_T, keys_N, 0.3)
+    return batches.PretrainBatch(texts, words_T, keys_N, torch.from_numpy(order), masked_M)
+
+
+def ours_pretraining(place: Place, config, batch: batches.PretrainBatch) -> tuple[Callable[[], None], float]:
+    """A step, and its floating-point operations."""
+    torch.manual_seed(0)
+    model = RetroMAE(build_backbone(AutoModelForMaskedLM, config), RetroMAESettings(4)).to(place.device, place.dtype).train()
+    optimizer = optimizer_of(model, place)
+    targets = pretrain.divisors([batch], [pretrain.count_targets([batch])])[0]
+    predicted = len(batch.masked_M) + batch.targets[1]
+    on_device = batch.to(place.device)
+
+    def step() -> None:
+        pretrain.weighted(model(on_device), 0.1, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, model.flops(batch.texts.runs) + model.flops_a_prediction * predicted
+
+
+def padded_pretraining(place: Place, config, batch: batches.PretrainBatch) -> Callable[[], None]:
+    """The plain loop: SDPA with the decoder's masks, logits of all positions."""
     from own_pretraining import PlainRetroMAE, padded
 
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+    model.config.output_hidden_states = True
+    plain = PlainRetroMAE(model, 4).to(place.device, place.dtype).train()
+    rows, optimizer = [x.to(place.device) for x in padded(batch.texts)], optimizer_of(plain, place)
+
+    def step() -> None:
+        plain(*rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def pretraining(place: Place, names: list[str]) -> None:
     for name in names:
-        config, cap = shapes(place)[name], place.size(512, 24)
-        count = place.size(32, 4)
-        texts, order = batches.pack(texts_of([cap] * count, config.vocab_size))
-        words_T, keys_N = texts.positions_T, torch.arange(count) * 7919
-        masked_M = batches.choose_masked(texts, words_T, keys_N, 0.3)
-        batch = batches.PretrainBatch(texts, words_T, keys_N, torch.from_numpy(order), masked_M).to(place.device)
-        peer = None
+        config = shapes(place)[name]
+        batch = full_texts(place, config)
+        what, tokens, peer = f"RetroMAE, {name}, {len(batch.keys_N)} x {place.size(512, 24)}", batch.texts.tokens, None
         if config.model_type == "bert":
-            model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
-            model.config.output_hidden_states = True
-            plain = PlainRetroMAE(model, 4).to(place.device, place.dtype).train()
-            rows, optimizer = [x.to(place.device) for x in padded(texts)], optimizer_of(plain, place)
-
-            def padded_step(plain=plain, rows=rows, optimizer=optimizer) -> None:
-                plain(*rows).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-            peer = place.measure(padded_step, steps=3)
-            place.row(f"RetroMAE, {name}, {count} x {cap}", "padded, SDPA, all logits", *peer, tokens=texts.tokens)
-            del plain, optimizer, model
-        torch.manual_seed(0)
-        model = (
-            RetroMAE(build_backbone(AutoModelForMaskedLM, config), RetroMAESettings(4)).to(place.device, place.dtype).train()
-        )
-        optimizer = optimizer_of(model, place)
-        targets = pretrain.divisors([batch], [pretrain.count_targets([batch])])[0]
-
-        def step(model=model, batch=batch, targets=targets, optimizer=optimizer) -> None:
-            pretrain.weighted(model(batch), 0.1, targets).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        found = place.measure(step)
-        predicted = len(masked_M) + batch.targets[1]
-        flops = model.flops(texts.runs) + model.flops_a_prediction * predicted
+            peer = place.measure(padded_pretraining(place, config, batch), steps=3, whole=True)
+            place.row(what, "padded, SDPA, all logits", *peer, tokens=tokens)
+        step, flops = ours_pretraining(place, config, batch)
         goal = "50 % of the matrix rate; 3 x the padded one; 1/4 of its memory"
-        place.row(
-            f"RetroMAE, {name}, {count} x {cap}", "bge_ds", *found, tokens=texts.tokens, flops=flops, peer=peer, goal=goal
-        )
-        del model, optimizer
+        place.row(what, "bge_ds", *place.measure(step, whole=True), tokens=tokens, flops=flops, peer=peer, goal=goal)
+        del step
 
 
 def kernels(place: Place) -> None:
@@ -354,10 +368,15 @@ def kernels(place: Place) -> None:
 
 
 def profile(place: Place) -> None:
-    """The kernels that take most of a step's time, and the share of it in which the GPU idles."""
+    """The kernels that take most of a step's time, and the share of it in which the GPU idles, of both commands."""
     config = shapes(place)["bge-base"]
     batch = groups(place, place.size(64, 4), config.vocab_size)
-    step = ours_finetuning(place, config, batch)
+    profile_of(place, "fine-tuning", ours_finetuning(place, config, batch))
+    texts = full_texts(place, config)
+    profile_of(place, "pre-training", ours_pretraining(place, config, texts)[0])
+
+
+def profile_of(place: Place, what: str, step: Callable[[], None]) -> None:
     for _ in range(WARMUP):
         step()
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([] if place.dry else [torch.profiler.ProfilerActivity.CUDA])
@@ -369,9 +388,51 @@ def profile(place: Place) -> None:
         wall = time.perf_counter() - began
     order = "self_cpu_time_total" if place.dry else "self_device_time_total"
     events = found.key_averages()
-    (place.file.parent / "profile.txt").write_text(events.table(sort_by=order, row_limit=25), encoding="utf-8")
-    busy = sum(getattr(event, order) for event in events) / 1e6
-    place.row("profile of a fine-tuning step, bge-base", "bge_ds", wall, 0, note=f"idle {max(0.0, 1 - busy / wall):.0%}")
+    with (place.file.parent / "profile.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{what}, bge-base\n{events.table(sort_by=order, row_limit=30, max_name_column_width=80)}\n")
+    busy = sum(getattr(event, order) for event in events if event.device_type.name == ("CPU" if place.dry else "CUDA")) / 1e6
+    place.row(f"profile of a {what} step, bge-base", "bge_ds", wall, 0, note=f"idle {max(0.0, 1 - busy / wall):.0%}")
+
+
+def command(place: Place) -> None:
+    """The commands themselves, as users run them: engine, loader with one worker, log. The rate of the log's last lines."""
+    config, size = shapes(place)["bge-base"], place.size(64, 4)
+    common = {
+        "model_name_or_path": "model", "per_device_train_batch_size": size, "max_steps": place.size(24, 4),
+        "logging_steps": place.size(6, 2),
+        "dataloader_num_workers": 1, "save_strategy": "no",
+    }  # fmt: skip
+    own = {
+        "finetune": {"train_data": "groups.jsonl", "train_group_size": GROUP, "query_max_len": 64,
+                     "passage_max_len": place.size(512, 24)},
+        "pretrain": {"train_data": "texts.jsonl", "max_seq_length": place.size(512, 24)},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        AutoModelForMaskedLM.from_config(config).save_pretrained(model)
+        for path in (place.data / "tokenizer").iterdir():
+            shutil.copy(path, model)
+        lines = list(lines_of(place.data / "groups.jsonl.gz"))[: place.size(TEXTS, 32)]
+        with open(Path(folder) / "groups.jsonl", "w", encoding="utf-8") as groups, \
+             open(Path(folder) / "texts.jsonl", "w", encoding="utf-8") as texts:  # fmt: skip
+            for line in lines:
+                groups.write(json.dumps(line) + "\n")
+                texts.writelines(json.dumps({"text": text}) + "\n" for text in line["pos"])
+        for name, flags in own.items():
+            words = [word for key, value in (common | flags | {"output_dir": name}).items() for word in (f"--{key}", str(value))]
+            words += ["--use_cpu"] if place.dry else ["--bf16"]
+            began = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-m", f"bge_ds.{name}", *words], cwd=folder, capture_output=True, text=True, check=False
+            )
+            took = time.perf_counter() - began
+            (place.file.parent / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+            if done.returncode:
+                raise SystemExit(f"{name} ended with status {done.returncode}\n{done.stderr[-3000:]}")
+            records = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
+            rates = [r["tokens_per_second"] for r in records if "tokens_per_second" in r][1:]
+            place.row(f"the {name} command, bge-base, real texts", "bge_ds", 1.0, 0, tokens=statistics.median(rates),
+                      note=f"{took:.0f} s in all")  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Place], None]] = {
@@ -385,6 +446,7 @@ PARTS: dict[str, Callable[[Place], None]] = {
     "no_dropout": lambda place: finetuning(place, ["bge-base"], 0.0, "40 % of the matrix rate"),
     "pieces": pieces,
     "profile": profile,
+    "command": command,
 }
 
 
@@ -408,7 +470,11 @@ def write_sample(folder: Path, groups: Path, model: str) -> None:
         found.append((lengths([line["query"]])[0], lengths(passages)))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lengths.json").write_text(json.dumps({"groups": found}), encoding="utf-8")
-    print(f"{len(found)} groups, {(folder / 'lengths.json').stat().st_size / 2**20:.1f} MiB in {folder}")
+    with gzip.open(folder / "groups.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in itertools.islice(lines_of(groups), TEXTS))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{len(found)} groups, {size / 2**20:.1f} MiB in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:

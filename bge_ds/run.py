@@ -26,6 +26,7 @@ from bge_ds.distributed import config as configs
 from bge_ds.distributed import engine as engines
 from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import Diverged, SkippedSteps
+from bge_ds.kernels import triton_support
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
 
 _OURS = ("metrics.jsonl", "runs", disk.LOCK)
@@ -95,7 +96,10 @@ def set_up(args: TrainArguments) -> None:
     if args.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     if args.kernels == "fused" and args.command.endswith("finetune"):
-        raise ValueError("--kernels fused: fine-tuning has no kernel of its own; its attention is torch's; use auto or torch")
+        raise ValueError(
+            "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out"
+        )
+    triton_support.allow(args.kernels)
     output = Path(args.output_dir)
     resume = checkpoint.find(args.resume_from_checkpoint, output)
     if output.exists() and not output.is_dir():

@@ -19,40 +19,12 @@ import triton
 import triton.language as tl
 
 from bge_ds.kernels import masks
+from bge_ds.kernels.masks_triton import at_least, dropout_state, kept, mark, mix, row_state
 from bge_ds.kernels.triton_support import launch
-
-# The constants of `masks`, unsigned: what a kernel reads of its module must be a constexpr.
-_PRIME = tl.constexpr(masks._PRIME & 0xFFFFFFFF)
-_MUL_1, _MUL_2 = tl.constexpr(masks._MUL_1 & 0xFFFFFFFF), tl.constexpr(masks._MUL_2 & 0xFFFFFFFF)
-_DECODER_MARK = tl.constexpr((masks._DECODER + 1) * masks._PRIME & 0xFFFFFFFF)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 _LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * _MUL_1
-    x = (x ^ (x >> 15)) * _MUL_2
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _mark(value):
-    return value.to(tl.uint32) * _PRIME + _PRIME
-
-
-@triton.jit
-def _row_state(key, rows):
-    """`masks.hash_words(key, _DECODER, rows)`."""
-    low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    return _mix(_mix(_mix(_mix(low) + high) ^ _DECODER_MARK) ^ _mark(rows))
-
-
-@triton.jit
-def _at_least(hashes, THRESHOLD: tl.constexpr):
-    return (hashes & 0x7FFFFFFF) >= THRESHOLD
 
 
 @triton.jit
@@ -64,24 +36,13 @@ def _visible(state, marks, rows, keys, last, DECODER: tl.constexpr, HIDDEN: tl.c
     """
     seen = keys <= last
     if DECODER:
-        shown = _at_least(_mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
+        shown = at_least(mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
         seen = seen & shown & (rows != keys)
     elif CAUSAL:
         seen = seen & (keys <= rows)
     if WINDOW > 0:
         seen = seen & (rows - keys < WINDOW) & (keys - rows < WINDOW)
     return seen
-
-
-@triton.jit
-def _dropout_state(seed, head, rows):
-    """A hash for each row of the batch and head; the rows are counted over all texts."""
-    return _mix(_mix(seed.to(tl.uint32) ^ _mark(head)) ^ _mark(rows))
-
-
-@triton.jit
-def _kept(state, keys, DROPPED: tl.constexpr):
-    return _at_least(_mix(state ^ _mark(keys)), DROPPED)
 
 
 @triton.jit
@@ -117,6 +78,53 @@ def _seen_from(first, last, length, AHEAD: tl.constexpr, BEHIND: tl.constexpr, W
     return begin, end
 
 
+@triton.jit
+def _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER: tl.constexpr):
+    """A text's first token, length, first query, number of queries (a decoder's first and last token have none), and key."""
+    start = tl.load(starts_ptr + text).to(tl.int64)
+    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
+    inner, key = length, start
+    if DECODER:
+        inner, key = length - 2, tl.load(key_ptr + text)
+    return start, length, tl.load(query_starts_ptr + text).to(tl.int64), inner, key
+
+
+@triton.jit
+def _states(key, rows, DECODER: tl.constexpr):
+    """The hashes that decide what a decoder's rows see; elsewhere nothing that is used."""
+    states = rows.to(tl.uint32)
+    if DECODER:
+        states = row_state(key, rows)
+    return states
+
+
+@triton.jit
+def _marks(words_ptr, start, keys, length, DECODER: tl.constexpr):
+    """The hashed words of keys, for a decoder; elsewhere nothing that is used."""
+    marks = keys.to(tl.uint32)
+    if DECODER:
+        marks = mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
+    return marks
+
+
+@triton.jit
+def _meet(
+    q, state, rows, begin, start, length, head, k_ptr, v_ptr, words_ptr, k_row, k_head, k_column, v_row, v_head, v_column,
+    scale_log2, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of keys as rows meet it: (their numbers, k, v, scores, what of them is visible)."""
+    keys = begin + tl.arange(0, BLOCK_K)
+    k = _tile(k_ptr + start * k_row + head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
+    v = _tile(v_ptr + start * v_row + head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
+    marks = _marks(words_ptr, start, keys, length, DECODER)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    visible = _visible(
+        state[:, None], marks[None, :], rows[:, None], keys[None, :], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
+    )
+    return keys, k, v, scores, visible
+
+
 @triton.jit(do_not_specialize=["seed", "queries_all"])
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, words_ptr, key_ptr, starts_ptr, query_starts_ptr,
@@ -128,37 +136,25 @@ def _forward(
 ):  # fmt: skip
     EDGE: tl.constexpr = 1 if DECODER else 0
     text, head = tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts_ptr + text).to(tl.int64)
-    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
-    inner = length - 2 * EDGE
+    start, length, query_start, inner, key = _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
     first = tl.program_id(0) * BLOCK_Q
     if first >= inner:
         return
-    query_start = tl.load(query_starts_ptr + text).to(tl.int64)
     queries = first + tl.arange(0, BLOCK_Q)
     rows = queries + EDGE
-    state = rows.to(tl.uint32)
-    if DECODER:
-        state = _row_state(tl.load(key_ptr + text), rows)
-    drop_state = _dropout_state(seed, head, query_start + queries)
+    state = _states(key, rows, DECODER)
+    drop_state = dropout_state(seed, head, query_start + queries)
     q = _tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
-    k_base, v_base = k_ptr + start * k_row + head // GROUP * k_head, v_ptr + start * v_row + head // GROUP * v_head
 
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     begin_at, end = _seen_from(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
     for begin in range(begin_at, end, BLOCK_K):
-        keys = begin + tl.arange(0, BLOCK_K)
-        k = _tile(k_base, keys, length, k_row, k_column, E, BLOCK_E)
-        v = _tile(v_base, keys, length, v_row, v_column, E, BLOCK_E)
-        marks = keys.to(tl.uint32)
-        if DECODER:
-            marks = _mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        visible = _visible(
-            state[:, None], marks[None, :], rows[:, None], keys[None, :], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
-        )
+        keys, _, v, scores, visible = _meet(
+            q, state, rows, begin, start, length, head // GROUP, k_ptr, v_ptr, words_ptr, k_row, k_head, k_column, v_row,
+            v_head, v_column, scale_log2, E, BLOCK_E, BLOCK_K, DECODER, HIDDEN, CAUSAL, WINDOW, PRECISION,
+        )  # fmt: skip
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A row may see no key of the first blocks that its neighbours' windows reach; elsewhere the maximum is finite.
@@ -167,7 +163,7 @@ def _forward(
         shrink = tl.exp2(highest - reference)
         total = total * shrink + tl.sum(weights, 1)
         if DROPPED > 0:
-            weights = tl.where(_kept(drop_state[:, None], keys[None, :], DROPPED), weights, 0.0)
+            weights = tl.where(kept(drop_state[:, None], keys[None, :], DROPPED), weights, 0.0)
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         highest = higher
     if WINDOW > 0:
@@ -190,19 +186,14 @@ def _backward_queries(
     """dq, and what `_backward_keys` needs of each row: delta, the sum over keys of weight times its gradient."""
     EDGE: tl.constexpr = 1 if DECODER else 0
     text, head = tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts_ptr + text).to(tl.int64)
-    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
-    inner = length - 2 * EDGE
+    start, length, query_start, inner, key = _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
     first = tl.program_id(0) * BLOCK_Q
     if first >= inner:
         return
-    query_start = tl.load(query_starts_ptr + text).to(tl.int64)
     queries = first + tl.arange(0, BLOCK_Q)
     rows = queries + EDGE
-    state = rows.to(tl.uint32)
-    if DECODER:
-        state = _row_state(tl.load(key_ptr + text), rows)
-    drop_state = _dropout_state(seed, head, query_start + queries)
+    state = _states(key, rows, DECODER)
+    drop_state = dropout_state(seed, head, query_start + queries)
     q = _tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
     grad = _tile(grad_ptr + query_start * g_row + head * g_head, queries, inner, g_row, g_column, E, BLOCK_E)
     out = _tile(out_ptr + (query_start * HEADS + head) * E, queries, inner, HEADS * E, 1, E, BLOCK_E)
@@ -210,25 +201,18 @@ def _backward_queries(
     lse = tl.load(lse_ptr + of_row, mask=queries < inner, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + of_row, delta, mask=queries < inner)
-    k_base, v_base = k_ptr + start * k_row + head // GROUP * k_head, v_ptr + start * v_row + head // GROUP * v_head
 
     dq = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     begin_at, end = _seen_from(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
     for begin in range(begin_at, end, BLOCK_K):
-        keys = begin + tl.arange(0, BLOCK_K)
-        k = _tile(k_base, keys, length, k_row, k_column, E, BLOCK_E)
-        v = _tile(v_base, keys, length, v_row, v_column, E, BLOCK_E)
-        marks = keys.to(tl.uint32)
-        if DECODER:
-            marks = _mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        visible = _visible(
-            state[:, None], marks[None, :], rows[:, None], keys[None, :], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
-        )
+        keys, k, v, scores, visible = _meet(
+            q, state, rows, begin, start, length, head // GROUP, k_ptr, v_ptr, words_ptr, k_row, k_head, k_column, v_row,
+            v_head, v_column, scale_log2, E, BLOCK_E, BLOCK_K, DECODER, HIDDEN, CAUSAL, WINDOW, PRECISION,
+        )  # fmt: skip
         weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
         d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if DROPPED > 0:
-            d_weights = tl.where(_kept(drop_state[:, None], keys[None, :], DROPPED), d_weights / KEEP, 0.0)
+            d_weights = tl.where(kept(drop_state[:, None], keys[None, :], DROPPED), d_weights / KEEP, 0.0)
         d_scores = weights * (d_weights - delta[:, None])
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
     _put(dq_ptr + (query_start * HEADS + head) * E, queries, inner, dq * scale, HEADS * E, E, BLOCK_E)
@@ -248,19 +232,12 @@ def _backward_keys(
     EDGE: tl.constexpr = 1 if DECODER else 0
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     text, key_head = tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts_ptr + text).to(tl.int64)
-    length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
-    inner = length - 2 * EDGE
+    start, length, query_start, inner, key = _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
     first = tl.program_id(0) * BLOCK_K
     if first >= length:
         return
-    query_start = tl.load(query_starts_ptr + text).to(tl.int64)
     keys = first + tl.arange(0, BLOCK_K)
-    marks = keys.to(tl.uint32)
-    key = start
-    if DECODER:
-        key = tl.load(key_ptr + text)
-        marks = _mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
+    marks = _marks(words_ptr, start, keys, length, DECODER)
     k = _tile(k_ptr + start * k_row + key_head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
     v = _tile(v_ptr + start * v_row + key_head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
 
@@ -280,21 +257,19 @@ def _backward_keys(
             delta = tl.load(delta_ptr + of_row, mask=queries < inner, other=0.0)
             # Keys x rows: so both sums over rows are plain products, without turning a block of scores.
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-            state = rows.to(tl.uint32)
-            if DECODER:
-                state = _row_state(key, rows)
+            state = _states(key, rows, DECODER)
             visible = _visible(
                 state[None, :], marks[:, None], rows[None, :], keys[:, None], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
             )
             # Rows behind the text have q, grad and delta 0: whatever their weights, they add nothing.
             weights = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
             if DROPPED > 0:
-                drop_state = _dropout_state(seed, head, query_start + queries)
-                kept = _kept(drop_state[None, :], keys[:, None], DROPPED)
-                dropped = tl.where(kept, weights / KEEP, 0.0)
+                drop_state = dropout_state(seed, head, query_start + queries)
+                keeps = kept(drop_state[None, :], keys[:, None], DROPPED)
+                dropped = tl.where(keeps, weights / KEEP, 0.0)
                 dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
                 d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-                d_weights = tl.where(kept, d_weights / KEEP, 0.0)
+                d_weights = tl.where(keeps, d_weights / KEEP, 0.0)
             else:
                 dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
                 d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -327,9 +302,9 @@ def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, rul
 
 
 # (rows, keys) of a block by (bytes of an element, features of a head at most): in the two kernels that hold rows, and in
-# the one that holds keys. The largest of those tried that spill no register on compute capabilities 8.0, 9.0 and 10.0 and
-# keep to 99 KiB of shared memory, which small GPUs have; 8 warps, since 4 leave too few registers for 128 rows. Found with
-# `tests/ahead.py`; `test_compiled_ahead.py` holds them to it.
+# the one that holds keys. Of those tried, the largest that spill no register on compute capabilities 8.0, 9.0 and 10.0, in
+# 99 KiB of shared memory (105 KiB on 10.0); 8 warps, since 4 leave too few registers for 128 rows. None has been timed on a
+# GPU yet. Found with `tests/ahead.py`; `test_compiled_ahead.py` holds them to it.
 _BLOCKS = {
     (2, 64): ((128, 64), (64, 128)),
     (2, 128): ((128, 32), (32, 64)),

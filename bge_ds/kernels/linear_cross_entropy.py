@@ -26,23 +26,25 @@ from itertools import pairwise
 
 import torch
 
-from bge_ds.kernels.triton_support import is_gpu, obstacle
+from bge_ds.kernels.triton_support import at_least_fp32, is_gpu, takes
 
 # Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; with half of it a step on a CPU took 8 % longer.
 _BLOCK_ELEMENTS = 1 << 24
 # Rows of a block at least, whatever the vocabulary: every block goes over the whole gradient of W once.
 _BLOCK_ROWS = 256
-
-
-# On a GPU: logits held at a time, in bytes, between these numbers of rows. A block reads and writes the fp32 gradient of W
-# once, 8 bytes an element, and computes 6 operations a row and element: with 2,048 rows, on a GPU of 3 TB/s and 800 TFLOP/s,
-# 15 % of the products' time, with 4,096 half of that.
+# On a GPU, which has no such caches and needs large products to be busy: bytes of logits held at a time, and fewest and most
+# rows of the vocabulary's blocks. A block reads and writes the fp32 gradient of W once, 8 bytes an element, and computes 6
+# operations a row and element: with 2,048 rows that is 15 % of the products' time at 3 TB/s and 800 TFLOP/s, with 4,096 half.
 _GPU_BYTES, _GPU_ROWS = 512 << 20, (2048, 4096)
 
 
-def _gpu_blocks(rows: int, columns: int, itemsize: int) -> list[slice]:
-    step = min(max(_GPU_BYTES // (columns * itemsize), _GPU_ROWS[0]), _GPU_ROWS[1])
+def _blocks(rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _gpu_step(columns: int, itemsize: int) -> int:
+    """Rows of a block of the vocabulary's logits on a GPU."""
+    return min(max(_GPU_BYTES // (columns * itemsize), _GPU_ROWS[0]), _GPU_ROWS[1])
 
 
 @cache
@@ -66,16 +68,6 @@ def _add_product(total_VD: torch.Tensor, left_MV: torch.Tensor, right_MD: torch.
         total_VD += left_MV.T @ right_MD
 
 
-def _row_blocks(rows: int, columns: int, fewest: int = 1, gpu: bool = False) -> list[slice]:
-    # A GPU has no caches to fit into, and needs larger products to be busy: 512 MiB of fp32 logits.
-    step = max(fewest, _BLOCK_ELEMENTS * (8 if gpu else 1) // max(1, columns))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, w_VD, bias_V, target_M, fused: bool):
@@ -92,10 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         x_MD = x_MD.contiguous()
         dx = torch.empty_like(x_MD) if wants[0] else None
-        dw, db = (
-            torch.zeros_like(t, dtype=torch.float32) if wanted else None for t, wanted in ((w_VD, wants[1]), (bias_V, wants[2]))
-        )
-        blocks = _gpu_blocks(x_MD.shape[0], w_VD.shape[0], x_MD.dtype.itemsize)
+        dw = torch.zeros_like(w_VD, dtype=torch.float32) if wants[1] else None
+        db = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] else None
+        blocks = _blocks(x_MD.shape[0], _gpu_step(w_VD.shape[0], x_MD.dtype.itemsize))
         products = x_MD.new_empty(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0])
         losses, right = [], []
         for block in blocks:
@@ -124,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x_MD) if wants[0] else None
         dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if wants[1] else None
         db = torch.zeros(bias_V.shape, dtype=torch.float32, device=w_VD.device) if wants[2] else None
-        blocks = _row_blocks(x_MD.shape[0], w_VD.shape[0], _BLOCK_ROWS)
+        blocks = _blocks(x_MD.shape[0], max(_BLOCK_ROWS, _BLOCK_ELEMENTS // w_VD.shape[0]))
         # Fresh memory for every block costs a CPU a tenth of the whole: all products go to one place.
         products = x_MD.new_empty(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0])
         for block in blocks:
@@ -180,20 +171,19 @@ def linear_cross_entropy(
     The loss is fp32 whatever the inputs; it is a sum, so that a mean over ranks and accumulation steps stays exact.
     Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
     """
-    if fused is None:
-        fused = is_gpu(x_MD.device.type) and obstacle(x_MD.device.type) is None and x_MD.dtype != torch.float64
-    return _LinearCrossEntropy.apply(x_MD, w_VD, bias_V, target_M, fused)
+    return _LinearCrossEntropy.apply(x_MD, w_VD, bias_V, target_M, takes(x_MD) if fused is None else fused)
 
 
 class _LinearLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, w_VD, row_J, col_J, limit_M):
-        blocks = _row_blocks(x_MD.shape[0], w_VD.shape[0], 1, is_gpu(x_MD.device.type))
+        most = _GPU_BYTES // 4 if is_gpu(x_MD.device.type) else _BLOCK_ELEMENTS
+        blocks = _blocks(x_MD.shape[0], max(1, most // max(1, w_VD.shape[0])))
         # Where each block's pairs lie: read back once, since a slice needs numbers on the host.
         edges = torch.tensor([*(block.start for block in blocks), x_MD.shape[0]], device=row_J.device)
         bounds = torch.searchsorted(row_J, edges).tolist()
         ctx.blocks = [(block, slice(*pairs)) for block, pairs in zip(blocks, pairwise(bounds), strict=True)]
-        lse_M = torch.empty(x_MD.shape[0], dtype=_at_least_fp32(x_MD[:0]).dtype, device=x_MD.device)
+        lse_M = torch.empty(x_MD.shape[0], dtype=at_least_fp32(x_MD[:0]).dtype, device=x_MD.device)
         over_M = torch.zeros(x_MD.shape[0], dtype=torch.int64, device=x_MD.device)
         inputs = x_MD, w_VD, row_J, col_J, limit_M
         for block, pairs in ctx.blocks:
@@ -208,7 +198,7 @@ class _LinearLogSumExp(torch.autograd.Function):
     @staticmethod
     def _logits(inputs, block: slice, pairs: slice):
         x_MD, w_VD, row_J, col_J, limit_M = inputs
-        logits = _at_least_fp32(x_MD[block] @ w_VD.T)
+        logits = at_least_fp32(x_MD[block] @ w_VD.T)
         logits[row_J[pairs] - block.start, col_J[pairs]] = float("-inf")
         if limit_M is None:
             return logits, None

@@ -11,11 +11,7 @@ from __future__ import annotations
 import torch
 
 from bge_ds.data.batches import Run
-from bge_ds.kernels.triton_support import is_gpu, obstacle
-
-
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from bge_ds.kernels.triton_support import at_least_fp32, takes
 
 
 class _SegmentMean(torch.autograd.Function):
@@ -44,11 +40,8 @@ def segment_mean(
     cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together the N texts. Gradients
     flow once. fused: by the GPU's kernel or not, for tests.
     """
-    device = hidden_TD.device.type
-    if fused is None:
-        fused = is_gpu(device) and obstacle(device) is None and hidden_TD.dtype != torch.float64
-    if fused:
+    if takes(hidden_TD) if fused is None else fused:
         return _SegmentMean.apply(hidden_TD, cu_seqlens)
     sizes = [n * length for n, length in runs]
     parts = zip(hidden_TD.split(sizes), runs, strict=True)
-    return torch.cat([_at_least_fp32(hidden.unflatten(0, run)).mean(1) for hidden, run in parts])
+    return torch.cat([at_least_fp32(hidden.unflatten(0, run)).mean(1) for hidden, run in parts])

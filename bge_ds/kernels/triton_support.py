@@ -19,8 +19,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_allowed = True
+
+
+def allow(kernels: str) -> None:
+    """`--kernels` of this process's run: with "torch", nothing runs in Triton from here on."""
+    global _allowed
+    _allowed = kernels != "torch"
+
+
 def obstacle(device_type: str) -> str | None:
     """Why Triton kernels do not run on devices of this type; None where they do."""
+    if not _allowed:
+        return "--kernels torch leaves them out"
     if find_spec("triton") is None:
         return "the triton package is not installed"
     if interpreted() or device_type == "meta":
@@ -35,6 +46,16 @@ def obstacle(device_type: str) -> str | None:
 def is_gpu(device_type: str) -> bool:
     """Whether the GPU's way is to be taken: on CUDA, and on `meta`, which stands in for it in the tests."""
     return device_type in ("cuda", "meta")
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether an operation on this tensor is to go through its Triton kernel: on a GPU, in fp32 or 16 bits."""
+    return is_gpu(x.device.type) and obstacle(x.device.type) is None and x.dtype != torch.float64
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or as it is in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, on: torch.Tensor, **constants) -> None:

@@ -37,6 +37,7 @@ from bge_ds.data.batches import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.attention import WAYS, choose, varlen_attention, why_slow
 from bge_ds.kernels.dropout import use_fast_dropout
 from bge_ds.kernels.segment_mean import segment_mean
+from bge_ds.kernels.triton_support import at_least_fp32
 
 logger = logging.getLogger(__name__)
 
@@ -265,14 +266,10 @@ def _run_padded(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor) ->
 def pool(hidden_TD: torch.Tensor, texts: PackedTexts, pooling: str) -> torch.Tensor:
     """One vector a text, N x D, in packed order; at least fp32, whatever the model computes in."""
     if pooling == "cls":
-        return _widen(hidden_TD[texts.cu_seqlens[:-1].long()])
+        return at_least_fp32(hidden_TD[texts.cu_seqlens[:-1].long()])
     if pooling == "last_token":
-        return _widen(hidden_TD[texts.cu_seqlens[1:].long() - 1])
+        return at_least_fp32(hidden_TD[texts.cu_seqlens[1:].long() - 1])
     return segment_mean(hidden_TD, texts.cu_seqlens, texts.runs)
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Encoder(nn.Module):

@@ -97,7 +97,7 @@ def test_on_meta(dtype):
 def test_blocks_of_a_gpu():
     """Few passes over the gradient of W, and at most 1/8 of the memory of full logits (16 bits, their fp32 copy, gradient)."""
     for columns in (30_522, 250_002):
-        blocks = module._gpu_blocks(16_384, columns, 2)
+        blocks = module._blocks(16_384, module._gpu_step(columns, 2))
         assert len(blocks) <= 8 and blocks[0].start == 0 and blocks[-1].stop == 16_384
         held = max(b.stop - b.start for b in blocks) * columns * 2 + columns * 768 * 4
         assert held <= 16_384 * columns * (2 + 4 + 4) / 8
