@@ -36,7 +36,8 @@ from bge_ds import finetune, pretrain
 from bge_ds.arguments import FinetuneArguments
 from bge_ds.data import batches
 from bge_ds.kernels.decoder_attention import decoder_attention
-from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy, linear_logsumexp
+from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
+from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
 from bge_ds.modeling.encoder import Encoder, build_backbone
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
@@ -153,8 +154,8 @@ def groups(place: Place, queries: int, vocabulary: int) -> batches.ContrastiveBa
     own_BG = torch.arange(queries * GROUP).view(queries, GROUP)
     hashes_P = torch.arange(queries * GROUP)
     return batches.ContrastiveBatch(
-        texts=packed, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_K=hashes_P[own_BG[:, 0]],
-        known_query_K=torch.arange(queries), own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
+        texts=packed, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
+        own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
     ).to(place.device)  # fmt: skip
 
 
@@ -362,8 +363,10 @@ def kernels(place: Place) -> None:
                   goal=goal)  # fmt: skip
     queries, passages, features = place.size(8192, 20), place.size(65_536, 160), place.size(1024, 16)
     x, w = (torch.randn(n, features, device=place.device).requires_grad_() for n in (queries, passages))
-    found = place.measure(lambda: linear_logsumexp(x, w)[0].sum().backward())
-    place.row(f"contrastive loss, {queries} x {passages} x {features}", "bge_ds, fp32", *found,
+    hashes_P, first_B = torch.arange(passages, device=place.device), torch.arange(0, passages, GROUP, device=place.device)
+    excluded = Excluded(first_B, torch.full_like(first_B, GROUP), hashes_P[first_B, None], hashes_P[:, None])
+    found = place.measure(lambda: linear_logsumexp(x, w, excluded, narrow=torch.bfloat16)[0].sum().backward())
+    place.row(f"contrastive loss, {queries} x {passages} x {features}", "bge_ds", *found,
               flops=8.0 * queries * passages * features, goal="60 % of the matrix rate")  # fmt: skip
 
 
@@ -419,7 +422,8 @@ def command(place: Place) -> None:
                 groups.write(json.dumps(line) + "\n")
                 texts.writelines(json.dumps({"text": text}) + "\n" for text in line["pos"])
         for name, flags in own.items():
-            words = [word for key, value in (common | flags | {"output_dir": name}).items() for word in (f"--{key}", str(value))]
+            given = common | flags | {"output_dir": name}
+            words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
             words += ["--use_cpu"] if place.dry else ["--bf16"]
             began = time.perf_counter()
             done = subprocess.run(

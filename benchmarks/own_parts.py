@@ -122,8 +122,8 @@ def made_up_batch(queries: int, group: int) -> batches.ContrastiveBatch:
     hashes_P = torch.arange(passages) + 1 + collectives.rank() * passages
     own_BG = torch.arange(passages).view(queries, group)
     return batches.ContrastiveBatch(
-        texts=None, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_K=hashes_P[own_BG[:, 0]],
-        known_query_K=torch.arange(queries), own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
+        texts=None, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
+        own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def measure_loss(asked: dict) -> dict | None:
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(collectives.rank())
     batch, seconds = made_up_batch(asked["batch"], asked["group"]), []
-    shares = [Share(1, len(batch.hashes_P), len(batch.known_K))] * collectives.world_size()
+    shares = [Share(1, len(batch.hashes_P), 1)] * collectives.world_size()
     for _ in range(asked["steps"]):
         vectors_ND = torch.randn(asked["batch"] * (1 + asked["group"]), asked["width"])
         vectors_ND = torch.nn.functional.normalize(vectors_ND, dim=-1).requires_grad_()

@@ -36,8 +36,8 @@ def random_batch(asked: dict, vocabulary: int, rank: int) -> batches.Contrastive
     own_BG = torch.arange(passages).view(queries, group)
     hashes_P = torch.arange(passages) + rank * passages
     return batches.ContrastiveBatch(
-        texts=texts, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_K=hashes_P[own_BG[:, 0]],
-        known_query_K=torch.arange(queries), own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
+        texts=texts, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
+        own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
     )  # fmt: skip
 
 

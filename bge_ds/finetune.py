@@ -260,7 +260,7 @@ def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) ->
 
 
 class Share(NamedTuple):
-    """What a rank brings to a micro batch: pieces that its texts are cut into, passages, hashes of listed positives."""
+    """What a rank brings to a micro batch: pieces that its texts are cut into, passages, hashes in its table of positives."""
 
     pieces: int
     passages: int
@@ -268,7 +268,7 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, batch: batches.ContrastiveBatch, args: FinetuneArguments) -> Share:
-        return cls(len(bounds_of(batch, args)) - 1, len(batch.hashes_P), len(batch.known_K))
+        return cls(len(bounds_of(batch, args)) - 1, len(batch.hashes_P), batch.known_BK.shape[1])
 
 
 def sizes_of(micro_batches: list[batches.ContrastiveBatch], args: FinetuneArguments, uniform: bool) -> list[int]:
@@ -327,6 +327,7 @@ def objective_of(args: FinetuneArguments) -> contrastive.Objective:
         distillation=args.kd_loss_type if args.knowledge_distillation else None,
         dims=tuple(args.mrl_dims),
         normalize=args.normalize_embeddings,
+        narrow=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
 
 
@@ -344,7 +345,7 @@ def contrastive_loss(
     """
     q_BD, p_PD = vectors_ND[: batch.queries], vectors_ND[batch.queries :]
     hashes_P, own_BG, device = batch.hashes_P, batch.own_BG, p_PD.device
-    q_CD, mine_B, known, owner = q_BD, torch.arange(len(q_BD), device=device), batch.known_K, batch.known_query_K
+    q_CD, mine_B, known_CK = q_BD, torch.arange(len(q_BD), device=device), batch.known_BK
     if cross_device and collectives.world_size() > 1:
         rank = collectives.rank()
         counts = [share.passages for share in shares]
@@ -352,14 +353,13 @@ def contrastive_loss(
         p_PD, hashes_P = collectives.all_gather_rows(p_PD, counts), collectives.all_gather_rows(hashes_P, counts)
         own_BG = torch.where(own_BG < 0, own_BG, own_BG + before)
         if objective.bidirectional:
-            lists = [share.known for share in shares]
+            missing = max(share.known for share in shares) - known_CK.shape[1]
+            known_CK = torch.cat([known_CK, known_CK[:, -1:].expand(-1, missing)], 1)
             mine_B = mine_B + rank * len(q_BD)
-            q_CD, known = collectives.all_gather_rows(q_BD), collectives.all_gather_rows(known, lists)
-            owner = collectives.all_gather_rows(owner + rank * len(q_BD), lists)
+            q_CD, known_CK = collectives.all_gather_rows(q_BD), collectives.all_gather_rows(known_CK)
     found = contrastive.Candidates(
-        p_PD=p_PD, hashes_P=hashes_P, own_BG=own_BG, known_K=batch.known_K, owner_K=batch.known_query_K,
-        own_only_B=batch.own_only_B, teacher_BG=batch.teacher_BG,
-        q_CD=q_CD, mine_B=mine_B, all_known_K=known, all_owner_K=owner,
+        p_PD=p_PD, hashes_P=hashes_P, own_BG=own_BG, known_BK=batch.known_BK, own_only_B=batch.own_only_B,
+        teacher_BG=batch.teacher_BG, q_CD=q_CD, mine_B=mine_B, all_known_CK=known_CK,
     )  # fmt: skip
     return contrastive.loss(q_BD, scale, found, objective)
 

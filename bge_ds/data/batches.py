@@ -126,8 +126,8 @@ class ContrastiveBatch(_Movable):
     """Queries and passages of B groups: `texts` holds the B queries first, then the P passages group by group.
 
     own_BG: int64, the places of each query's group among the P passages, its positive first, -1 where a group is shorter.
-    hashes_P: int64, content hash of each passage. known_K, known_query_K: the hashes of every positive listed for a
-    query, drawn or not, and the query each belongs to (what must never serve as that query's negative).
+    hashes_P: int64, content hash of each passage. known_BK: the hashes of every positive that a query lists, drawn or not,
+    which must never serve as its negative; K is the longest list's length, and shorter ones repeat their last.
     own_only_B: bool, queries of a set that takes no in-batch negatives. teacher_BG: fp32, the teacher's scores, or None.
     """
 
@@ -135,8 +135,7 @@ class ContrastiveBatch(_Movable):
     queries: int
     own_BG: torch.Tensor
     hashes_P: torch.Tensor
-    known_K: torch.Tensor
-    known_query_K: torch.Tensor
+    known_BK: torch.Tensor
     own_only_B: torch.Tensor
     rows_B: torch.Tensor
     teacher_BG: torch.Tensor | None = None
@@ -280,7 +279,8 @@ def collate_groups(
         teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
     passages = shards.passages(passages_P).cut(passage_max_len, suffix)
     texts, _ = pack(Lists.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
-    hashes = torch.from_numpy(shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64))
+    hashes = shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64)
+    known_BK = pos.starts[:, None] + np.minimum(np.arange(pos.lengths.max()), pos.lengths[:, None] - 1)
     own_only_B = np.zeros(len(rows_B), bool)
     for start, end in own_only_spans:
         own_only_B |= (rows_B >= start) & (rows_B < end)
@@ -288,9 +288,8 @@ def collate_groups(
         texts=texts,
         queries=len(rows_B),
         own_BG=torch.from_numpy(own_BG),
-        hashes_P=hashes[: len(passages_P)],
-        known_K=hashes[len(passages_P) :],
-        known_query_K=torch.from_numpy(np.repeat(np.arange(len(rows_B)), pos.lengths)),
+        hashes_P=torch.from_numpy(hashes[: len(passages_P)]),
+        known_BK=torch.from_numpy(hashes[len(passages_P) + known_BK]),
         own_only_B=torch.from_numpy(own_only_B),
         rows_B=torch.from_numpy(rows_B),
         teacher_BG=teacher_BG,

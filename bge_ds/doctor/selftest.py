@@ -94,8 +94,8 @@ def make_batch(queries: range) -> batches.ContrastiveBatch:
     own_BG = torch.arange(count * GROUP).unflatten(0, (count, GROUP))
     hashes_P = torch.tensor(list(passages))
     return batches.ContrastiveBatch(
-        texts=texts, queries=count, own_BG=own_BG, hashes_P=hashes_P, known_K=hashes_P[own_BG[:, 0]],
-        known_query_K=torch.arange(count), own_only_B=torch.zeros(count, dtype=torch.bool), rows_B=torch.tensor(list(queries)),
+        texts=texts, queries=count, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
+        own_only_B=torch.zeros(count, dtype=torch.bool), rows_B=torch.tensor(list(queries)),
     )  # fmt: skip
 
 

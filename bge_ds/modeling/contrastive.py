@@ -1,7 +1,7 @@
 """The contrastive losses over embeddings.
 
 Shapes: B queries of this rank, G places of a group, P passages and C queries to compare with (of this rank, or of all
-ranks once gathered), D features, K listed positives, J pairs.
+ranks once gathered), D features, K positives that a query lists.
 
 Every objective is put together from two things: the scores of a query with its own group, B x G and small, and for each
 query the log-sum-exp of its scores with all other passages, B numbers from `linear_logsumexp`. The B x P matrix of scores
@@ -25,14 +25,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bge_ds.kernels.linear_cross_entropy import linear_logsumexp
+from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
 
 DISTILLATIONS = ("kl_div", "m3_kd_loss", "margin_mse")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a query is compared with and how; margin and relative as `--false_negative_margin`, dims as `--mrl_dims`."""
+    """What a query is compared with and how; margin and relative as `--false_negative_margin`, dims as `--mrl_dims`.
+
+    narrow: the 16-bit type in which a GPU multiplies queries by passages, with fp32 sums: the type of the hidden states that
+    the vectors come from, whose rounding they carry already. None for fp32.
+    """
 
     in_batch: bool = True
     bidirectional: bool = False
@@ -42,29 +46,28 @@ class Objective:
     distillation: str | None = None
     dims: tuple[int, ...] = ()
     normalize: bool = True
+    narrow: torch.dtype | None = None
 
 
 @dataclass
 class Candidates:
     """What the B queries are compared with, and what is known about it.
 
-    p_PD, hashes_P: passages and their content hashes. own_BG: columns of each query's group, its positive first, -1 where a
-    group is shorter. known_K, owner_K: hashes of every positive listed for a query, and that query (0..B-1).
-    own_only_B: queries that no other group's passage is compared with. teacher_BG: the teacher's scores, or None.
-    For the passage-to-query direction: q_CD all queries, mine_B the columns of this rank's own, and all_known_K, all_owner_K.
+    p_PD, hashes_P: passages and their content hashes. own_BG: columns of each query's group, one after the other, its positive
+    first, -1 at the end of shorter groups. known_BK: hashes of every positive that a query lists, any of them repeated where
+    it lists fewer. own_only_B: queries that no other group's passage is compared with. teacher_BG: the teacher's scores, or
+    None. For the passage-to-query direction: q_CD all queries, mine_B the columns of this rank's own, all_known_CK.
     """
 
     p_PD: torch.Tensor
     hashes_P: torch.Tensor
     own_BG: torch.Tensor
-    known_K: torch.Tensor
-    owner_K: torch.Tensor
+    known_BK: torch.Tensor
     own_only_B: torch.Tensor
     teacher_BG: torch.Tensor | None = None
     q_CD: torch.Tensor | None = None
     mine_B: torch.Tensor | None = None
-    all_known_K: torch.Tensor | None = None
-    all_owner_K: torch.Tensor | None = None
+    all_known_CK: torch.Tensor | None = None
 
 
 @dataclass
@@ -85,22 +88,6 @@ class Parts:
         return Parts(*(value.detach() if isinstance(value, torch.Tensor) else value for value in values))
 
 
-def equal_pairs(left_M: torch.Tensor, right_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every (m, n) with left[m] == right[n], as two index tensors; memory grows with the pairs, not with M x N."""
-    sorted_N, place_N = right_N.sort()
-    first_M = torch.searchsorted(sorted_N, left_M)
-    counts_M = torch.searchsorted(sorted_N, left_M, right=True) - first_M
-    total = int(counts_M.sum())
-    m = torch.repeat_interleave(counts_M, output_size=total)
-    within = torch.arange(total, device=left_M.device) - (counts_M.cumsum(0) - counts_M)[m]
-    return m, place_N[first_M[m] + within]
-
-
-def _keys(row_J: torch.Tensor, col_J: torch.Tensor, columns: int) -> torch.Tensor:
-    """Pairs as single numbers, in row order, each once."""
-    return torch.unique(row_J * columns + col_J)
-
-
 def loss(q_BD: torch.Tensor, scale: torch.Tensor | float, found: Candidates, objective: Objective) -> Parts:
     """The objective's mean over the B queries, with what was hidden (counted at the full width).
 
@@ -108,66 +95,65 @@ def loss(q_BD: torch.Tensor, scale: torch.Tensor | float, found: Candidates, obj
     """
     width = q_BD.shape[1]
     dims = objective.dims or (width,)
-    pairs = _Pairs.find(found, objective)
-    parts = [_one_width(q_BD, scale, found, objective, pairs, None if d == width else d) for d in dims]
+    hidden = _Hidden.find(found, objective)
+    parts = [_one_width(q_BD, scale, found, objective, hidden, None if d == width else d) for d in dims]
     counted = parts[dims.index(max(dims))]
     counted.loss = torch.stack([part.loss for part in parts]).mean()
     return counted
 
 
 @dataclass
-class _Pairs:
-    """What of the score matrices is left out; the same at every width.
+class _Hidden:
+    """What of the score matrices is left out, the same at every width, and how much that is.
 
-    excluded: (row, column) pairs that the others' log-sum-exp passes over: own groups and false negatives.
-    own_hidden_BG: false negatives within the own group. reverse: the same pairs for passages against queries.
+    excluded: what the others' log-sum-exp passes over, own groups and false negatives. own_hidden_BG: false negatives within
+    the own group. by_content: how many pairs are hidden. others_B: how many passages other groups have. reverse: `excluded`
+    of passages against queries. No size here depends on values, so that nothing waits for a GPU.
     """
 
-    excluded: tuple[torch.Tensor, torch.Tensor]
+    excluded: Excluded
     own_hidden_BG: torch.Tensor
     by_content: torch.Tensor
     others_B: torch.Tensor
-    reverse: tuple[torch.Tensor, torch.Tensor] | None
+    reverse: Excluded | None
 
     @classmethod
-    def find(cls, found: Candidates, objective: Objective) -> _Pairs:
-        own_BG, columns = found.own_BG, len(found.p_PD)
-        rows_B = torch.arange(len(own_BG), device=own_BG.device)
-        present_BG = own_BG >= 0
-        own_BG = own_BG * present_BG  # -1 stands for a place that does not exist; its column is never looked at
-        own_keys_BG = rows_B[:, None] * columns + own_BG
-        known = own_keys_BG[:0, 0]
-        if objective.mask_false_negatives:
-            k, col = equal_pairs(found.known_K, found.hashes_P)
-            known = _keys(found.owner_K[k], col, columns)
-            known = known[~torch.isin(known, own_keys_BG[:, 0])]
-        own_hidden_BG = torch.isin(own_keys_BG, known) & present_BG
+    def find(cls, found: Candidates, objective: Objective) -> _Hidden:
+        present_BG = found.own_BG >= 0
+        first_B, sizes_B = found.own_BG[:, 0], present_BG.sum(1)
+        known_BK = found.known_BK if objective.mask_false_negatives else found.known_BK[:, :0]
+        own_BG = found.hashes_P[found.own_BG.clamp_min(0)]
+        own_hidden_BG = (own_BG[:, :, None] == known_BK[:, None]).any(-1) & present_BG
+        positive_known_B = own_hidden_BG[:, 0].long()
         own_hidden_BG[:, 0] = False
-        own_keys = own_keys_BG[present_BG]
-        excluded = torch.unique(torch.cat([known, own_keys]))
-        if not objective.in_batch:
-            known = known[torch.isin(known, own_keys)]
-        else:
-            known = known[~found.own_only_B[known // columns] | torch.isin(known, own_keys)]
-        others_B = torch.full_like(rows_B, columns) - present_BG.sum(1)
+        hidden_B = own_hidden_BG.sum(1)
+        others_B = torch.zeros_like(sizes_B)
+        if objective.in_batch:
+            everywhere_B = _occurrences(known_BK, found.hashes_P) - positive_known_B
+            hidden_B = torch.where(found.own_only_B, hidden_B, everywhere_B)
+            others_B = (len(found.p_PD) - sizes_B) * ~found.own_only_B
         return cls(
-            excluded=(excluded // columns, excluded % columns),
+            excluded=Excluded(first_B, sizes_B, known_BK, found.hashes_P[:, None]),
             own_hidden_BG=own_hidden_BG,
-            by_content=torch.tensor(known.numel(), device=own_BG.device),
-            others_B=others_B * (~found.own_only_B) if objective.in_batch else torch.zeros_like(rows_B),
+            by_content=hidden_B.sum(),
+            others_B=others_B,
             reverse=cls._reversed(found, objective) if objective.bidirectional else None,
         )
 
     @staticmethod
-    def _reversed(found: Candidates, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reversed(found: Candidates, objective: Objective) -> Excluded:
         """Pairs of (own positive, query) that are no negatives: the own query, and queries that list the passage."""
-        mine_B, columns = found.mine_B, len(found.q_CD)
-        keys = torch.arange(len(mine_B), device=mine_B.device) * columns + mine_B
-        if objective.mask_false_negatives:
-            b, k = equal_pairs(found.hashes_P[found.own_BG[:, 0]], found.all_known_K)
-            keys = torch.cat([keys, b * columns + found.all_owner_K[k]])
-        keys = torch.unique(keys)
-        return keys // columns, keys % columns
+        known_CK = found.all_known_CK if objective.mask_false_negatives else found.all_known_CK[:, :0]
+        positive_B = found.hashes_P[found.own_BG[:, 0]]
+        return Excluded(found.mine_B, torch.ones_like(found.mine_B), positive_B[:, None], known_CK)
+
+
+def _occurrences(known_BK: torch.Tensor, hashes_P: torch.Tensor) -> torch.Tensor:
+    """int64 of B: passages whose hash a query lists."""
+    listed_BK, sorted_P = known_BK.sort(1).values.contiguous(), hashes_P.sort().values
+    counts_BK = torch.searchsorted(sorted_P, listed_BK, right=True) - torch.searchsorted(sorted_P, listed_BK)
+    repeated_BK = F.pad(listed_BK[:, 1:] == listed_BK[:, :-1], (listed_BK.shape[1] and 1, 0))
+    return counts_BK.masked_fill(repeated_BK, 0).sum(1)
 
 
 def _prefix(x: torch.Tensor, width: int | None, normalize: bool) -> torch.Tensor:
@@ -176,7 +162,7 @@ def _prefix(x: torch.Tensor, width: int | None, normalize: bool) -> torch.Tensor
     return F.normalize(x[:, :width], dim=-1) if normalize else x[:, :width]
 
 
-def _one_width(q_BD, scale, found: Candidates, objective: Objective, pairs: _Pairs, width: int | None) -> Parts:
+def _one_width(q_BD, scale, found: Candidates, objective: Objective, hidden: _Hidden, width: int | None) -> Parts:
     q_BD = _prefix(q_BD, width, objective.normalize)
     p_PD = _prefix(found.p_PD, width, objective.normalize)
     x_BD = q_BD * scale
@@ -186,7 +172,7 @@ def _one_width(q_BD, scale, found: Candidates, objective: Objective, pairs: _Pai
     if objective.margin is not None:
         reach = s_BG[:, 0].abs() if objective.relative else scale
         limit_B = (s_BG[:, 0] + objective.margin * reach).detach()
-    hidden_BG = pairs.own_hidden_BG | ~present_BG
+    hidden_BG = hidden.own_hidden_BG | ~present_BG
     by_margin = torch.zeros((), dtype=torch.int64, device=q_BD.device)
     if limit_B is not None:
         over_BG = (s_BG > limit_B[:, None]) & ~hidden_BG
@@ -194,7 +180,7 @@ def _one_width(q_BD, scale, found: Candidates, objective: Objective, pairs: _Pai
         hidden_BG, by_margin = hidden_BG | over_BG, by_margin + over_BG.sum()
     o_B = torch.full_like(s_BG[:, 0], float("-inf"))
     if objective.in_batch:
-        o_B, over_B = linear_logsumexp(x_BD, p_PD, pairs.excluded, limit_B)
+        o_B, over_B = linear_logsumexp(x_BD, p_PD, hidden.excluded, limit_B, narrow=objective.narrow)
         o_B = o_B.masked_fill(found.own_only_B, float("-inf"))
         by_margin = by_margin + over_B.masked_fill(found.own_only_B, 0).sum()
     if objective.distillation == "m3_kd_loss":
@@ -203,7 +189,8 @@ def _one_width(q_BD, scale, found: Candidates, objective: Objective, pairs: _Pai
         loss_B = torch.logaddexp(o_B, s_BG.masked_fill(hidden_BG, float("-inf")).logsumexp(1)) - s_BG[:, 0]
     if objective.bidirectional:
         y_BD = p_PD[found.own_BG[:, 0]] * scale
-        back_B, _ = linear_logsumexp(y_BD, _prefix(found.q_CD, width, objective.normalize), pairs.reverse, limit_B)
+        c_CD = _prefix(found.q_CD, width, objective.normalize)
+        back_B, _ = linear_logsumexp(y_BD, c_CD, hidden.reverse, limit_B, narrow=objective.narrow)
         reverse_B = torch.logaddexp(back_B, s_BG[:, 0]) - s_BG[:, 0]
         loss_B = torch.where(found.own_only_B, loss_B, (loss_B + reverse_B) / 2)
     if objective.distillation == "kl_div":
@@ -211,8 +198,8 @@ def _one_width(q_BD, scale, found: Candidates, objective: Objective, pairs: _Pai
     if objective.distillation == "margin_mse":
         margins = (s_BG[:, :1] - s_BG[:, 1:]) / scale - (found.teacher_BG[:, :1] - found.teacher_BG[:, 1:])
         loss_B = loss_B + margins.square().mean(1)
-    negatives = pairs.others_B.sum() + present_BG[:, 1:].sum() - pairs.by_content - by_margin
-    return Parts(loss_B.mean(), negatives, pairs.by_content, by_margin, scale)
+    negatives = hidden.others_B.sum() + present_BG[:, 1:].sum() - hidden.by_content - by_margin
+    return Parts(loss_B.mean(), negatives, hidden.by_content, by_margin, scale)
 
 
 def _each_in_turn(s_BG, o_B, teacher_BG) -> torch.Tensor:

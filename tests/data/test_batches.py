@@ -85,8 +85,8 @@ def contrastive_batch(vocab_size: int) -> ContrastiveBatch:
     texts, _ = pack(helpers.random_texts([5, 70, 3, 3], vocab_size=vocab_size))
     hashes = torch.tensor([-(2**63), 2**63 - 1])
     return ContrastiveBatch(
-        texts=texts, queries=2, own_BG=torch.tensor([[0, -1], [1, -1]]), hashes_P=hashes, known_K=hashes[:0],
-        known_query_K=torch.tensor([0, 1]), own_only_B=torch.tensor([True, False]), rows_B=torch.tensor([7, 2**40]),
+        texts=texts, queries=2, own_BG=torch.tensor([[0, -1], [1, -1]]), hashes_P=hashes, known_BK=hashes[:, None],
+        own_only_B=torch.tensor([True, False]), rows_B=torch.tensor([7, 2**40]),
         teacher_BG=torch.tensor([[0.5, 0.0], [-1.0, 0.0]]),
     )  # fmt: skip
 

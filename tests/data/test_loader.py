@@ -92,7 +92,7 @@ def one_by_one(data, epochs, rows, seed, distill):
             texts, torch.from_numpy(words), torch.tensor(keys), torch.from_numpy(rows[order]), torch.tensor(masked)
         )
     passages, own, known, scores = [], [], [], []
-    for b, (epoch, row) in enumerate(zip(epochs.tolist(), rows.tolist(), strict=True)):
+    for epoch, row in zip(epochs.tolist(), rows.tolist(), strict=True):
         group = data.group(row)
         positive = int(mix64(seed, epoch, row, 1) % np.uint64(len(group.pos)))
         repeated = np.tile(np.arange(len(group.neg)), -(-3 // len(group.neg)) if len(group.neg) else 0)
@@ -101,16 +101,18 @@ def one_by_one(data, epochs, rows, seed, distill):
         own.append([len(passages) + i if i < len(taken) else -1 for i in range(4)])
         scores.append([group.pos_scores[positive], *group.neg_scores[drawn], *[0.0] * (4 - len(taken))])
         passages += taken
-        known += [(b, passage) for passage in group.pos]
+        known.append(list(group.pos))
 
     def hashes(prows):
         return torch.from_numpy(np.array([data.hashes(p) for p in prows]).view(np.int64))
 
     queries = [cut(data.group(row).query, 8, suffix) for row in rows]
+    longest = max(map(len, known))
     return ContrastiveBatch(
         texts=pack(queries + [cut(data.passage(p), 10, suffix) for p in passages])[0],
-        queries=len(rows), own_BG=torch.tensor(own), hashes_P=hashes(passages), known_K=hashes([p for _, p in known]),
-        known_query_K=torch.tensor([b for b, _ in known]), own_only_B=torch.from_numpy((rows >= 30) & (rows < 50)),
+        queries=len(rows), own_BG=torch.tensor(own), hashes_P=hashes(passages),
+        known_BK=torch.stack([hashes(row + row[-1:] * (longest - len(row))) for row in known]),
+        own_only_B=torch.from_numpy((rows >= 30) & (rows < 50)),
         rows_B=torch.from_numpy(rows), teacher_BG=torch.tensor(scores) if distill else None,
     )  # fmt: skip
 

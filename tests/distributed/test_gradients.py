@@ -180,7 +180,7 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     vectors = vectors[batch.texts.place_N]
     log_scale = torch.tensor([-np.log(TEMPERATURE)], dtype=torch.float64, requires_grad=True)
     own = [[c for c in row if c >= 0] for row in batch.own_BG.tolist()]
-    known = [set(batch.known_K[batch.known_query_K == b].tolist()) for b in range(GROUPS)]
+    known = [set(row) for row in batch.known_BK.tolist()]
     share = GROUPS // ranks
     sees, own_only = None, ()
     if case == "own_rank":

@@ -1,4 +1,4 @@
-"""The attention kernels as compiled for GPUs: no register may spill, and shared memory must suffice."""
+"""The kernels as compiled for GPUs: no register may spill, and shared memory must suffice."""
 
 from __future__ import annotations
 
@@ -49,3 +49,35 @@ def test_whole_texts_spill_nothing_either(window, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name in ("forward", "queries", "keys"):
         assert cost(name, 64, torch.float32, 90, Rule(causal=window is None, window=window)).spilled == 0
+
+
+def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:
+    """The kernels that pass over rows: what each is, the types of its pointers (`*` for others), its constants."""
+    from bge_ds.kernels import cross_entropy_triton, logsumexp_triton, segment_mean_triton
+
+    vocabulary = {"BIAS": True, "SUMS": True, "BLOCK": cross_entropy_triton._COLUMNS, "ROWS": cross_entropy_triton._ROWS}
+    contrast = {"LIMIT": True, "ROWS": logsumexp_triton._ROWS, "COLUMNS": logsumexp_triton._COLUMNS}
+    own, keys = {"*": TYPES[dtype]}, {f"{name}_ptr": "i64" for name in ("first", "count", "row_keys", "column_keys", "over")}
+    sums = {"target_ptr": "i64", "lse_ptr": "fp32", "loss_ptr": "fp32", "right_ptr": "i32", "sums_ptr": "fp32"}
+    return {
+        "cross entropy": (cross_entropy_triton._statistics, own | sums, vocabulary | {"num_warps": 8}),
+        "its gradient": (cross_entropy_triton._gradient, own | sums, vocabulary | {"num_warps": 8}),
+        "log-sum-exp": (logsumexp_triton._statistics, {"*": "fp32"} | keys, contrast | {"num_warps": 8}),
+        "means": (
+            segment_mean_triton._means, own | {"starts_ptr": "i32", "out_ptr": "fp32"},
+            {"ROWS": segment_mean_triton._ROWS, "FEATURES": segment_mean_triton._FEATURES, "num_warps": 4},
+        ),
+        "its weights": (
+            logsumexp_triton._weights, {"*": "fp32", "weights_ptr": TYPES[dtype]} | keys, contrast | {"num_warps": 8},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
+def test_passes_over_rows_spill_nothing(capability, dtype, tmp_path, monkeypatch):
+    """They are bound by memory: a spill is more of it, and two programs must fit a processor (128 registers at 8 warps)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, (kernel, pointers, constants) in kernels_over_rows(dtype).items():
+        found = ahead.compile_ahead(kernel, pointers, constants, capability)
+        assert found.spilled == 0 and found.registers <= 128 and found.shared <= 48 << 10, (name, found)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from test_linear_cross_entropy import inputs
 
 from bge_ds.kernels import linear_cross_entropy as module
+from bge_ds.kernels import products
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -91,7 +92,7 @@ def test_on_meta(dtype):
     loss, _ = linear_cross_entropy(x, w, torch.empty(5000, dtype=torch.int64, device="meta"), b)
     loss.backward()
     assert loss.dtype == torch.float32 and [t.grad.dtype for t in (x, w, b)] == [dtype] * 3
-    assert module._adds_in_fp32("meta", torch.bfloat16)
+    assert products._sums_in_fp32("meta", torch.bfloat16)
 
 
 def test_blocks_of_a_gpu():

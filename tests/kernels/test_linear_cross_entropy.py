@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bge_ds.kernels import linear_cross_entropy as module
-from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy, linear_logsumexp
+from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def inputs(rows, columns, width, dtype=torch.float64, bias=True):
@@ -80,58 +76,3 @@ def test_sixteen_bits(dtype):
     for mine, theirs in zip((x, w, b), reference, strict=True):
         assert mine.grad.dtype == dtype
         assert (mine.grad.double() - theirs.grad).abs().max() < 0.03 * theirs.grad.abs().max()
-
-
-def plain_logsumexp(x, w, pairs, limit):
-    logits = x @ w.T
-    out = torch.zeros_like(logits, dtype=torch.bool)
-    out[pairs] = True
-    over = torch.zeros_like(out) if limit is None else (logits > limit[:, None]) & ~out
-    return logits.masked_fill(out | over, float("-inf")).logsumexp(1), over.sum(1)
-
-
-@pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize("shape", [(1, 7, 3), (37, 101, 5), (64, 2, 16)])
-@pytest.mark.parametrize("block", [1, 250, 1 << 24])
-def test_logsumexp_equals_the_plain_matrix(monkeypatch, shape, block, limited):
-    """Any block size: values, counts and gradients with pairs excluded and a limit a row (fp64)."""
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(module, "_BLOCK_ROWS", 1)
-    (x, w, _), _ = inputs(*shape, bias=False)
-    generator = torch.Generator().manual_seed(1)
-    row = torch.randint(shape[0], (shape[0],), generator=generator).sort().values
-    col = torch.randint(1, shape[1], row.shape, generator=generator)  # column 0 stays: no row is empty
-    limit = (x @ w.T)[:, 0].detach() + 1e-9 if limited else None
-    ours, over = linear_logsumexp(x, w, (row, col), limit)
-    expected, expected_over = plain_logsumexp(x, w, (row, col), limit)
-    assert torch.allclose(ours, expected, rtol=1e-12) and torch.equal(over, expected_over)
-    assert not limited or over.any()
-    weights = torch.randn(shape[0], generator=generator, dtype=torch.float64)
-    for mine, theirs in zip(*(torch.autograd.grad(y, (x, w), weights) for y in (ours, expected)), strict=True):
-        assert (mine - theirs).abs().max() < 1e-12
-
-
-def test_a_row_without_columns():
-    """Everything excluded: minus infinity, and gradients of zero rather than NaN."""
-    (x, w, _), _ = inputs(2, 3, 4, bias=False)
-    pairs = torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2])
-    value, _ = linear_logsumexp(x, w, pairs)
-    assert value[0] == float("-inf") and value[1].isfinite()
-    dx, dw = torch.autograd.grad(torch.logaddexp(value, torch.ones_like(value)).sum(), (x, w))
-    assert not dx[0].any() and dx[1].any() and dw.isfinite().all()
-
-
-def test_memory_is_linear_in_rows_plus_columns():
-    """8,192 x 65,536 forward and backward in a process under 2 GB; its matrix of scores alone would be 2.1 GB in fp32."""
-    script = """
-import resource, torch
-from bge_ds.kernels.linear_cross_entropy import linear_logsumexp
-x, w = torch.randn(8192, 64, requires_grad=True), torch.randn(65536, 64, requires_grad=True)
-rows = torch.arange(8192)
-linear_logsumexp(x, w, (rows, rows * 8))[0].mean().backward()
-assert x.grad.isfinite().all() and w.grad.any()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=helpers.environment())
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 2000

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from contrastive_reference import reference_loss
 
-from bge_ds.kernels import linear_cross_entropy
+from bge_ds.kernels import linear_logsumexp as logsumexp_module
 from bge_ds.modeling import contrastive
-from bge_ds.modeling.contrastive import Candidates, Objective, Temperature, equal_pairs
+from bge_ds.modeling.contrastive import Candidates, Objective, Temperature
 
 OBJECTIVES = {
     "plain": Objective(),
@@ -51,20 +51,26 @@ def problem(queries=5, group=3, width=8, short=False, seed=0):
         p_PD=p.requires_grad_(),
         hashes_P=hashes,
         own_BG=own_BG,
-        known_K=torch.tensor([h for h, _ in known]),
-        owner_K=torch.tensor([b for _, b in known]),
+        known_BK=listed(known, queries),
         own_only_B=torch.zeros(queries, dtype=torch.bool),
         teacher_BG=torch.randn(queries, group, generator=generator, dtype=torch.float64),
     )
     q.requires_grad_()
     found.q_CD, found.mine_B = q, torch.arange(queries)
-    found.all_known_K, found.all_owner_K = found.known_K, found.owner_K
+    found.all_known_CK = found.known_BK
     return q, found
+
+
+def listed(known, queries):
+    """B x K: each query's hashes, the first repeated where it has fewer."""
+    rows = [[h for h, b in known if b == query] for query in range(queries)]
+    longest = max(map(len, rows))
+    return torch.tensor([row + row[:1] * (longest - len(row)) for row in rows])
 
 
 def both(q, found, scale, objective):
     own = [[c for c in row if c >= 0] for row in found.own_BG.tolist()]
-    known = [{int(h) for h, o in zip(found.known_K, found.owner_K, strict=True) if o == b} for b in range(len(q))]
+    known = [set(row) for row in found.known_BK.tolist()]
     expected = reference_loss(
         q, found.p_PD, own, found.hashes_P.tolist(), known, scale, objective,
         teacher=found.teacher_BG, own_only=set(found.own_only_B.nonzero().squeeze(-1).tolist()),
@@ -76,7 +82,7 @@ def both(q, found, scale, objective):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_is_its_formula(monkeypatch, name, block):
     """Loss, gradients of queries, passages and temperature, and the counts; with queries that see their own group only."""
-    monkeypatch.setattr(linear_cross_entropy, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(logsumexp_module, "_BLOCK_ELEMENTS", block)
     q, found = problem()
     found.own_only_B[1] = True
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
@@ -111,8 +117,7 @@ def test_duplicate_passages():
     """All passages alike in content: every query is left with its positive alone, the loss is 0 and nothing is NaN."""
     q, found = problem(4, 2)
     found.hashes_P = torch.full((8,), 7)
-    found.known_K, found.owner_K = torch.full((4,), 7), torch.arange(4)
-    found.all_known_K, found.all_owner_K = found.known_K, found.owner_K
+    found.known_BK = found.all_known_CK = torch.full((4, 1), 7)
     for objective in (Objective(), Objective(bidirectional=True)):
         parts = contrastive.loss(q, 5.0, found, objective)
         gradients = torch.autograd.grad(parts.loss, (q, found.p_PD))
@@ -129,14 +134,6 @@ def test_extra_columns_are_negatives():
     found.hashes_P = torch.cat([found.hashes_P, torch.arange(500, 506)])
     ours, (expected, *_) = both(q, found, 5.0, Objective())
     assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-
-
-def test_equal_pairs_finds_every_pair():
-    """Also repeated values on both sides, and signed 64-bit hashes (stored from unsigned ones)."""
-    left, right = torch.tensor([3, -5, 3, 8]), torch.tensor([-5, 3, 3, 9, -5])
-    m, n = equal_pairs(left, right)
-    found = sorted(zip(m.tolist(), n.tolist(), strict=True))
-    assert found == [(i, j) for i in range(4) for j in range(5) if left[i] == right[j]]
 
 
 def test_temperature_is_trained_on_its_logarithm():

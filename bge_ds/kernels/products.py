@@ -1,0 +1,58 @@
+"""Products of 16-bit matrices with fp32 sums, where a GPU's library makes them without a copy in between."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from bge_ds.kernels.triton_support import is_gpu
+
+
+class Narrow(NamedTuple):
+    """values times factor (fp32, 0-dim) is the tensor that was meant."""
+
+    values: torch.Tensor
+    factor: torch.Tensor
+
+
+def to_narrow(x: torch.Tensor, dtype: torch.dtype | None) -> Narrow:
+    """In a type of 16 bits, scaled by a power of two so that the largest magnitude is 1/2 to 1; None leaves it as it is."""
+    if dtype is None or dtype == x.dtype:
+        return Narrow(x.contiguous(), torch.ones((), dtype=torch.float32, device=x.device))
+    largest = x.detach().abs().amax().float() if x.numel() else torch.ones((), device=x.device)
+    factor = largest.clamp_min(1e-30).log2().ceil().exp2()
+    return Narrow((x / factor).to(dtype), factor)
+
+
+@cache
+def _sums_in_fp32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this torch gives a product of 16-bit matrices in fp32, alone or added to a matrix, out of the multiplication."""
+    try:
+        total, one = torch.zeros(16, 16, device=device_type), torch.zeros(16, 16, device=device_type, dtype=dtype)
+        torch.ops.aten.mm.dtype_out(one, one, torch.float32, out=total)
+        torch.ops.aten.addmm.dtype_out(total, one, one, torch.float32, out=total)
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def multiply(left_MK: torch.Tensor, right_KN: torch.Tensor, *, out: torch.Tensor) -> None:
+    """out = left right, in the type of `out`."""
+    if out.dtype == left_MK.dtype:
+        torch.mm(left_MK, right_KN, out=out)
+    elif is_gpu(out.device.type) and _sums_in_fp32(out.device.type, left_MK.dtype):
+        torch.ops.aten.mm.dtype_out(left_MK, right_KN, out.dtype, out=out)
+    else:
+        torch.mm(left_MK.to(out.dtype), right_KN.to(out.dtype), out=out)
+
+
+def add_product(total_VD: torch.Tensor, left_MV: torch.Tensor, right_MD: torch.Tensor) -> None:
+    """total += left^T right, in the total's type."""
+    if total_VD.dtype == right_MD.dtype:
+        total_VD.addmm_(left_MV.T, right_MD)
+    elif is_gpu(total_VD.device.type) and _sums_in_fp32(total_VD.device.type, right_MD.dtype):
+        torch.ops.aten.addmm.dtype_out(total_VD, left_MV.T, right_MD, torch.float32, out=total_VD)
+    else:
+        total_VD += left_MV.T @ right_MD
