@@ -225,6 +225,7 @@ def build(
             buffer.data = exact[name].to(buffer.device)
     _forget_empty_step(engine)
     _skip_what_is_not_finite(engine)
+    _read_norm_once(engine.optimizer)
     if engine.fp16_enabled() and not hasattr(engine.optimizer, "scale_if_loss"):
         _scale_losses(engine)
     timing.watch(deepspeed.comm.comm.cdb)
@@ -281,6 +282,23 @@ def _check_norm_first(engine, optimizer: torch.optim.Optimizer) -> None:
         take(closure)
 
     optimizer.step = step
+
+
+def _read_norm_once(optimizer) -> None:
+    """ZeRO 1 and 2: bring the norm of the gradient to the host as soon as it is known.
+
+    DeepSpeed looks at it again for each group of parameters; on a GPU, every look would wait for the update before it.
+    """
+    if not hasattr(optimizer, "scaled_global_norm"):
+        return
+    find = optimizer.scaled_global_norm
+
+    @functools.wraps(find)
+    def scaled_global_norm(*args, **kwargs):
+        norm = find(*args, **kwargs)
+        return norm.cpu() if isinstance(norm, torch.Tensor) else norm
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def _forget_empty_step(engine) -> None:

@@ -25,7 +25,6 @@ import transformers
 from torch import nn
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     LlamaConfig,
@@ -98,8 +97,9 @@ def _attention(
     return out[None], None
 
 
+# Without a mask function of its own: transformers then makes no mask at all, where it would first read back from the device
+# whether the positions of a decoder restart.
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def can_run_unpadded(config: PretrainedConfig) -> bool:
