@@ -145,7 +145,7 @@ def texts_of(lengths: list[int], vocabulary: int) -> list[np.ndarray]:
     return [generator.integers(5, vocabulary, length) for length in lengths]
 
 
-def groups(place: Place, queries: int, vocabulary: int) -> batches.ContrastiveBatch:
+def groups(place: Place, queries: int, vocabulary: int, max_tokens: int | None = None) -> batches.ContrastiveBatch:
     """Queries with their passages, lengths as in the sample (to 64 and 512 tokens)."""
     cap = place.size(512, 24)
     taken = list(itertools.islice(itertools.cycle(place.lengths["groups"]), queries))
@@ -156,6 +156,7 @@ def groups(place: Place, queries: int, vocabulary: int) -> batches.ContrastiveBa
     return batches.ContrastiveBatch(
         texts=packed, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
         own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
+        bounds=batches.chunk_bounds(packed.runs, None, max_tokens) if max_tokens else None,
     ).to(place.device)  # fmt: skip
 
 
@@ -257,8 +258,8 @@ def pieces(place: Place) -> None:
     small, large = place.size(256, 4), place.size(8192, 16)
     found = {}
     for queries in (small, large):
-        batch = groups(place, queries, config.vocab_size)
-        step = ours_finetuning(place, config, batch, sub_batch_tokens=place.size(65_536, 100))
+        batch = groups(place, queries, config.vocab_size, place.size(65_536, 100))
+        step = ours_finetuning(place, config, batch)
         found[queries] = place.measure(step, steps=1 if queries == large else 3, whole=True), batch.texts.tokens
         del step
     (peer, _), (ours, tokens) = found[small], found[large]

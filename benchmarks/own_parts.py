@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig
 
 from bge_ds.data import batches, order, shards
 from bge_ds.distributed import collectives
-from bge_ds.finetune import Share, contrastive_loss
+from bge_ds.finetune import contrastive_loss
 from bge_ds.modeling import contrastive
 from bge_ds.modeling.encoder import Encoder
 from bge_ds.modeling.flops import backbone_flops, linear_flops
@@ -132,7 +132,7 @@ def measure_loss(asked: dict) -> dict | None:
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(collectives.rank())
     batch, seconds = made_up_batch(asked["batch"], asked["group"]), []
-    shares = [Share(1, len(batch.hashes_P), 1)] * collectives.world_size()
+    shares = [batch.share] * collectives.world_size()
     for _ in range(asked["steps"]):
         vectors_ND = torch.randn(asked["batch"] * (1 + asked["group"]), asked["width"])
         vectors_ND = torch.nn.functional.normalize(vectors_ND, dim=-1).requires_grad_()

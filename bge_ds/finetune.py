@@ -9,7 +9,6 @@ import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ import torch
 from bge_ds import evaluation, ordering, preprocess, resuming, run
 from bge_ds.arguments import FinetuneArguments, parse
 from bge_ds.data import batches, records, shards
+from bge_ds.data.batches import Share
 from bge_ds.distributed import checkpoint, collectives, disk, gradcache, watch
 from bge_ds.distributed import engine as engines
 from bge_ds.distributed.timing import Pace
@@ -91,6 +91,7 @@ def train(args: FinetuneArguments) -> None:
         seed=order.seed, group_size=args.train_group_size,
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         own_only_spans=own_only_spans(data), distill=args.knowledge_distillation,
+        max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
     )  # fmt: skip
     save = partial(write_model, engine, tokenizer, args, data)
     evaluations = evaluation.prepare(
@@ -259,31 +260,12 @@ def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) ->
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-class Share(NamedTuple):
-    """What a rank brings to a micro batch: pieces that its texts are cut into, passages, hashes in its table of positives."""
-
-    pieces: int
-    passages: int
-    known: int
-
-    @classmethod
-    def of(cls, batch: batches.ContrastiveBatch, args: FinetuneArguments) -> Share:
-        return cls(len(bounds_of(batch, args)) - 1, len(batch.hashes_P), batch.known_BK.shape[1])
-
-
 def sizes_of(micro_batches: list[batches.ContrastiveBatch], args: FinetuneArguments, uniform: bool) -> list[int]:
     """The numbers of this rank's shares, which the others must know; none where they follow from the arguments."""
     in_pieces = args.sub_batch_size or args.sub_batch_tokens
     if uniform and not in_pieces and not args.bidirectional:
         return []
-    return [number for batch in micro_batches for number in Share.of(batch, args)]
-
-
-def bounds_of(batch: batches.ContrastiveBatch, args: FinetuneArguments) -> list[int]:
-    """Where this rank by itself would cut its texts into pieces: all in one, where none are asked for."""
-    if not (args.sub_batch_size or args.sub_batch_tokens):
-        return [0, batch.texts.place_N.numel()]
-    return batches.chunk_bounds(batch.texts.runs, args.sub_batch_size, args.sub_batch_tokens)
+    return [number for batch in micro_batches for number in batch.share]
 
 
 def backward(
@@ -294,9 +276,9 @@ def backward(
 
     shares: of every rank; None where their numbers are all this rank's own (`sizes_of`).
     """
-    texts, shares = batch.texts, shares or [Share.of(batch, args)] * collectives.world_size()
+    texts, shares = batch.texts, shares or [batch.share] * collectives.world_size()
     # Every rank makes as many passes as the one that needs most: under ZeRO-3 each forward is a collective.
-    bounds = batches.split_further(bounds_of(batch, args), max(share.pieces for share in shares))
+    bounds = batch.cut_into(max(share.pieces for share in shares))
     pieces = batches.split(texts, bounds)
     fixed_scale = torch.full((), 1 / args.temperature, device=texts.ids_T.device)
     parts: list[contrastive.Parts] = []

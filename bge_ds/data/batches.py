@@ -121,6 +121,14 @@ def _lay_out(ids_T: np.ndarray, lengths_N: np.ndarray, place_N: np.ndarray) -> P
     )
 
 
+class Share(NamedTuple):
+    """What a rank brings to a micro batch: pieces that its texts are cut into, passages, hashes in its table of positives."""
+
+    pieces: int
+    passages: int
+    known: int
+
+
 @dataclass
 class ContrastiveBatch(_Movable):
     """Queries and passages of B groups: `texts` holds the B queries first, then the P passages group by group.
@@ -129,6 +137,7 @@ class ContrastiveBatch(_Movable):
     hashes_P: int64, content hash of each passage. known_BK: the hashes of every positive that a query lists, drawn or not,
     which must never serve as its negative; K is the longest list's length, and shorter ones repeat their last.
     own_only_B: bool, queries of a set that takes no in-batch negatives. teacher_BG: fp32, the teacher's scores, or None.
+    bounds: where this rank by itself cuts the row of texts into pieces, [0, ..., B + P]; None for one piece.
     """
 
     texts: PackedTexts
@@ -139,6 +148,15 @@ class ContrastiveBatch(_Movable):
     own_only_B: torch.Tensor
     rows_B: torch.Tensor
     teacher_BG: torch.Tensor | None = None
+    bounds: list[int] | None = None
+
+    @property
+    def share(self) -> Share:
+        return Share(1 if self.bounds is None else len(self.bounds) - 1, len(self.hashes_P), self.known_BK.shape[1])
+
+    def cut_into(self, pieces: int) -> list[int]:
+        """`bounds` of as many pieces, which are this rank's own number or more."""
+        return split_further(self.bounds or [0, self.texts.place_N.numel()], pieces)
 
 
 @dataclass
@@ -146,8 +164,8 @@ class PretrainBatch(_Movable):
     """N texts with the word of each token, and a key a text from which every mask is computed.
 
     words_T: int64 word number of each token in its text. keys_N: int64, hash of (seed, epoch, row), in packed order.
-    masked_M: int64, the tokens of the row that the encoder must predict, rising: chosen where the batch is built, because
-    their number decides shapes, and a GPU that is asked for it keeps the loop waiting.
+    masked_M: int64, the tokens of the row that the encoder must predict, rising. They are chosen on the host, where the batch
+    is built: shapes depend on how many there are, and reading that number back from a GPU would stall the step.
     """
 
     texts: PackedTexts
@@ -262,11 +280,13 @@ def choose_groups(
 
 def collate_groups(
     shards, epochs_B, rows_B, *, seed: int, group_size: int, query_max_len: int, passage_max_len: int,
-    own_only_spans: tuple[tuple[int, int], ...] = (), distill: bool = False,
+    own_only_spans: tuple[tuple[int, int], ...] = (), distill: bool = False, max_texts: int | None = None,
+    max_tokens: int | None = None,
 ) -> ContrastiveBatch:  # fmt: skip
     """A `ContrastiveBatch` of the groups `rows_B` as visited in `epochs_B`.
 
     own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
+    max_texts, max_tokens: of a piece; both None for one piece.
     """
     suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
     pos, neg = shards.passage_rows(rows_B)
@@ -293,6 +313,7 @@ def collate_groups(
         own_only_B=torch.from_numpy(own_only_B),
         rows_B=torch.from_numpy(rows_B),
         teacher_BG=teacher_BG,
+        bounds=chunk_bounds(texts.runs, max_texts, max_tokens) if max_texts or max_tokens else None,
     )
 
 

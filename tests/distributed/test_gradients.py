@@ -102,6 +102,7 @@ for case, flags in cases.items():
             model.temperature = contrastive.Temperature(0.2)
         data, collate, options = shards.open_folder(data_path), batches.collate_groups, dict(
             group_size=3, query_max_len=16, passage_max_len=40, distill=args.knowledge_distillation,
+            max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
             own_only_spans=((0, 5),) if case == "own_only_set" else ())
     order = ordering.make_order(args, data)
     engine = engine_of(args, model, order)
@@ -116,7 +117,7 @@ for case, flags in cases.items():
         else:
             (_, sizes), = collectives.exchange_ahead(
                 [[batch]], lambda micros: finetune.sizes_of(micros, args, case != "bare_groups"), engine.device)
-            shares = [finetune.Share(*numbers) for numbers in sizes if numbers]
+            shares = [batches.Share(*numbers) for numbers in sizes if numbers]
             finetune.backward(engine, batch, args, finetune.objective_of(args), lambda piece: None, shares or None)
         if micro < accumulation - 1:
             engine.step()

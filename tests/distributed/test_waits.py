@@ -94,8 +94,8 @@ STEPS = 4
 ALLOWED = {
     # Whether the step counts: the norm of the gradient, at the end of the backward pass.
     "_local_scalar_dense at utils.py:is_invalid_grad_norm",  # DeepSpeed's own look at it, ZeRO 3
-    "cpu at engine.py:scaled_global_norm",  # ours, ZeRO 1 and 2
-    "_local_scalar_dense at engine.py:step",  # ours, ZeRO 0
+    "cpu at corrections.py:scaled_global_norm",  # ours, ZeRO 1 and 2
+    "_local_scalar_dense at corrections.py:step",  # ours, ZeRO 0
 }
 # The numbers of the step to come, sent before this one's work: they have arrived, in the host's own memory.
 AHEAD = "tolist at collectives.py:result"

@@ -19,7 +19,7 @@ from transformers import AutoModelForMaskedLM
 
 from bge_ds import finetune, pretrain
 from bge_ds.arguments import FinetuneArguments
-from bge_ds.data.batches import ContrastiveBatch, pack
+from bge_ds.data.batches import ContrastiveBatch, chunk_bounds, pack
 from bge_ds.modeling.contrastive import Temperature
 from bge_ds.modeling.encoder import FAMILIES, Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
@@ -84,17 +84,19 @@ class PlainEngine:
         return nullcontext()
 
 
-def contrastive_batch(queries: int, group: int) -> ContrastiveBatch:
+def contrastive_batch(queries: int, group: int, max_tokens: int | None) -> ContrastiveBatch:
     """Groups of texts of many lengths; the last one is short, and one query sees its own group only."""
     own_BG = torch.arange(queries * group).view(queries, group)
     own_BG[-1, 1:] = -1
     passages = queries * group - group + 1
     lengths = [3 + 5 * k % 17 for k in range(queries + passages)]
     hashes_P = torch.arange(passages)
+    texts, _ = pack(helpers.random_texts(lengths, vocab_size=60))
     return ContrastiveBatch(
-        texts=pack(helpers.random_texts(lengths, vocab_size=60))[0], queries=queries, own_BG=own_BG, hashes_P=hashes_P,
+        texts=texts, queries=queries, own_BG=own_BG, hashes_P=hashes_P,
         known_BK=hashes_P[own_BG[:, :1]].repeat(1, 2), own_only_B=torch.arange(queries) == 1, rows_B=torch.arange(queries),
         teacher_BG=torch.rand(queries, group),
+        bounds=chunk_bounds(texts.runs, None, max_tokens) if max_tokens else None,
     )  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def test_a_step_of_fine_tuning_never_waits(tmp_path, family, flags, precision):
     if args.learnable_temperature:
         model.temperature = Temperature(args.temperature)
     engine = PlainEngine(model.to("meta", torch.bfloat16 if args.bf16 else torch.float32).train())
-    batch = contrastive_batch(4, 3).to("meta", non_blocking=True)
+    batch = contrastive_batch(4, 3, args.sub_batch_tokens).to("meta", non_blocking=True)
     with NoHostData(), NoBlockingCopies():
         parts = finetune.backward(engine, batch, args, finetune.objective_of(args), lambda piece: None)
     assert parts.loss.device.type == "meta" and not parts.loss.shape
