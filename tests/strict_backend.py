@@ -80,16 +80,16 @@ for _name in MISSING:
     setattr(StrictGroup, _name, _refuse)
 
 
-def during(phase: str, function: Callable) -> Callable:
-    """The function; what is issued in it is recorded under that phase."""
+def within(stack: list[str], name: str, function: Callable) -> Callable:
+    """The function; while it runs, its name is on top of `stack` (`phases` or `_objects`), and recorded with what is issued."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        phases.append(phase)
+        stack.append(name)
         try:
             return function(*args, **kwargs)
         finally:
-            phases.pop()
+            stack.pop()
 
     return wrapped
 
@@ -105,18 +105,6 @@ def then(phase: str, function: Callable) -> Callable:
     return wrapped
 
 
-def _as_object(name: str, function: Callable) -> Callable:
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        _objects.append(name)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _objects.pop()
-
-    return wrapped
-
-
 def install() -> None:
     """Make the backend known and have bge_ds's runs use it; their phases: start, step, between, log, save, evaluate, end."""
     from bge_ds import evaluation, finetune, metrics, pretrain, resuming, run
@@ -124,13 +112,13 @@ def install() -> None:
 
     dist.Backend.register_backend("strict", StrictGroup, devices=["cpu"])
     for name in OBJECTS:
-        setattr(dist, name, _as_object(name, getattr(dist, name)))
+        setattr(dist, name, within(_objects, name, getattr(dist, name)))
     start = engine.start
     engine.start = lambda **given: start(**given | {"backend": "strict"})
     timing.Pace.begin = then("step", timing.Pace.begin)
     timing.Pace.end = then("between", timing.Pace.end)
-    metrics.Meter.read = during("log", metrics.Meter.read)
-    run.rates = during("log", run.rates)
-    resuming.Saver.save = during("save", resuming.Saver.save)
-    evaluation.Evaluator.__call__ = during("evaluate", evaluation.Evaluator.__call__)
-    finetune.finish, pretrain.publish = during("end", finetune.finish), during("end", pretrain.publish)
+    metrics.Meter.read = within(phases, "log", metrics.Meter.read)
+    run.rates = within(phases, "log", run.rates)
+    resuming.Saver.save = within(phases, "save", resuming.Saver.save)
+    evaluation.Evaluator.__call__ = within(phases, "evaluate", evaluation.Evaluator.__call__)
+    finetune.finish, pretrain.publish = within(phases, "end", finetune.finish), within(phases, "end", pretrain.publish)

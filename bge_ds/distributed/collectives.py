@@ -98,9 +98,8 @@ class _Exchange:
     """A few whole numbers of each rank on their way to all ranks; every rank brings as many."""
 
     def __init__(self, numbers: list[int], device: torch.device):
-        self.numbers, self.arrived = [numbers], None
+        self.own, self.table, self.arrived = numbers, None, None
         if world_size() == 1 or not numbers:
-            self.numbers = [numbers] * world_size()
             return
         on_gpu = device.type == "cuda"
         own = torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=True)
@@ -116,9 +115,9 @@ class _Exchange:
         """The numbers of each rank."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        if hasattr(self, "table"):
-            self.numbers = self.table.unflatten(0, (world_size(), -1)).tolist()
-        return self.numbers
+        if self.table is None:
+            return [self.own] * world_size()
+        return self.table.unflatten(0, (world_size(), -1)).tolist()
 
 
 def exchange_ahead(

@@ -110,19 +110,26 @@ def test_the_choice(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("way", ["flash", "fused"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (2, 20)])
-def test_a_gpus_ways_are_one_call_and_read_nothing_back(way, heads, head_dim):
+def test_a_gpus_ways_are_one_call_and_read_nothing_back(monkeypatch, way, heads, head_dim):
     """On the meta device, where every look at a value is an error: forward and backward, all settings, each one call."""
+    from bge_ds.kernels import attention_triton
+
     runs = LONG_RUNS
     tokens, texts = sum(n * length for n, length in runs), sum(n for n, _ in runs)
+    launched = []
+    monkeypatch.setattr(attention_triton, "launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     for causal, window, dropout in [(False, None, 0.1), (True, None, 0.0), (False, 5, 0.1), (True, 70, 0.1)]:
         dtype = torch.bfloat16 if way == "flash" else torch.float32
         q, k, v = (torch.empty(tokens, h, head_dim, device="meta", dtype=dtype).requires_grad_() for h in (4, heads, heads))
         cu_seqlens = torch.empty(texts + 1, device="meta", dtype=torch.int32)
         assert choose("meta", dtype, head_dim) == way
+        launched.clear()
         with CallCount() as calls:
             out = varlen_attention(q, k, v, cu_seqlens, runs, scale=0.3, causal=causal, window=window, dropout=dropout)
         assert out.shape == q.shape and sum("attention_forward" in name for name in calls.names) == (way == "flash")
+        assert len(launched) == (way == "fused")
         out.float().sum().backward()
+        assert len(launched) == (3 if way == "fused" else 0)  # forward, gradient of the queries, of keys and values
         assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 
 

@@ -6,12 +6,12 @@ The fused kernels run here in Triton's interpreter, on the CPU. Triton decides t
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import helpers
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -23,9 +23,8 @@ from bge_ds.kernels import blockwise_attention, masks, triton_support
 from bge_ds.kernels import decoder_attention as module
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
-PATH = "fused" if INTERPRETED else "torch"
+PATH = "fused" if interpreter.INTERPRETED else "torch"
 RUNS = [Run(1, 1), Run(2, 2), Run(2, 3), Run(2, 20), Run(1, 65), Run(1, 150)]
 
 
@@ -81,7 +80,7 @@ class Row:
             assert (mine.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-TYPES = [(torch.float32, 2e-6), (torch.float16, 3e-3)] + ([] if INTERPRETED else [(torch.float64, 1e-12)])
+TYPES = [(torch.float32, 2e-6), (torch.float16, 3e-3)] + ([] if interpreter.INTERPRETED else [(torch.float64, 1e-12)])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
@@ -167,7 +166,7 @@ def test_the_backward_has_the_forwards_dropout():
     row.assert_same(out, 2e-5, kept=[kept.double() / keep])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the way by torch alone")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="of the way by torch alone")
 @pytest.mark.parametrize("block", [1, 60, 700, 1 << 20])
 def test_any_block_gives_the_formula(monkeypatch, block):
     """In blocks of texts, heads and rows, with and without dropout, given the masks that were drawn (fp64)."""
@@ -180,7 +179,7 @@ def test_any_block_gives_the_formula(monkeypatch, block):
     row.assert_same(row.attend(dropout=0.4), 1e-12, kept=kept_masks(runs, 2, 0.4, seed=3, edge=1))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the way by torch alone")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="of the way by torch alone")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_of_a_long_text(dropout):
     """4,096 tokens with 12 heads, forward and backward, add less than 200 MB to a process; their scores are 805 MB."""
@@ -204,7 +203,7 @@ print(peak() - before)
     assert int(result.stdout) < 200
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of a process without the interpreter")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="of a process without the interpreter")
 def test_the_choice(monkeypatch):
     """On the CPU torch; fused where asked for without what it needs is an error that says what is missing."""
     assert choose("auto", "cpu") == "torch" and choose("torch", "cuda") == "torch"
@@ -223,7 +222,7 @@ def test_the_choice(monkeypatch):
     assert choose("fused", "cpu") == "fused" and choose("auto", "cpu") == "torch"
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="of the fused kernels: test_the_fused_kernels_in_the_interpreter runs it")
+@interpreter.only
 def test_fused_kernels_refuse_what_they_cannot():
     """fp64, wide heads, and bf16 in the interpreter (which multiplies its bits as integers) are errors, not results."""
     with pytest.raises(ValueError, match="float64 with 20 features a head; the fused kernels take float32, bfloat16, float16"):
@@ -234,13 +233,7 @@ def test_fused_kernels_refuse_what_they_cannot():
         Row([Run(1, 3)], dtype=torch.bfloat16).attend()
 
 
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@interpreter.runs_again
 def test_the_fused_kernels_in_the_interpreter():
     """Every test above holds for the fused kernels."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning", __file__]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=helpers.REPO, env={**helpers.environment(), "TRITON_INTERPRET": "1"}
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    interpreter.run_again(__file__, "-W", "error::RuntimeWarning")

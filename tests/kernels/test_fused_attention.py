@@ -6,12 +6,7 @@ has asked for it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
-import helpers
+import interpreter
 import pytest
 import torch
 from test_attention import reference
@@ -19,8 +14,6 @@ from test_attention import reference
 from bge_ds.data.batches import Run
 from bge_ds.kernels.attention import varlen_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="of the interpreter: test_in_the_interpreter runs it")
 RUNS = [Run(1, 1), Run(1, 2), Run(2, 3), Run(2, 5), Run(1, 64), Run(1, 65), Run(1, 150)]
 
 
@@ -52,7 +45,7 @@ class Row:
             assert (mine.double() - exact).abs().max() <= tolerance * exact.abs().max().clamp_min(1.0)
 
 
-@interpreted_only
+@interpreter.only
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 3, 65])
 @pytest.mark.parametrize("key_heads", [4, 2])
@@ -61,26 +54,26 @@ def test_equals_the_formula(key_heads, window, causal):
     Row(key_heads=key_heads).assert_same(2e-6, causal, window)
 
 
-@interpreted_only
+@interpreter.only
 @pytest.mark.parametrize("head_dim", [20, 32, 64, 80, 128, 256])
 def test_any_head_size(head_dim):
     """Heads of 20 to 256 features, one group of all heads; tiles are wider than a head that is no power of two."""
     Row([Run(2, 3), Run(1, 70)], key_heads=1, head_dim=head_dim).assert_same(4e-6, causal=head_dim % 64 == 0)
 
 
-@interpreted_only
+@interpreter.only
 def test_sixteen_bits():
     """fp16 inputs: products in 16 bits, sums in fp32."""
     Row([Run(2, 5), Run(1, 70)], dtype=torch.float16, head_dim=32).assert_same(4e-3, window=9)
 
 
-@interpreted_only
+@interpreter.only
 def test_a_text_out_of_order():
     """A last text shorter than those before it: places come from cu_seqlens, not from the order by length."""
     Row([Run(1, 70), Run(2, 9), Run(1, 33)]).assert_same(2e-6)
 
 
-@interpreted_only
+@interpreter.only
 def test_dropout_and_its_replay():
     """The share asked for is dropped, anew for each row and head; one seed gives one mask, in the backward as well.
 
@@ -108,11 +101,7 @@ def test_dropout_and_its_replay():
         assert (mine.double() - exact).abs().max() <= 2e-5 * exact.abs().max()
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton, and is the process that asks for it")
+@interpreter.runs_again
 def test_in_the_interpreter():
     """Every test above, with the kernels as they are."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning", __file__]
-    environment = {**helpers.environment(), "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPO, env=environment)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    interpreter.run_again(__file__, "-W", "error::RuntimeWarning")

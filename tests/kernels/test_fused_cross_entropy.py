@@ -6,12 +6,9 @@ has asked for it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
-import helpers
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +17,6 @@ from test_linear_cross_entropy import inputs
 from bge_ds.kernels import linear_cross_entropy as module
 from bge_ds.kernels import products
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="of the interpreter: test_in_the_interpreter runs it")
 
 
 def check(leaves, target, tolerance):
@@ -41,7 +35,7 @@ def check(leaves, target, tolerance):
         assert (mine.double() - other).abs().max() <= tolerance * max(other.abs().max(), 1e-2)
 
 
-@interpreted_only
+@interpreter.only
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 3), (37, 101, 5), (70, 300, 16)])
 def test_equals_the_plain_matrix(monkeypatch, shape, bias):
@@ -55,14 +49,14 @@ def test_equals_the_plain_matrix(monkeypatch, shape, bias):
     check(leaves, target, 1e-5)
 
 
-@interpreted_only
+@interpreter.only
 def test_sixteen_bits():
     """fp16: logits and their gradient in 16 bits, everything between in fp32."""
     leaves, target = inputs(37, 101, 32, dtype=torch.float16)
     check([leaves[0].detach().mul(0.2).requires_grad_(), *leaves[1:]], target, 4e-3)
 
 
-@interpreted_only
+@interpreter.only
 def test_ends_of_the_row_and_ties():
     """Targets in the first and the last column; a logit equal to the target's is no miss, as on the CPU."""
     x, w = torch.eye(3, requires_grad=True), torch.zeros(5, 3, requires_grad=True)
@@ -72,7 +66,7 @@ def test_ends_of_the_row_and_ties():
     assert torch.allclose(w.grad.sum(0), torch.zeros(3), atol=1e-6)
 
 
-@interpreted_only
+@interpreter.only
 def test_no_rows_and_frozen_inputs():
     """A step without a masked token is a loss of 0; only what asks for a gradient gets one."""
     (x, w, b), target = inputs(0, 5, 3, dtype=torch.float32)
@@ -104,11 +98,7 @@ def test_blocks_of_a_gpu():
         assert held <= 16_384 * columns * (2 + 4 + 4) / 8
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton, and is the process that asks for it")
+@interpreter.runs_again
 def test_in_the_interpreter():
     """Every test above, with the kernels as they are."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**helpers.environment(), "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPO, env=environment)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    interpreter.run_again(__file__)

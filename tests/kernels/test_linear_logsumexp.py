@@ -6,24 +6,22 @@ The GPU's kernels run in Triton's interpreter: Triton decides at its first impor
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import helpers
+import interpreter
 import pytest
 import torch
 
 from bge_ds.kernels import linear_logsumexp as module
 from bge_ds.kernels.linear_logsumexp import Excluded, equal_pairs, linear_logsumexp
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="of the interpreter: test_in_the_interpreter runs it")
 # The GPU's way takes no fp64: its sums of 16 to 300 products, and of up to 700 shares, are fp32.
 WAYS = [
     pytest.param(False, torch.float64, 1e-12, id="listed"),
-    pytest.param(True, torch.float32, 2e-5, id="fused", marks=interpreted_only),
+    pytest.param(True, torch.float32, 2e-5, id="fused", marks=interpreter.only),
 ]
 
 
@@ -78,7 +76,7 @@ def test_equals_the_plain_matrix(monkeypatch, shape, keys, block, limited, fused
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp_min(1)
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=interpreted_only)])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=interpreter.only)])
 def test_a_row_without_columns(fused):
     """Everything excluded: minus infinity, and gradients of zero rather than NaN."""
     x, w, *_ = problem(2, 3, 4, 0, 0, torch.float32)
@@ -90,7 +88,7 @@ def test_a_row_without_columns(fused):
     assert not dx[0].any() and dx[1].any() and dw.isfinite().all()
 
 
-@interpreted_only
+@interpreter.only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1.0, 1e3])
 def test_products_of_sixteen_bits(dtype, size):
@@ -112,7 +110,7 @@ def test_products_of_sixteen_bits(dtype, size):
         assert a.dtype == torch.float32 and (a - b).abs().max() <= 2 * step * b.abs().max()
 
 
-@interpreted_only
+@interpreter.only
 def test_what_is_not_finite_is_seen():
     """A NaN or an infinite logit of a pair that counts comes out: the step is then skipped, not taken with a wrong loss."""
     for bad in (float("nan"), float("inf")):
@@ -157,11 +155,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     assert int(result.stdout) < 2000
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton, and is the process that asks for it")
+@interpreter.runs_again
 def test_in_the_interpreter():
     """Every test above, with the kernels as they are."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not memory", __file__]
-    environment = {**helpers.environment(), "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPO, env=environment)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    interpreter.run_again(__file__, "-k", "not memory")

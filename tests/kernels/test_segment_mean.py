@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import ahead
-import helpers
+import interpreter
 import pytest
 import torch
 
 from bge_ds.data.batches import Run
 from bge_ds.kernels.segment_mean import segment_mean
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
 RUNS = [Run(2, 1), Run(3, 5), Run(1, 33), Run(1, 70)]
 
@@ -24,7 +20,7 @@ RUNS = [Run(2, 1), Run(3, 5), Run(1, 33), Run(1, 70)]
 @pytest.mark.parametrize("width", [3, 130])
 def test_equals_the_loop(width, dtype, tolerance):
     """Means and gradients: texts of one token and of more rows and features than a program takes at a time."""
-    if INTERPRETED and dtype == torch.float64:
+    if interpreter.INTERPRETED and dtype == torch.float64:
         pytest.skip("the kernel adds in fp32")
     lengths = [length for n, length in RUNS for _ in range(n)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -32,7 +28,7 @@ def test_equals_the_loop(width, dtype, tolerance):
     x = torch.randn(sum(lengths), width, dtype=torch.float64).to(dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
     expected = torch.stack([text.sum(0) / len(text) for text in exact.split(lengths)])
-    out = segment_mean(x, cu_seqlens, RUNS, fused=INTERPRETED)
+    out = segment_mean(x, cu_seqlens, RUNS, fused=interpreter.INTERPRETED)
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (out.double() - expected).abs().max() < tolerance
     weights = torch.randn(out.shape)
@@ -53,7 +49,7 @@ def test_on_meta():
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED or ahead.ptxas(80) is None, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(interpreter.INTERPRETED or ahead.ptxas(80) is None, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_no_register_spills(capability, tmp_path, monkeypatch):
     """This kernel and those of the vocabulary's loss, compiled for GPUs that are not here."""
@@ -71,12 +67,7 @@ def test_no_register_spills(capability, tmp_path, monkeypatch):
             assert found.spilled == 0 and found.shared <= 99 << 10, (kernel, element, found)
 
 
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@interpreter.runs_again
 def test_in_the_interpreter():
     """Every test above, with the kernel as it is."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**helpers.environment(), "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPO, env=environment)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    interpreter.run_again(__file__)
