@@ -5,20 +5,28 @@ Shapes: T tokens of N texts in one row, V columns (vocabulary), D features; a bl
 DupMAE (arXiv 2211.08769) makes a text's bag of words from the maxima of its tokens' vocabulary logits. Only the N x V maxima
 and the tokens they came from are kept; logits exist for one block of texts and columns at a time. The gradient of a
 maximum flows to the one token that reached it (the first, where several did), as torch's own does.
+
+On the CPU a block is a rectangle of texts of one length, small enough for its caches. On a GPU that would be a handful of small
+calls for each length; there a block is a stretch of whole texts and the whole vocabulary, one product and one Triton kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 
-from bge_ds.data.batches import Run
+from bge_ds.data.batches import Run, chunk_bounds
+from bge_ds.kernels.products import add_product
+from bge_ds.kernels.triton_support import takes
 
 # As in linear_cross_entropy: logits held at a time, and with them the rows of a block.
 _BLOCK_ELEMENTS = 1 << 22
 _BLOCK_ROWS = 2048
+# On a GPU: bytes of logits, or of their gradient, held at a time; one text at least.
+_GPU_BYTES = 512 << 20
 
 
 def _blocks(runs: list[Run], columns: int) -> Iterator[tuple[slice, slice, slice, int]]:
@@ -67,10 +75,60 @@ class _MaxLogits(torch.autograd.Function):
         return dx.to(x_TD.dtype), dw.to(w_VD.dtype), db, None
 
 
-def max_logits(x_TD: torch.Tensor, w_VD: torch.Tensor, bias_V: torch.Tensor | None, runs: list[Run]) -> torch.Tensor:
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, w_VD, bias_V, cu_seqlens, runs):
+        from bge_ds.kernels.max_logits_triton import maxima
+
+        x_TD, texts, columns = x_TD.contiguous(), len(cu_seqlens) - 1, len(w_VD)
+        out_NV = torch.empty(texts, columns, dtype=torch.float32, device=x_TD.device)
+        from_NV = torch.empty(texts, columns, dtype=torch.int32, device=x_TD.device)
+        ctx.chunks, ctx.most = _chunks(runs, columns * x_TD.dtype.itemsize)
+        held = x_TD.new_empty(ctx.most, columns)
+        for texts_of, rows in ctx.chunks:
+            logits = torch.mm(x_TD[rows], w_VD.T, out=held[: rows.stop - rows.start])
+            maxima(logits, cu_seqlens[texts_of.start : texts_of.stop + 1], out_NV[texts_of], from_NV[texts_of])
+        if bias_V is not None:
+            out_NV += bias_V
+        ctx.save_for_backward(x_TD, w_VD, from_NV, cu_seqlens)
+        ctx.bias_dtype = None if bias_V is None else bias_V.dtype
+        return out_NV
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NV):
+        from bge_ds.kernels.max_logits_triton import gradient
+
+        x_TD, w_VD, from_NV, cu_seqlens = ctx.saved_tensors
+        grad_NV, dx, dw = grad_NV.contiguous(), torch.empty_like(x_TD), torch.zeros_like(w_VD, dtype=torch.float32)
+        held = x_TD.new_empty(ctx.most, len(w_VD))
+        for texts_of, rows in ctx.chunks:
+            of_logits = held[: rows.stop - rows.start]
+            starts = cu_seqlens[texts_of.start : texts_of.stop + 1]
+            gradient(grad_NV[texts_of], from_NV[texts_of], starts, of_logits)
+            torch.mm(of_logits, w_VD, out=dx[rows])
+            add_product(dw, of_logits, x_TD[rows])
+        db = None if ctx.bias_dtype is None else grad_NV.sum(0).to(ctx.bias_dtype)
+        return dx, dw.to(w_VD.dtype), db, None, None
+
+
+def _chunks(runs: list[Run], row_bytes: int) -> tuple[list[tuple[slice, slice]], int]:
+    """(texts, their rows) of each chunk, and the rows of the largest."""
+    ends = [0, *accumulate(length for n, length in runs for _ in range(n))]
+    bounds = list(pairwise(chunk_bounds(runs, None, max(1, _GPU_BYTES // row_bytes))))
+    chunks = [(slice(*texts), slice(*(ends[text] for text in texts))) for texts in bounds]
+    return chunks, max(rows.stop - rows.start for _, rows in chunks)
+
+
+def max_logits(
+    x_TD: torch.Tensor, w_VD: torch.Tensor, bias_V: torch.Tensor | None, cu_seqlens: torch.Tensor, runs: list[Run], *,
+    fused: bool | None = None,
+) -> torch.Tensor:  # fmt: skip
     """N x V, at least fp32: the maximum of `x W^T + bias` over each text's rows.
 
-    runs: (texts, length) of neighbouring texts, in row order, together all T rows; every length is 1 or more.
-    Gradients flow to x, w and bias, once (no double backward).
+    cu_seqlens: N + 1. runs: (texts, length) of neighbouring texts, in row order, together all T rows; every length is 1 or
+    more. Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
     """
+    if takes(x_TD) if fused is None else fused:
+        return _Fused.apply(x_TD, w_VD, bias_V, cu_seqlens, runs)
     return _MaxLogits.apply(x_TD, w_VD, bias_V, runs)

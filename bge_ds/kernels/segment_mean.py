@@ -1,4 +1,4 @@
-"""The mean of each text's rows, of a row of texts end to end.
+"""The mean of each text's rows, of a row of texts end to end; and the way back, a text's vector at each of its rows.
 
 Shapes: T tokens of N texts in one row, D features.
 
@@ -45,3 +45,28 @@ def segment_mean(
     sizes = [n * length for n, length in runs]
     parts = zip(hidden_TD.split(sizes), runs, strict=True)
     return torch.cat([at_least_fp32(hidden.unflatten(0, run)).mean(1) for hidden, run in parts])
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, cu_seqlens, tokens):
+        ctx.save_for_backward(cu_seqlens)
+        return x_ND.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TD):
+        from bge_ds.kernels.segment_mean_triton import means
+
+        (cu_seqlens,) = ctx.saved_tensors
+        return (means(grad_TD, cu_seqlens) * cu_seqlens.diff()[:, None]).to(grad_TD.dtype), None, None
+
+
+def spread(x_ND: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, *, fused: bool | None = None) -> torch.Tensor:
+    """T x D: row n of x for each row of text n. tokens: T, known on the host. fused: as for `segment_mean`.
+
+    On a GPU the gradient is added up text by text, in fp32; autograd's own would scatter it, in an order that changes.
+    """
+    if takes(x_ND) if fused is None else fused:
+        return _Spread.apply(x_ND, cu_seqlens, tokens)
+    return x_ND.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=tokens)

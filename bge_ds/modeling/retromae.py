@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,6 +31,7 @@ from bge_ds.data.batches import PackedTexts, PretrainBatch, Run, spans
 from bge_ds.kernels import masks
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.dropout import Dropout
+from bge_ds.kernels.segment_mean import spread
 from bge_ds.modeling.encoder import position_ids, run_backbone
 from bge_ds.modeling.flops import attention_flops, backbone_flops, linear_flops
 from bge_ds.modeling.vocabulary import (
@@ -189,7 +191,7 @@ class RetroMAE(nn.Module):
         h_ND = prepared.hidden_TD[first]
         embedded_TD = embed(model, positions_T, ids_T=texts.ids_T)
         keys_TD = embedded_TD.index_copy(0, first, h_ND.to(embedded_TD.dtype))
-        h_MD = h_ND.repeat_interleave(prepared.inner_N, dim=0, output_size=inner_M.numel())
+        h_MD = spread(h_ND, F.pad(prepared.inner_N.cumsum(0), (1, 0)), inner_M.numel())
         if self.settings.decoder_query == "raw":
             query_MD = add_position(model, h_MD, positions_T[inner_M])
         else:
@@ -210,9 +212,9 @@ class RetroMAE(nn.Module):
         texts, inner_M, inner_N = batch.texts, prepared.inner_M, prepared.inner_N
         lengths_N = texts.cu_seqlens.diff()
         after_first = spans(texts.cu_seqlens[:-1].long() + 1, lengths_N - 1, texts.tokens - len(lengths_N))
-        best_NV = self.head(
-            prepared.hidden_TD.index_select(0, after_first), runs=[Run(n, length - 1) for n, length in texts.runs]
-        )
+        cu_seqlens = texts.cu_seqlens - torch.arange(len(texts.cu_seqlens), device=after_first.device)
+        shorter = cu_seqlens, [Run(n, length - 1) for n, length in texts.runs]
+        best_NV = self.head(prepared.hidden_TD.index_select(0, after_first), texts=shorter)
         text_M = torch.repeat_interleave(inner_N, output_size=inner_M.numel())
         held_NV = torch.zeros_like(best_NV, dtype=torch.bool)
         held_NV[text_M, texts.ids_T[inner_M]] = True

@@ -114,13 +114,16 @@ class VocabularyHead(nn.Module):
         output = model.get_output_embeddings()
         self.weight, self.bias = output.weight, output.bias
 
-    def forward(self, hidden_MD: torch.Tensor, target_M: torch.Tensor | None = None, runs: list[Run] | None = None):
+    def forward(
+        self, hidden_MD: torch.Tensor, target_M: torch.Tensor | None = None,
+        texts: tuple[torch.Tensor, list[Run]] | None = None,
+    ):  # fmt: skip
         """With targets: (sum of cross entropies, correct predictions) over M positions.
 
-        With runs, (texts, length) of neighbouring texts that together are the M positions: N x V, for every word of the
-        vocabulary its largest logit in each text.
+        With texts, which together are the M positions (cu_seqlens, and runs of neighbours of one length): N x V, for every
+        word of the vocabulary its largest logit in each text.
         """
         states_MD = self.transform(hidden_MD)
-        if runs is not None:
-            return max_logits(states_MD, self.weight, self.bias, runs)
+        if texts is not None:
+            return max_logits(states_MD, self.weight, self.bias, *texts)
         return linear_cross_entropy(states_MD, self.weight, target_M, self.bias)

@@ -53,13 +53,17 @@ def test_whole_texts_spill_nothing_either(window, tmp_path, monkeypatch):
 
 def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:
     """The kernels that pass over rows: what each is, the types of its pointers (`*` for others), its constants."""
-    from bge_ds.kernels import cross_entropy_triton, logsumexp_triton, segment_mean_triton
+    from bge_ds.kernels import cross_entropy_triton, logsumexp_triton, max_logits_triton, segment_mean_triton
 
     vocabulary = {"BIAS": True, "SUMS": True, "BLOCK": cross_entropy_triton._COLUMNS, "ROWS": cross_entropy_triton._ROWS}
     contrast = {"LIMIT": True, "ROWS": logsumexp_triton._ROWS, "COLUMNS": logsumexp_triton._COLUMNS}
     own, keys = {"*": TYPES[dtype]}, {f"{name}_ptr": "i64" for name in ("first", "count", "row_keys", "column_keys", "over")}
     sums = {"target_ptr": "i64", "lse_ptr": "fp32", "loss_ptr": "fp32", "right_ptr": "i32", "sums_ptr": "fp32"}
+    maxima = {"starts_ptr": "i64", "best_ptr": "fp32", "grad_ptr": "fp32", "from_ptr": "i32"}
+    words = {"COLUMNS": max_logits_triton._COLUMNS, "num_warps": 4}
     return {
+        "maxima": (max_logits_triton._maxima, own | maxima, words),
+        "their gradient": (max_logits_triton._gradient, own | maxima, words),
         "cross entropy": (cross_entropy_triton._statistics, own | sums, vocabulary | {"num_warps": 8}),
         "its gradient": (cross_entropy_triton._gradient, own | sums, vocabulary | {"num_warps": 8}),
         "log-sum-exp": (logsumexp_triton._statistics, {"*": "fp32"} | keys, contrast | {"num_warps": 8}),

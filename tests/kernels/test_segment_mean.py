@@ -1,16 +1,15 @@
-"""The mean of each text's rows against a loop over texts; the GPU's kernel in Triton's interpreter, on meta, and compiled."""
+"""The mean of each text's rows, and its vector at each row, against a loop over texts; the GPU's kernel in the interpreter."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-import ahead
 import interpreter
 import pytest
 import torch
 
 from bge_ds.data.batches import Run
-from bge_ds.kernels.segment_mean import segment_mean
+from bge_ds.kernels.segment_mean import segment_mean, spread
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
 RUNS = [Run(2, 1), Run(3, 5), Run(1, 33), Run(1, 70)]
@@ -43,28 +42,27 @@ def test_equals_the_loop(width, dtype, tolerance):
 def test_on_meta():
     """As a GPU would run it: one operation a row, nothing read back."""
     x = torch.empty(120, 8, device="meta", dtype=torch.bfloat16).requires_grad_()
-    out = segment_mean(x, torch.empty(8, device="meta", dtype=torch.int32), RUNS)
-    out.sum().backward()
+    cu_seqlens = torch.empty(8, device="meta", dtype=torch.int32)
+    out = segment_mean(x, cu_seqlens, RUNS)
+    spread(out, cu_seqlens, 120).sum().backward()
     assert out.shape == (7, 8) and x.grad.shape == x.shape and x.grad.dtype == torch.bfloat16
 
 
-@needs_triton
-@pytest.mark.skipif(interpreter.INTERPRETED or ahead.ptxas(80) is None, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_no_register_spills(capability, tmp_path, monkeypatch):
-    """This kernel and those of the vocabulary's loss, compiled for GPUs that are not here."""
-    from bge_ds.kernels import cross_entropy_triton as losses
-    from bge_ds.kernels import segment_mean_triton as means
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for element in ("bf16", "fp16", "fp32"):
-        pointers = {"starts_ptr": "i32", "out_ptr": "fp32", "target_ptr": "i64", "lse_ptr": "fp32", "loss_ptr": "fp32",
-                    "right_ptr": "i32", "sums_ptr": "fp32", "*": element}  # fmt: skip
-        blocks = {"ROWS": means._ROWS, "FEATURES": means._FEATURES, "num_warps": 4}
-        loss = {"BIAS": True, "SUMS": True, "BLOCK": losses._COLUMNS, "ROWS": losses._ROWS, "num_warps": 8}
-        for kernel, constants in ((means._means, blocks), (losses._statistics, loss), (losses._gradient, loss)):
-            found = ahead.compile_ahead(kernel, pointers, constants, capability)
-            assert found.spilled == 0 and found.shared <= 99 << 10, (kernel, element, found)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 2e-3)])
+def test_spread_equals_its_rows_repeated(dtype, tolerance):
+    """Each text's vector at each of its tokens, none for a text without tokens; gradients are sums over the tokens."""
+    if interpreter.INTERPRETED and dtype == torch.float64:
+        pytest.skip("the kernel adds in fp32")
+    lengths = [0, 1, 1, 0, 5, 33, 70]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    torch.manual_seed(0)
+    x = torch.randn(len(lengths), 130, dtype=torch.float64).to(dtype).requires_grad_()
+    out = spread(x, cu_seqlens, sum(lengths), fused=interpreter.INTERPRETED)
+    assert torch.equal(out, torch.cat([row.expand(length, -1) for row, length in zip(x, lengths, strict=True)]))
+    weights = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    expected = torch.stack([part.double().sum(0) for part in weights.split(lengths)])
+    (found,) = torch.autograd.grad(out, x, weights)
+    assert found.dtype == dtype and (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @interpreter.runs_again
