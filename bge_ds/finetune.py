@@ -23,7 +23,7 @@ from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import SkippedSteps
 from bge_ds.metrics import Meter
 from bge_ds.modeling import contrastive, export, lora
-from bge_ds.modeling.encoder import Encoder, check_lengths, load_config, say_how
+from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config, say_how
 from bge_ds.modeling.flops import backbone_flops
 
 _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cross_device", "use_inbatch_neg",
@@ -41,6 +41,7 @@ def train(args: FinetuneArguments) -> None:
     data = open_data(args, tokenizer)
     eval_sets = evaluation.open_sets(args)
     model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
+    check_vocabulary(model_config, tokenizer)
     check_lengths(model_config, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)

@@ -22,7 +22,15 @@ from bge_ds.divergence import SkippedSteps
 from bge_ds.kernels.decoder_attention import choose
 from bge_ds.metrics import Meter
 from bge_ds.modeling import export
-from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, load_backbone, load_config, say_how
+from bge_ds.modeling.encoder import (
+    Encoder,
+    build_backbone,
+    check_lengths,
+    check_vocabulary,
+    load_backbone,
+    load_config,
+    say_how,
+)
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 from bge_ds.modeling.vocabulary import check_kind
 
@@ -42,7 +50,9 @@ def train(args: PretrainArguments) -> None:
     model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
     check_kind(model_config)
     check_lengths(model_config, max_seq_length=args.max_seq_length)
-    check_vocabulary(model_config, tokenizer, args)
+    check_vocabulary(model_config, tokenizer)
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"the tokenizer of {args.tokenizer_name or args.model_name_or_path} has no mask token")
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
     taken = resuming.take_up(args)
@@ -161,15 +171,6 @@ def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
     if "max_seq_length" not in args.explicit:
         args.max_seq_length = data.manifest["max_seq_length"]
     return data
-
-
-def check_vocabulary(config, tokenizer, args: PretrainArguments) -> None:
-    if tokenizer.mask_token_id is None:
-        raise ValueError(f"the tokenizer of {args.tokenizer_name or args.model_name_or_path} has no mask token")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer knows {len(tokenizer)} tokens and the model embeds {config.vocab_size}; they do not belong together"
-        )
 
 
 def make_model(args: PretrainArguments, config, tokenizer, data: shards.PretrainShards) -> RetroMAE:

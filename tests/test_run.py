@@ -157,18 +157,20 @@ def test_bad_lines_reach_the_person_with_file_and_line(capsys, tmp_path, groups,
     assert not (tmp_path / "out").exists() and not list((tmp_path / "cache").rglob("manifest.json"))
 
 
-def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_bert_path):
-    """A tokenizer with more tokens than the model embeds would index past the matrix."""
+@pytest.mark.parametrize(("command", "length"), [(pretrain, "max_seq_length"), (finetune, "passage_max_len")])
+def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_bert_path, command, length):
+    """A tokenizer with more tokens than the model embeds would index past the matrix: on a GPU, the end of the process."""
     import helpers
 
     small = helpers.make_model("bert", tmp_path / "small", vocab_size=50)
-    (tmp_path / "texts.jsonl").write_text('{"text": "the quick brown fox"}\n' * 3)
+    line = {"text": "the quick brown fox", "query": "fox", "pos": ["the quick brown fox"], "neg": ["a dog"]}
+    (tmp_path / "texts.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
     line = error_of(
-        capsys, pretrain.main, "--output_dir", tmp_path / "out", "--train_data", tmp_path / "texts.jsonl",
-        "--model_name_or_path", small, "--tokenizer_name", tiny_bert_path, "--max_seq_length", "40",
-        "--cache_dir", tmp_path / "cache",
+        capsys, command.main, "--output_dir", tmp_path / "out", "--train_data", tmp_path / "texts.jsonl",
+        "--model_name_or_path", small, "--tokenizer_name", tiny_bert_path, "--cache_dir", tmp_path / "cache",
+        f"--{length}", "40",
     )  # fmt: skip
-    assert "the model embeds 50" in line
+    assert f"{small} embeds 50" in line
 
 
 def test_a_budget_that_holds_no_whole_text_is_refused(capsys, tmp_path, tiny_bert_path):

@@ -9,7 +9,9 @@ tensors where they arrive: in the thread that pins memory where there is a GPU, 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
@@ -56,6 +58,15 @@ def _follow_rank(_: int) -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def _end_workers() -> None:
+    """At the interpreter's end, what a run that failed has left of them: Python would ask by SIGTERM, and wait without end."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is gone
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def steps(
     folders: list[Path],
     order: Line | TokenOrder,
@@ -77,6 +88,9 @@ def steps(
     workers: processes that build batches, 0: the caller's own. prefetch: steps that each worker is ahead (None: 2).
     pin_memory: tensors lie in page-locked memory, from which a GPU copies while it computes. context: start method.
     """
+    if workers:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
     dataset = StepDataset(folders, order, (accumulation, rank, world), partial(collate, **collate_options))
     return DataLoader(
         dataset,

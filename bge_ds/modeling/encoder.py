@@ -139,6 +139,16 @@ def check_lengths(config: PretrainedConfig, **lengths: int) -> None:
             )
 
 
+def check_vocabulary(config: PretrainedConfig, tokenizer) -> None:
+    """ValueError where the tokenizer can give ids without an embedding in the model: on a GPU they would abort the process."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {len(tokenizer)} tokens and {config.name_or_path or 'the model'} embeds {config.vocab_size}: "
+            "they do not belong together; name the model's own tokenizer, or enlarge the model by transformers' "
+            "resize_token_embeddings and save it"
+        )
+
+
 def load_config(name_or_path: str, **options) -> PretrainedConfig:
     """`AutoConfig.from_pretrained`, which asks nobody whether to run code of the model's own: it is not run."""
     return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **options)

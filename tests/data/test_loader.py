@@ -208,3 +208,30 @@ def test_workers_end_with_a_killed_rank():
         while worker.exists() and worker.read_text().rpartition(")")[2].split()[0] != "Z":
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from bge_ds.data import batches, loader
+from bge_ds.data.order import Order
+
+folder = Path(sys.argv[1])
+order = Order(seed=3, spans=((0, 60),), global_batch=8)
+options = {"max_seq_length": 12, "encoder_share": 0.3}
+batches_of_steps = iter(loader.steps([folder], order, batches.collate_texts, first_step=0, end_step=50, accumulation=1, rank=0,
+                                     world=1, workers=2, pin_memory=False, seed=3, **options))
+next(batches_of_steps)
+raise RuntimeError("the step failed")
+"""
+
+
+def test_a_failed_run_ends_although_it_has_workers(folder):
+    """An error amid the steps ends the process with its words: workers ignore the SIGTERM by which Python would end them."""
+    if shards.open_folder(folder).manifest["kind"] == "finetune":
+        pytest.skip("the same for both kinds")
+    command = [sys.executable, "-c", FAILING, str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=helpers.environment(PYTHONPATH=str(helpers.REPO))
+    )
+    assert done.returncode == 1 and "the step failed" in done.stderr
