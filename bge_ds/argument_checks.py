@@ -40,7 +40,7 @@ _RANGES: dict[str, _Rule] = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "torch_empty_cache_steps"), _WHOLE),
     **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout", "join_timeout"), _WHOLE),
     **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
-    "per_device_train_tokens": _WHOLE,
+    **dict.fromkeys(("per_device_train_tokens", "token_bucket"), _WHOLE),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
     "max_nonfinite_steps": _NOT_NEGATIVE,
     "bow_loss_weight": _NOT_NEGATIVE,
@@ -292,6 +292,9 @@ def check_conflicts(args: Any) -> None:
         ("save_steps", "--save_strategy steps", saves and (args.save_strategy == "steps" or args.epochs_and_steps)),
         ("save_total_limit", "a --save_strategy other than no", saves),
         ("save_only_model", "a --save_strategy other than no", saves),
+        ("torch_compile_backend", "--torch_compile", args.torch_compile),
+        # Uncompiled, a row takes any number of tokens: a fuller one would only cost.
+        ("token_bucket", "--torch_compile", args.torch_compile),
         ("dataloader_prefetch_factor", "--dataloader_num_workers above 0", workers),
         ("dataloader_multiprocessing_context", "--dataloader_num_workers above 0", workers),
     ):

@@ -108,6 +108,15 @@ class TrainArguments:
     gradient_checkpointing_kwargs: dict | str | None = field(
         default=None, metadata={"help": 'JSON object, {"use_reentrant": true|false}; parsed, it is a dict'}
     )
+    torch_compile: bool = _flag(
+        False, "compile the layers of a backbone that runs without padding; off, as no GPU has measured a gain yet"
+    )
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] | None = _flag(
+        None, "with torch_compile: what compiles; unset: inductor; the others are for finding faults"
+    )
+    token_bucket: int | None = _flag(
+        None, "with torch_compile: rows are filled up to a multiple of so many tokens, each of which is compiled; unset: 1024"
+    )
     torch_empty_cache_steps: int | None = _flag(None, "give the GPU's cached memory back every so many steps; unset: never")
     use_cpu: bool = _flag(False, "train on the CPU even where there is a GPU")
 

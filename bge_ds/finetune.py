@@ -45,6 +45,7 @@ def train(args: FinetuneArguments) -> None:
     check_lengths(model_config, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
+    run.check_compilation(args, model_config, device)
     taken = resuming.take_up(args)
     torch.manual_seed(args.seed)
     with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
@@ -57,6 +58,7 @@ def train(args: FinetuneArguments) -> None:
     if args.learnable_temperature:
         model.temperature = contrastive.Temperature(args.temperature)
     freeze_and_checkpoint(model.backbone, args)
+    run.compile_layers(args, model.backbone)
     order = ordering.make_order(args, data)
     plan = run.StepPlan.make(args, order)
     uniform = not has_bare_groups(data)

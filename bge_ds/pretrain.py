@@ -55,10 +55,12 @@ def train(args: PretrainArguments) -> None:
         raise ValueError(f"the tokenizer of {args.tokenizer_name or args.model_name_or_path} has no mask token")
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
+    run.check_compilation(args, model_config, device)
     taken = resuming.take_up(args)
     choose(args.kernels, device.type)  # what cannot run here is said before anything is loaded
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
+    run.compile_layers(args, model.model.base_model)
     order = ordering.make_order(args, data)
     plan = run.StepPlan.make(args, order)
     engine, config = run.build_engine(args, model, plan)

@@ -28,7 +28,10 @@ from bge_ds.distributed.timing import Pace
 from bge_ds.divergence import Diverged, SkippedSteps
 from bge_ds.kernels import triton_support
 from bge_ds.metrics import RunLog, peak_memory, peak_rate, slow_precision
+from bge_ds.modeling import compilation
+from bge_ds.modeling.encoder import can_run_unpadded, unpadded_families
 
+TOKEN_BUCKET = 1024
 _OURS = ("metrics.jsonl", "runs", disk.LOCK)
 
 
@@ -216,6 +219,34 @@ class StepPlan:
             return False
         due = self._ends_epoch(step) if self.eval_epochs else step % self.eval_every == 0
         return step == self.total or (due and step >= self.eval_after - 1e-9)
+
+
+def check_compilation(args: TrainArguments, config: transformers.PretrainedConfig, device: torch.device) -> None:
+    """Refuse --torch_compile where it does not work, before anything is loaded."""
+    if not args.torch_compile:
+        return
+    if not can_run_unpadded(config):
+        raise ValueError(
+            f"--torch_compile: {config.model_type} is not one of the families that run without padding, and a padded batch "
+            f"has another shape at each step; leave it out, or take a model of {unpadded_families()}"
+        )
+    zero, source = configs.read_config(args.deepspeed)
+    if zero.get("zero_optimization", {}).get("stage", 0) >= 3:
+        # Measured with DeepSpeed 0.19.8 and torch 2.13: a graph ends at each module's hooks, and with gradient checkpointing
+        # or GradCache the second pass fails on weights that are sharded by then.
+        raise ValueError(
+            f"--torch_compile does not work at ZeRO 3 ({source}), which gathers and frees weights inside of the layers; take "
+            "--deepspeed zero2, or leave --torch_compile out"
+        )
+    if (why := compilation.obstacle(device.type, args.torch_compile_backend or "inductor")) is not None:
+        raise ValueError(f"--torch_compile: {why}, or leave --torch_compile out")
+
+
+def compile_layers(args: TrainArguments, backbone: torch.nn.Module) -> None:
+    """--torch_compile, before the engine is built around the model."""
+    if args.torch_compile:
+        bucket, backend = args.token_bucket or TOKEN_BUCKET, args.torch_compile_backend or "inductor"
+        compilation.compile_layers(backbone, token_bucket=bucket, backend=backend)
 
 
 def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):

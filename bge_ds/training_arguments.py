@@ -25,7 +25,7 @@ _HUB = "nothing is uploaded in this version; the finished folder can be pushed w
 _TRACKIO = "Trackio is not among the writers; choose from --report_to tensorboard, wandb, csv"
 _FSDP = "the engine is DeepSpeed; --deepspeed zero3 shards the parameters as FSDP does"
 _DDP = "gradients are reduced by DeepSpeed, not by DistributedDataParallel; see --deepspeed"
-_COMPILE = "the model is not compiled in this version: texts of every length share one row, so shapes change each step"
+_COMPILE = "--torch_compile compiles the layers as they are; where texts end changes each step, which CUDA graphs do not allow"
 _ACCELERATE = "accelerate is not used: DeepSpeed starts the ranks and the order of the data is computed from the seed"
 _LIGER = "Liger's kernels patch causal language models; --kernels auto|torch|fused chooses bge_ds's own"
 _OPTIMIZER = '--optim takes AdamW only; for another optimizer write the "optimizer" section of the DeepSpeed config'
@@ -46,7 +46,8 @@ _GROUPS: dict[str, str] = {
     "project trackio_space_id trackio_bucket_id trackio_static_space_id": _TRACKIO,
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap sharded_ddp": _FSDP,
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph": _DDP,
-    "torch_compile torch_compile_backend torch_compile_mode torchdynamo": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "torchdynamo": "it is called --torch_compile --torch_compile_backend BACKEND now",
     "accelerator_config dispatch_batches split_batches": _ACCELERATE,
     "use_liger_kernel liger_kernel_config": _LIGER,
     "optim_args optim_target_modules adafactor": _OPTIMIZER,
@@ -106,6 +107,7 @@ ACCEPTED: dict[str, tuple] = {
     "remove_unused_columns": (True,),
     "label_smoothing_factor": (0,),
     "past_index": (-1,),
+    "torch_compile_mode": (*_OFF, "default"),
     "log_on_each_node": (True,),
     "save_safetensors": (True,),
     "dataloader_in_order": (True,),

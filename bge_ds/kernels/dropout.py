@@ -53,10 +53,10 @@ class _Dropout(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, with its own masks on the CPU."""
+    """nn.Dropout, with its own masks on the CPU; compiled, it is torch's, fused with what surrounds it."""
 
     def forward(self, x):
-        if not self.training or x.device.type != "cpu" or not 0 < self.p < 1:
+        if torch.compiler.is_compiling() or not self.training or x.device.type != "cpu" or not 0 < self.p < 1:
             return F.dropout(x, self.p, self.training)
         return _Dropout.apply(x, self.p)
 

@@ -37,6 +37,7 @@ from bge_ds.kernels.attention import WAYS, choose, varlen_attention, why_slow
 from bge_ds.kernels.dropout import use_fast_dropout
 from bge_ds.kernels.segment_mean import segment_mean
 from bge_ds.kernels.triton_support import at_least_fp32
+from bge_ds.modeling.compilation import fill_up
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ FAMILIES = {
 }
 
 
+@torch.compiler.disable  # texts end elsewhere at each step: compiled in, it would be compiled again at each
 def _attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, is_causal=None, packed=None,
     **kwargs,
@@ -104,6 +106,10 @@ AttentionInterface.register(ATTENTION, _attention)
 
 def can_run_unpadded(config: PretrainedConfig) -> bool:
     return _family(config).unpadded
+
+
+def unpadded_families() -> str:
+    return ", ".join(sorted(name for name, family in FAMILIES.items() if family.unpadded))
 
 
 def _family(config: PretrainedConfig) -> Family:
@@ -239,8 +245,12 @@ def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | 
     config = backbone.config
     if config._attn_implementation != ATTENTION:
         return _run_padded(backbone, texts, ids_T)
+    tokens, bucket = texts.tokens, getattr(backbone, "token_bucket", None)
+    if bucket and backbone.training:
+        texts, ids_T = fill_up(texts, ids_T, bucket)
     positions = position_ids(config, texts)[None]
-    return backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **_no_cache(backbone)).last_hidden_state[0]
+    out = backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **_no_cache(backbone))
+    return out.last_hidden_state[0, :tokens]
 
 
 def _no_cache(backbone: nn.Module) -> dict[str, bool]:
@@ -336,8 +346,7 @@ def say_how(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) 
         facts = device.type, dtype, _head_dim(config)
         slow = why_slow(*facts)
         return f"without padding, {WAYS[choose(*facts)]}" + (f" (slow on a GPU: {slow})" if slow else "")
-    families = ", ".join(sorted(name for name, family in FAMILIES.items() if family.unpadded))
-    return f"padded ({config.model_type} is not one of the families that run without padding: {families})"
+    return f"padded ({config.model_type} is not one of the families that run without padding: {unpadded_families()})"
 
 
 def read_pooling(folder: Path) -> tuple[str, bool] | None:

@@ -13,6 +13,7 @@ import torch
 from bge_ds import evaluate
 from bge_ds.data.batches import chunk_bounds, pack, split
 from bge_ds.distributed import gradcache
+from bge_ds.modeling.compilation import compile_layers
 from bge_ds.modeling.encoder import Encoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -135,14 +136,24 @@ def test_pieces_train_as_the_whole(train, stage):
     assert [r["grad_norm"] for r in pieces] == pytest.approx([r["grad_norm"] for r in whole], rel=1e-4)
 
 
-@pytest.mark.parametrize("model", ["exact", "model"])
-def test_a_piece_embedded_again_has_its_dropout(setting, device, model):
+def test_compiled_layers_train_as_the_cpu(train, reference):
+    """--torch_compile, in pieces, with layers computed again: the losses and gradient norms of the CPU, uncompiled."""
+    found = train("finetune", torch_compile=True, token_bucket=256, sub_batch_size=12, gradient_checkpointing=True)
+    assert losses(found) == pytest.approx(losses(reference("finetune")), rel=1e-4)
+    for mine, theirs in zip(found, reference("finetune"), strict=False):
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("model", "compiled"), [("exact", False), ("model", False), ("model", True)])
+def test_a_piece_embedded_again_has_its_dropout(setting, device, model, compiled):
     """The gradient of pieces is that of the same pieces with one graph over all, their dropout seeded alike: a second forward
-    pass with other masks would give another."""
+    pass with other masks would give another. Compiled, the first pass is a graph of its own."""
     texts, _ = pack(helpers.random_texts([3, 20, 7, 7, 40, 12, 9]))
     bounds = chunk_bounds(texts.runs, 2, None)
     pieces = [piece.to(torch.device(device)) for piece in split(texts, bounds)]
     encoder = Encoder.load(str(setting / model), "mean").to(device).train()
+    if compiled:
+        compile_layers(encoder.backbone, token_bucket=64)
     scale = torch.tensor(20.0, device=device)
 
     def embed(k: int):

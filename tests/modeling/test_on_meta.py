@@ -20,6 +20,7 @@ from transformers import AutoModelForMaskedLM
 from bge_ds import finetune, pretrain
 from bge_ds.arguments import FinetuneArguments
 from bge_ds.data.batches import ContrastiveBatch, chunk_bounds, pack
+from bge_ds.modeling.compilation import fill_up
 from bge_ds.modeling.contrastive import Temperature
 from bge_ds.modeling.encoder import FAMILIES, Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
@@ -143,3 +144,12 @@ def test_a_value_read_back_is_an_error(tmp_path):
         torch.tensor([1.0, 2.0], device="meta")
     with NoBlockingCopies(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         torch.empty(3, device="meta").nonzero()
+
+
+def test_filling_a_row_up_never_waits():
+    """The sizes of the filler are known on the host: no value is read back, nothing is copied."""
+    texts = make_batch([12, 3, 7, 12, 2, 21]).texts.to("meta", non_blocking=True)
+    with NoHostData(), NoBlockingCopies():
+        filled, ids_T = fill_up(texts, texts.ids_T, 64)
+    assert ids_T.device.type == "meta" and ids_T.numel() == filled.tokens == 64
+    assert filled.cu_seqlens.shape == (8,) and filled.positions_T.shape == (64,)

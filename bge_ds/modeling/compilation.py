@@ -1,0 +1,94 @@
+"""A backbone's layers compiled by torch.compile, over rows filled up to a few sizes.
+
+Shapes: T tokens of N texts in one row.
+
+A compiled graph is made for one T, and T is another one at each step. So in training the row is filled up to a multiple of
+`token_bucket` tokens, by texts of their own that nobody reads, and each multiple that occurs is compiled once. Sizes are
+compiled as they are, not as symbols: the graph of a step then depends on that step alone, not on those before it, and a
+resumed run computes what the undisturbed one would.
+
+Each class of layers is compiled, not each layer: weights are inputs of its graphs, so all layers share them. Attention is
+left out of the graphs (`encoder._attention`): where its texts end differs at each step, whatever T is.
+Gradient checkpointing stays around the compiled layer, so that its second pass draws the same dropout.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from bge_ds.data.batches import PackedTexts, Run
+
+# Graphs that a piece of code may have; torch's limit is 8. There is one for each multiple of the bucket that occurs, with
+# and without gradients (GradCache has both), and for each kind of layer. Beyond, torch warns and runs further sizes plain.
+_GRAPHS = 128
+
+
+def fill_up(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[PackedTexts, torch.Tensor]:
+    """The texts and their ids with filler behind them, up to a multiple of `bucket` tokens.
+
+    The filler is texts of token 0, none longer than the longest of the row: no position is new, and no kernel's work grows
+    with the square of the filler. `place_N` does not name it. All sizes are known on the host: nothing waits for the device.
+    """
+    tokens, longest, device = texts.tokens, texts.max_length, ids_T.device
+    missing = -tokens % bucket
+    if not missing:
+        return texts, ids_T
+    whole, rest = divmod(missing, longest)
+    ends = torch.arange(tokens + longest, tokens + missing + longest, longest, dtype=torch.int32, device=device)
+    ids_T = F.pad(ids_T, (0, missing))
+    filled = PackedTexts(
+        ids_T=ids_T,
+        positions_T=torch.cat([texts.positions_T, torch.arange(missing, device=device) % longest]),
+        cu_seqlens=torch.cat([texts.cu_seqlens, ends.clamp_max(tokens + missing)]),
+        place_N=texts.place_N,
+        runs=[*texts.runs, *(run for run in (Run(whole, longest), Run(1, rest)) if run.texts and run.length)],
+    )
+    return filled, ids_T
+
+
+def compile_layers(backbone: nn.Module, *, token_bucket: int, backend: str = "inductor") -> None:
+    """Compile the layers of a backbone that runs without padding, in place, for training; they are run plain otherwise.
+
+    Names of modules and weights stay. The row of a step is filled up to a multiple of token_bucket (`run_backbone`).
+    """
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(backbone).__name__} has no layers that can be compiled one by one; leave --torch_compile out")
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, _GRAPHS)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 4 * _GRAPHS)
+    for layer in layers:
+        layer.__class__ = _compiled(type(layer), backend)
+    backbone.token_bucket = token_bucket
+
+
+@cache
+def _compiled(kind: type[nn.Module], backend: str) -> type[nn.Module]:
+    """A layer's class with a compiled forward. A subclass: transformers checkpoints what is outermost of a layer."""
+    stock = kind.forward
+    compiled = torch.compile(stock, backend=backend, dynamic=False)
+
+    class Compiled(kind):
+        def forward(self, *args, **kwargs):
+            return (compiled if self.training else stock)(self, *args, **kwargs)
+
+    Compiled.__name__, Compiled.__qualname__ = kind.__name__, kind.__qualname__
+    return Compiled
+
+
+def obstacle(device_type: str, backend: str = "inductor") -> str | None:
+    """Why a backend cannot compile for devices of this type, in words; None where nothing speaks against it."""
+    if backend != "inductor":
+        return None
+    if device_type != "cpu":
+        return None if find_spec("triton") else "the triton package is not installed; install it"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"there is no C++ compiler {compiler!r}; install one, or set CXX"
