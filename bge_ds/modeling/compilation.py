@@ -20,6 +20,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
