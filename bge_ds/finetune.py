@@ -113,6 +113,7 @@ def train(args: FinetuneArguments) -> None:
     pace.begin()
     told = collectives.exchange_ahead(batches_of_steps, lambda micros: sizes_of(micros, args, uniform), device)
     for step, (micro_batches, sizes_R) in enumerate(told, start=first_step + 1):
+        pace.loaded()
         learning_rate = engine.get_lr()[0]
         parts = []
         for micro, batch in enumerate(micro_batches):

@@ -102,6 +102,7 @@ def train(args: PretrainArguments) -> None:
     over_all = args.average_tokens_across_devices
     counted = collectives.exchange_ahead(batches_of_steps, count_targets if over_all else lambda _: [], device)
     for step, (micro_batches, counts_R) in enumerate(counted, start=first_step + 1):
+        pace.loaded()
         learning_rate = engine.get_lr()[0]
         micro_batches = [batch.to(device) for batch in micro_batches]
         targets = divisors(micro_batches, counts_R if over_all else None)

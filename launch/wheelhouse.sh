@@ -23,7 +23,7 @@ version=${2:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ready=(annotated-types einops ir-measures msgpack ninja orjson psutil py-cpuinfo pydantic pydantic-core pytrec-eval-terrier
        typing-inspection xxhash zstandard ${WITH:-})
 # Source alone, of Python alone: built here.
-source=(deepspeed hjson)
+to_build=(deepspeed hjson)
 
 target=(--python-version "$version" --implementation cp --abi "cp${version/./}" --abi abi3 --abi none)
 for tag in 2_28 2_27 2_24 2_17 2_12 2_5; do target+=(--platform "manylinux_${tag}_x86_64"); done
@@ -31,7 +31,7 @@ target+=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platf
 
 # Environment markers of constraints.txt are those of the Python that runs pip: only the versions of what is fetched matter.
 "$python" -m pip download -q --no-deps --only-binary=:all: "${target[@]}" -c "$root/constraints.txt" -d "$folder" "${ready[@]}"
-DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps -c "$root/constraints.txt" -w "$folder" "${source[@]}"
+DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps -c "$root/constraints.txt" -w "$folder" "${to_build[@]}"
 "$python" -m pip wheel -q --no-deps -w "$folder" "$root"
 
 echo "$(du -sm "$folder" | cut -f1) MiB in $folder for Python $version; on the other machine, which has torch and transformers:"

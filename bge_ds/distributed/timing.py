@@ -116,7 +116,8 @@ def watch(backend) -> None:
 class Pace:
     """The time of steps, of this rank and of all; `say` is told which rank is slow.
 
-    A step's time is from `begin` to `end`. What of it is not spent in collectives is the rank's own: loading, computing.
+    A step's time is from `begin` to `end`. What of it is not spent in collectives is the rank's own: loading, to `loaded`, and
+    computing.
     """
 
     def __init__(self, device: torch.device, say: Callable[[str], None] = lambda words: None):
@@ -128,12 +129,16 @@ class Pace:
         self.clear()
 
     def clear(self) -> None:
-        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+        self.seconds, self.loading, self.steps, self.tokens = 0.0, 0.0, 0, 0
         _counters.clear()
 
     def begin(self) -> None:
         self.began = time.perf_counter()
         _counters.active = True
+
+    def loaded(self) -> None:
+        """The step's batch is there."""
+        self.loading += time.perf_counter() - self.began
 
     def end(self, tokens: int) -> None:
         _counters.active = False
@@ -148,15 +153,16 @@ class Pace:
     def read(self) -> dict[str, float]:
         """What the log says of the steps since the last reading; on every rank. Seconds are a step's. Starts anew."""
         spent = min(_counters.read_seconds(), self.seconds)
-        own = torch.tensor([self.seconds, spent, self.seconds - spent, self.tokens], dtype=torch.float64, device=self.device)
-        table_R4 = own[None]
+        numbers = [self.seconds, spent, self.seconds - spent, self.tokens, self.loading]
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        table_R5 = own[None]
         if self.ranks > 1:
             rows = [torch.empty_like(own) for _ in range(self.ranks)]
             dist.all_gather(rows, own)
-            table_R4 = torch.stack(rows)
+            table_R5 = torch.stack(rows)
         steps = self.steps
         self.clear()
-        seconds_R, spent_R, own_R, tokens_R = table_R4.cpu().unbind(1)
+        seconds_R, spent_R, own_R, tokens_R, loading_R = table_R5.cpu().unbind(1)
         own_R = own_R / steps
         slowest, median = int(own_R.argmax()), float(own_R.median())  # of an even number, the lower of the middle two
         rates_R = tokens_R / seconds_R
@@ -167,6 +173,7 @@ class Pace:
             )
         return {
             "communication_share": float(spent_R.sum() / seconds_R.sum()),
+            "loader_share": float(loading_R.sum() / seconds_R.sum()),
             "slowest_rank": slowest,
             "slowest_rank_seconds": float(own_R[slowest]),
             "median_rank_seconds": median,

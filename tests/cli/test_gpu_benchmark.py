@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 
 import helpers
+import pytest
 
 
 def test_a_dry_run_leaves_a_row_of_each_part(tmp_path, tiny_tokenizer_path):
@@ -15,9 +18,9 @@ def test_a_dry_run_leaves_a_row_of_each_part(tmp_path, tiny_tokenizer_path):
     groups = tmp_path / "groups.jsonl"
     line = {"query": helpers.SENTENCES[0], "pos": [helpers.SENTENCES[1]], "neg": helpers.SENTENCES[2:4]}
     groups.write_text(json.dumps(line) + "\n")
-    own = [sys.executable, helpers.REPO / "benchmarks/own_gpu.py", "sample", tmp_path / "data", "--groups", groups]
+    own = [sys.executable, helpers.REPO / "benchmarks/gpu_sample.py", tmp_path / "data", "--groups", groups]
     subprocess.run([*own, "--model", tiny_tokenizer_path], check=True, env=helpers.environment(), capture_output=True)
-    environment = {**helpers.environment(), "PARTS": "rates nonsense kernels no_dropout profile"}
+    environment = {**helpers.environment(), "PARTS": "rates nonsense kernels no_dropout profile command"}
     command = [helpers.REPO / "benchmarks/gpu.sh", tmp_path / "out", "--data", tmp_path / "data", "--dry-run"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -25,17 +28,48 @@ def test_a_dry_run_leaves_a_row_of_each_part(tmp_path, tiny_tokenizer_path):
         rows = list(csv.DictReader(file))
     log = (tmp_path / "out/parts.log").read_text()
     whats = " ".join(row["what"] for row in rows)
-    for what in ("matrix rate", "decoder attention, L 20", "cross entropy", "contrastive loss", "fine-tuning", "profile"):
+    for what in (
+        "matrix rate",
+        "decoder attention, L 20",
+        "cross entropy",
+        "contrastive loss",
+        "fine-tuning",
+        "profile",
+        "the finetune command",
+        "the pretrain command",
+    ):
         assert what in whats, log[-3000:]
-    assert [row["note"] for row in rows if row["what"] == "nonsense"] == ["failed: ended with status 2"]
+    failed = {row["what"]: row["note"] for row in rows if row["note"].startswith("failed")}
+    assert failed == {"nonsense": "failed: ended with status 2"}, log[-3000:]
     assert (tmp_path / "out/profile.txt").is_file() and len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_the_limits_add_up_to_eight_minutes():
+    """A machine that is lent for a quarter of an hour must have time for a second run."""
+    script = (helpers.REPO / "benchmarks/gpu.sh").read_text()
+    limits = dict(re.findall(r"\[(\w+)\]=(\d+)", script))
+    parts = re.search(r"PARTS:-([\w ]+)\}", script).group(1).split()
+    assert sorted(limits) == sorted(parts) and sum(map(int, limits.values())) <= 480
+
+
+def test_a_peer_that_fails_leaves_our_row(tmp_path):
+    """sentence-transformers is not among the tests' packages: its rows say so, and ours are there."""
+    (tmp_path / "lengths.json").write_text(json.dumps({"groups": [[5, [7] * 8]]}))
+    if importlib.util.find_spec("sentence_transformers"):
+        pytest.skip("sentence-transformers is installed here")
+    command = [sys.executable, helpers.REPO / "benchmarks/own_gpu.py", "sentence_transformers", tmp_path / "gpu.csv"]
+    subprocess.run([*command, "--data", tmp_path, "--dry-run"], check=True, capture_output=True, env=helpers.environment())
+    with (tmp_path / "gpu.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["side"] == "bge_ds" and bool(row["seconds"]) for row in rows) == 2
+    assert all("No module named 'sentence_transformers'" in row["note"] for row in rows if row["side"] != "bge_ds")
 
 
 def test_a_wrong_start_is_refused(tmp_path):
     """Before anything is installed or measured."""
     script = helpers.REPO / "benchmarks/gpu.sh"
     for arguments, words in (
-        (["--data", tmp_path], "has no lengths.json; make it by benchmarks/own_gpu.py sample"),
+        (["--data", tmp_path], "has no lengths.json; make it by benchmarks/gpu_sample.py"),
         (["--fast"], "'--fast' is unknown; valid are --wheels FOLDER, --data FOLDER, --dry-run"),
     ):
         result = subprocess.run([script, tmp_path / "out", *arguments], capture_output=True, text=True)

@@ -55,6 +55,23 @@ def test_the_rank_that_others_wait_for_is_named(stage):
     assert words.startswith(f"rank 1 on {socket.gethostname()} is the slowest: {found['slowest_rank_seconds']:.2f} s a step")
 
 
+def test_waiting_for_the_loader_is_its_share_of_the_step():
+    """From the step's beginning to its batch; a loader that is too slow shows as such, and nothing of the one before counts."""
+    pace = timing.Pace(torch.device("cpu"))
+    for wait in (0.2, 0.0):
+        pace.begin()
+        time.sleep(wait)
+        pace.loaded()
+        time.sleep(0.2)
+        pace.end(1)
+    assert pace.read()["loader_share"] == pytest.approx(1 / 3, abs=0.05)
+    pace.begin()
+    pace.loaded()
+    time.sleep(0.1)
+    pace.end(1)
+    assert pace.read()["loader_share"] < 0.05
+
+
 def test_nothing_is_counted_between_steps():
     """A call outside of a step leaves no trace, one inside is counted with what its kind moves; alone, nothing moves."""
     pace = timing.Pace(torch.device("cpu"))
