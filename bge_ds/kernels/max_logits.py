@@ -78,13 +78,13 @@ class _MaxLogits(torch.autograd.Function):
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_VD, bias_V, cu_seqlens, runs):
-        from bge_ds.kernels.max_logits_triton import maxima
+        from bge_ds.kernels.max_logits_triton import maxima, room
 
         x_TD, texts, columns = x_TD.contiguous(), len(cu_seqlens) - 1, len(w_VD)
         out_NV = torch.empty(texts, columns, dtype=torch.float32, device=x_TD.device)
         from_NV = torch.empty(texts, columns, dtype=torch.int32, device=x_TD.device)
         ctx.chunks, ctx.most = _chunks(runs, columns * x_TD.dtype.itemsize)
-        held = x_TD.new_empty(ctx.most, columns)
+        held = room(ctx.most, columns, x_TD)
         for texts_of, rows in ctx.chunks:
             logits = torch.mm(x_TD[rows], w_VD.T, out=held[: rows.stop - rows.start])
             maxima(logits, cu_seqlens[texts_of.start : texts_of.stop + 1], out_NV[texts_of], from_NV[texts_of])
@@ -97,11 +97,11 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NV):
-        from bge_ds.kernels.max_logits_triton import gradient
+        from bge_ds.kernels.max_logits_triton import gradient, room
 
         x_TD, w_VD, from_NV, cu_seqlens = ctx.saved_tensors
         grad_NV, dx, dw = grad_NV.contiguous(), torch.empty_like(x_TD), torch.zeros_like(w_VD, dtype=torch.float32)
-        held = x_TD.new_empty(ctx.most, len(w_VD))
+        held = room(ctx.most, len(w_VD), x_TD)
         for texts_of, rows in ctx.chunks:
             of_logits = held[: rows.stop - rows.start]
             starts = cu_seqlens[texts_of.start : texts_of.stop + 1]
@@ -126,8 +126,8 @@ def max_logits(
 ) -> torch.Tensor:  # fmt: skip
     """N x V, at least fp32: the maximum of `x W^T + bias` over each text's rows.
 
-    cu_seqlens: N + 1. runs: (texts, length) of neighbouring texts, in row order, together all T rows; every length is 1 or
-    more. Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
+    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together all T rows; every length
+    is 1 or more. Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
     """
     if takes(x_TD) if fused is None else fused:
         return _Fused.apply(x_TD, w_VD, bias_V, cu_seqlens, runs)

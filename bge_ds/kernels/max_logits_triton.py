@@ -4,6 +4,10 @@ Shapes: N texts of a chunk, T tokens of them, V columns (vocabulary).
 
 A program takes some columns of one text and goes through its rows in their order, so that a maximum that several tokens reach
 is the first one's, and every element of the gradient is written once: the result is the same each time.
+
+Every row of logits begins at a multiple of 16 bytes, and the mask ends at one, so that a thread moves 16 bytes at once. With
+rows of exactly V columns (BERT's 30,522 in 16 bits are no such multiple) it would load single elements, each only after it
+has used the one before. The rows that come next are on their way from memory while one is compared.
 """
 
 from __future__ import annotations
@@ -14,38 +18,50 @@ import triton.language as tl
 
 from bge_ds.kernels.triton_support import launch
 
-_COLUMNS = 1024
+# Columns of a program, and rows of them in its shared memory. A row of logits is a multiple of _ALIGNED columns in memory.
+_COLUMNS, _STAGES, _ALIGNED = 1024, 8, 64
 
 
 @triton.jit
-def _maxima(logits_ptr, starts_ptr, best_ptr, from_ptr, width, COLUMNS: tl.constexpr):
+def _rows_of(starts_ptr, text):
+    """(the text's first row in the chunk, int64; how many it has)."""
+    start = tl.load(starts_ptr + text).to(tl.int64)
+    length = tl.load(starts_ptr + text + 1).to(tl.int64) - start
+    return start - tl.load(starts_ptr).to(tl.int64), length.to(tl.int32)
+
+
+@triton.jit
+def _maxima(
+    logits_ptr, starts_ptr, best_ptr, from_ptr, logits_row, width, COLUMNS: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     text, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    origin, start = tl.load(starts_ptr).to(tl.int64), tl.load(starts_ptr + text).to(tl.int64)
-    length = (tl.load(starts_ptr + text + 1).to(tl.int64) - start).to(tl.int32)
+    first, length = _rows_of(starts_ptr, text)
     best = tl.full([COLUMNS], float("-inf"), tl.float32)
     found = tl.zeros([COLUMNS], tl.int32)
-    for row in range(0, length):
-        x = tl.load(logits_ptr + (start - origin + row) * width + columns, mask=inside, other=0.0).to(tl.float32)
-        higher = (x > best) | (x != x)  # what is not a number must come out
+    for row in tl.range(0, length, num_stages=STAGES):
+        x = tl.load(logits_ptr + (first + row) * logits_row + columns, mask=columns < logits_row).to(tl.float32)
+        higher = (x > best) | ((x != x) & (best == best))  # the first that is not a number stays
         best, found = tl.where(higher, x, best), tl.where(higher, row, found)
     place = text.to(tl.int64) * width + columns
-    tl.store(best_ptr + place, best, mask=inside)
-    tl.store(from_ptr + place, found, mask=inside)
+    tl.store(best_ptr + place, best, mask=columns < width)
+    tl.store(from_ptr + place, found, mask=columns < width)
 
 
 @triton.jit
-def _gradient(grad_ptr, from_ptr, starts_ptr, out_ptr, width, COLUMNS: tl.constexpr):
+def _gradient(grad_ptr, from_ptr, starts_ptr, out_ptr, out_row, width, COLUMNS: tl.constexpr):
     text, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    origin, start = tl.load(starts_ptr).to(tl.int64), tl.load(starts_ptr + text).to(tl.int64)
-    length = (tl.load(starts_ptr + text + 1).to(tl.int64) - start).to(tl.int32)
+    first, length = _rows_of(starts_ptr, text)
     place = text.to(tl.int64) * width + columns
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
-    found = tl.load(from_ptr + place, mask=inside, other=0)
+    grad = tl.load(grad_ptr + place, mask=columns < width, other=0.0)
+    found = tl.load(from_ptr + place, mask=columns < width, other=0)
     for row in range(0, length):
         x = tl.where(found == row, grad, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (start - origin + row) * width + columns, x, mask=inside)
+        tl.store(out_ptr + (first + row) * out_row + columns, x, mask=columns < out_row)
+
+
+def room(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for the logits of a chunk, or for their gradient: rows x columns, each row followed by unused columns."""
+    return like.new_empty(rows, triton.cdiv(columns, _ALIGNED) * _ALIGNED)[:, :columns]
 
 
 def _grid(best_NV: torch.Tensor) -> tuple[int, int]:
@@ -55,17 +71,17 @@ def _grid(best_NV: torch.Tensor) -> tuple[int, int]:
 def maxima(logits_TV: torch.Tensor, starts: torch.Tensor, best_NV: torch.Tensor, from_NV: torch.Tensor) -> None:
     """Write each text's largest logits (fp32) and the token of the text that reached each (int32), into contiguous rows.
 
-    starts: N + 1, where the texts begin in a row of which the chunk's first is `starts[0]`. logits: contiguous.
+    logits: rows of `room`. starts: int32 of N + 1, where the texts begin in a row of which the chunk's first is `starts[0]`.
     """
     launch(
-        _maxima, _grid(best_NV), logits_TV, starts, best_NV, from_NV, best_NV.shape[1], on=logits_TV, COLUMNS=_COLUMNS,
-        num_warps=4,
+        _maxima, _grid(best_NV), logits_TV, starts, best_NV, from_NV, logits_TV.stride(0), best_NV.shape[1], on=logits_TV,
+        COLUMNS=_COLUMNS, STAGES=_STAGES, num_warps=4,
     )  # fmt: skip
 
 
 def gradient(grad_NV: torch.Tensor, from_NV: torch.Tensor, starts: torch.Tensor, out_TV: torch.Tensor) -> None:
-    """Write the gradient of the chunk's logits: that of a maximum (fp32) where it came from, 0 elsewhere."""
+    """Write the gradient of the chunk's logits, rows of `room`: that of a maximum (fp32) where it came from, 0 elsewhere."""
     launch(
-        _gradient, _grid(grad_NV), grad_NV, from_NV, starts, out_TV, grad_NV.shape[1], on=out_TV, COLUMNS=_COLUMNS,
-        num_warps=4,
+        _gradient, _grid(grad_NV), grad_NV, from_NV, starts, out_TV, out_TV.stride(0), grad_NV.shape[1], on=out_TV,
+        COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -212,7 +212,7 @@ class RetroMAE(nn.Module):
         texts, inner_M, inner_N = batch.texts, prepared.inner_M, prepared.inner_N
         lengths_N = texts.cu_seqlens.diff()
         after_first = spans(texts.cu_seqlens[:-1].long() + 1, lengths_N - 1, texts.tokens - len(lengths_N))
-        cu_seqlens = texts.cu_seqlens - torch.arange(len(texts.cu_seqlens), device=after_first.device)
+        cu_seqlens = texts.cu_seqlens - torch.arange(len(texts.cu_seqlens), dtype=torch.int32, device=after_first.device)
         shorter = cu_seqlens, [Run(n, length - 1) for n, length in texts.runs]
         best_NV = self.head(prepared.hidden_TD.index_select(0, after_first), texts=shorter)
         text_M = torch.repeat_interleave(inner_N, output_size=inner_M.numel())

@@ -59,8 +59,8 @@ def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:
     contrast = {"LIMIT": True, "ROWS": logsumexp_triton._ROWS, "COLUMNS": logsumexp_triton._COLUMNS}
     own, keys = {"*": TYPES[dtype]}, {f"{name}_ptr": "i64" for name in ("first", "count", "row_keys", "column_keys", "over")}
     sums = {"target_ptr": "i64", "lse_ptr": "fp32", "loss_ptr": "fp32", "right_ptr": "i32", "sums_ptr": "fp32"}
-    maxima = {"starts_ptr": "i64", "best_ptr": "fp32", "grad_ptr": "fp32", "from_ptr": "i32"}
-    words = {"COLUMNS": max_logits_triton._COLUMNS, "num_warps": 4}
+    maxima = {"starts_ptr": "i32", "best_ptr": "fp32", "grad_ptr": "fp32", "from_ptr": "i32"}
+    words = {"COLUMNS": max_logits_triton._COLUMNS, "STAGES": max_logits_triton._STAGES, "num_warps": 4}
     return {
         "maxima": (max_logits_triton._maxima, own | maxima, words),
         "their gradient": (max_logits_triton._gradient, own | maxima, words),
@@ -75,6 +75,17 @@ def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:
             logsumexp_triton._weights, {"*": "fp32", "weights_ptr": TYPES[dtype]} | keys, contrast | {"num_warps": 8},
         ),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
+def test_rows_of_maxima_come_ahead(capability, dtype, tmp_path, monkeypatch):
+    """All rows but one are on their way to shared memory while one is compared: the compiler does so for aligned rows only."""
+    from bge_ds.kernels.max_logits_triton import _COLUMNS, _STAGES
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = ahead.compile_ahead(*kernels_over_rows(dtype)["maxima"], capability)
+    assert found.shared >= (_STAGES - 1) * _COLUMNS * dtype.itemsize, found
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

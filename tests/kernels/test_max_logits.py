@@ -8,15 +8,17 @@ from itertools import pairwise
 import interpreter
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bge_ds.data.batches import Run
 from bge_ds.kernels import max_logits as module
+from bge_ds.kernels import products
 from bge_ds.kernels.max_logits import max_logits
 
-RUNS = [Run(2, 1), Run(1, 3), Run(5, 4), Run(1, 13)]
+RUNS = [Run(2, 1), Run(1, 2), Run(1, 3), Run(5, 4), Run(1, 13)]
 LENGTHS = [length for n, length in RUNS for _ in range(n)]
-STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
-# The GPU's way takes no fp64; its products of 8 features and sums over 42 rows are fp32.
+STARTS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+# The GPU's way takes no fp64; its products of 8 features and sums over 44 rows are fp32.
 WAYS = [
     pytest.param(False, torch.float64, 1e-12, id="blocks"),
     pytest.param(True, torch.float32, 1e-5, id="fused", marks=interpreter.only),
@@ -62,13 +64,38 @@ def test_the_first_of_equal_tokens(fused):
     assert (x.grad[first] == 5).all() and not x.grad[~first].any() and (w.grad == len(LENGTHS)).all()
 
 
-@interpreter.only
-def test_what_is_not_a_number_comes_out():
-    """A NaN anywhere in a text is its maximum, as it is torch's: a loss that hid it would train on."""
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=interpreter.only)])
+def test_what_is_not_a_number_comes_out(fused):
+    """A NaN anywhere in a text is its maximum, the first of them, as it is torch's: a loss that hid it would train on."""
     x, w, b = leaves(torch.float32)
-    x.data[5] = float("nan")
-    ours = max_logits(x, w, b, STARTS, RUNS, fused=True)
+    x.data[5:7] = float("nan")
+    ours = max_logits(x, w, b, STARTS, RUNS, fused=fused)
     assert ours.isnan().all(1).tolist() == [start <= 5 < end for start, end in pairwise(STARTS)]
+    ours.sum().backward()
+    assert x.grad[5].any() and not x.grad[4].any() and not x.grad[6].any()
+
+
+@interpreter.only
+def test_unused_columns_reach_nothing(monkeypatch):
+    """Rows of logits begin at multiples of 16 bytes; NaNs between them change neither maxima nor gradients."""
+    from bge_ds.kernels import max_logits_triton
+
+    rooms, room = [], max_logits_triton.room
+
+    def poisoned(*args):
+        rooms.append(room(*args))
+        rooms[-1]._base.fill_(float("nan"))
+        return rooms[-1]
+
+    def run():
+        leaves_ = leaves(torch.float32)
+        out = max_logits(*leaves_, STARTS, RUNS, fused=True)
+        return out, *torch.autograd.grad(out.square().sum(), leaves_)
+
+    expected = run()
+    monkeypatch.setattr(max_logits_triton, "room", poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    assert len(rooms) == 2 and all(held.stride(0) > held.shape[1] and held.stride(0) % 16 == 0 for held in rooms)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +123,39 @@ def test_no_bias(fused):
     assert x.grad.abs().max() > 0 and w.grad.abs().max() > 0
 
 
+class Calls(TorchDispatchMode):
+    """The names of all operations, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
-def test_on_meta():
-    """As a GPU would run it: a product and a kernel a chunk, whatever the lengths, and nothing read back."""
-    x, w, b = (torch.empty(*shape, dtype=torch.bfloat16, device="meta").requires_grad_() for shape in ((42, 8), (37, 8), (37,)))
-    out = max_logits(x, w, b, torch.empty(10, dtype=torch.int64, device="meta"), RUNS)
-    out.sum().backward()
-    assert out.shape == (9, 37) and out.dtype == torch.float32 and [t.grad.dtype for t in (x, w, b)] == [torch.bfloat16] * 3
+def test_calls_do_not_depend_on_lengths(monkeypatch):
+    """As a GPU would run it, on meta: texts of many lengths cost the calls of texts of few, one kernel each way a chunk."""
+    from bge_ds.kernels import max_logits_triton
+
+    products._sums_in_fp32("meta", torch.bfloat16)  # asked once a process: not one of the calls
+    found = []
+    for runs in (RUNS, [Run(len(LENGTHS) - 1, 4), Run(1, sum(LENGTHS) - 4 * len(LENGTHS) + 4)]):
+        calls = Calls()
+        monkeypatch.setattr(max_logits_triton, "launch", lambda kernel, *_, c=calls, **__: c.names.append(kernel.__name__))
+        shapes = ((sum(LENGTHS), 8), (37, 8), (37,))
+        x, w, b = (torch.empty(*shape, dtype=torch.bfloat16, device="meta").requires_grad_() for shape in shapes)
+        starts = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
+        with calls:
+            out = max_logits(x, w, b, starts, runs)
+            out.sum().backward()
+        assert out.shape == (len(LENGTHS), 37) and out.dtype == torch.float32
+        assert [t.grad.dtype for t in (x, w, b)] == [torch.bfloat16] * 3
+        found.append(calls.names)
+    assert found[0] == found[1] and found[0].count("_maxima") == found[0].count("_gradient") == 1
+    assert found[0].count("mm") == 2
 
 
 @interpreter.runs_again
