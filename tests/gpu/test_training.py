@@ -75,6 +75,13 @@ def test_tf32_is_set_and_is_near(train, reference, cuda):
     assert losses(found) == pytest.approx(losses(reference("pretrain")), rel=5e-3)
 
 
+def test_dupmae_by_the_kernels_is_dupmae_by_torch(train):
+    """The bag of words, text by text in a kernel, gives the losses and gradient norms of torch's own operations."""
+    found, expected = (train("pretrain", objective="dupmae", kernels=kernels) for kernels in ("auto", "torch"))
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
+    assert [r["grad_norm"] for r in found] == pytest.approx([r["grad_norm"] for r in expected], rel=1e-3)
+
+
 @BOTH
 def test_loader_workers_change_nothing(train, reference, command):
     """Worker processes, forked from one that holds a GPU, and page-locked memory bring the batches that the loop would make

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, ElectraForMaskedLM
 from bge_ds.data.batches import PretrainBatch, choose_masked, pack
 from bge_ds.data.order import mix64
 from bge_ds.kernels import masks
+from bge_ds.modeling import vocabulary
 from bge_ds.modeling.encoder import load_backbone
 from bge_ds.modeling.retromae import EnhancedDecoder, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 
@@ -175,6 +176,20 @@ def test_texts_of_8192_tokens_train(tmp_path):
     In a process of its own: the peak of one that ran other tests would hide what is asked.
     """
     helpers.run_ranks(LONG, 1, tmp_path)
+
+
+def test_bag_of_words_by_starts_is_that_by_runs(tmp_path, monkeypatch):
+    """A GPU's kernel finds the texts by cu_seqlens, the CPU by runs: both mean the texts without their first tokens."""
+    model, batch = make("bert", tmp_path, objective="dupmae"), make_batch([12, 3, 7, 12, 2, 21])
+    expected = model(batch)
+
+    def by_starts(x_TD, w_VD, bias_V, cu_seqlens, runs):
+        assert cu_seqlens.dtype == torch.int32
+        parts = (x_TD @ w_VD.T + bias_V).split(cu_seqlens.diff().tolist())
+        return torch.stack([part.amax(0) for part in parts])
+
+    monkeypatch.setattr(vocabulary, "max_logits", by_starts)
+    assert expected[2] > 0 and torch.allclose(model(batch), expected)
 
 
 def test_masked_words_alone(tmp_path):
