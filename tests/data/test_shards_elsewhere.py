@@ -1,4 +1,4 @@
-"""Shards are plain Arrow streams: `datasets` and `pyarrow` open them without bge_ds, as the README shows."""
+"""Shards are plain Arrow streams: `datasets` and `pyarrow` open them without bge_ds, as docs/data.md shows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_by(library: str, path) -> list[dict]:
 
 @pytest.mark.parametrize("library", ["datasets", "pyarrow"])
 def test_others_read_the_same_rows(folder, library):
-    """What the README promises: every passage, hash and group, by the files that the manifest lists."""
+    """What docs/data.md promises: every passage, hash and group, by the files that the manifest lists."""
     data = shards.open_folder(folder)
     files = {entry["table"]: folder / entry["file"] for entry in data.manifest["shards"]}
     passages, groups = open_by(library, files["passages"]), open_by(library, files["groups"])

@@ -1,0 +1,170 @@
+"""The documentation: the site builds without a warning, and what it says of flags, files and modules is there."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+from bge_ds import evaluate, preprocess
+from bge_ds.arguments import FinetuneArguments, PretrainArguments, parse
+from bge_ds.doctor import __main__ as doctor
+from bge_ds.training_arguments import ALIASES, REFUSED
+
+REPO = helpers.REPO
+PAGES = sorted((REPO / "docs").glob("*.md"))
+GUIDES = [REPO / "README.md", *PAGES]
+WRITTEN = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")] + PAGES
+COMMANDS = {
+    "pretrain": lambda: parse(PretrainArguments, ["--help"]),
+    "finetune": lambda: parse(FinetuneArguments, ["--help"]),
+    **{
+        f"preprocess {name}": lambda name=name: preprocess._parser().parse_args([name, "--help"])
+        for name in ("pretrain", "finetune", "merge", "inspect", "verify")
+    },
+    "evaluate": lambda: evaluate.main(["--help"]),
+    "doctor": lambda: doctor.parse(["--help"]),
+}
+# Flags of other programs that the pages show: launchers, mkdocs, and scripts of launch/ and benchmarks/.
+OF_OTHERS = {"num_gpus", "module", "nproc_per_node", "strict", "help"}
+PAGES_OF_OTHER_FLAGS = {"benchmarks.md", "flagembedding.md"}  # of the benchmarks' scripts, and of FlagEmbedding
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site. `--strict`: a link, anchor or page of the navigation that is not there fails the build."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(REPO)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def flags_of_help(command, capsys) -> set[str]:
+    """The flags that `--help` prints, by the names that they have with underscores."""
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    spelled = {flag for line in printed.splitlines() if re.match(r" {2}-", line) for flag in re.findall(r"--[a-z][\w-]*", line)}
+    return {flag.removeprefix("--").replace("-", "_") for flag in spelled} - {"help"}
+
+
+def test_every_page_is_built(site):
+    """No page is written and then left out of the site, and README is its start."""
+    built = {path.stem for path in site.glob("*.html")}
+    assert {path.stem for path in PAGES} <= built
+    assert {"index", "flags", "training-arguments", "contributing", "changelog", "security", "measuring"} <= built
+    assert "Two commands" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_site_loads_nothing_from_other_servers(site):
+    """The site is read on machines without a network: scripts, styles and pictures lie in it."""
+    for page in site.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)\b[^>]* src="([^"]+)"', text)
+        for link in re.findall(r"<link\b[^>]*>", text):
+            loaded += re.findall(r' href="([^"]+)"', link) if 'rel="stylesheet"' in link else []
+        assert loaded, page
+        assert not [source for source in loaded if "//" in source], page
+        assert [source for source in loaded if not (site / source.split("?")[0].lstrip("/")).is_file()] == [], page
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_is_in_the_reference(name, site, capsys):
+    """A flag that `--help` prints has an entry on the page of flags, which can therefore not go stale."""
+    page = html.unescape(re.sub(r"<[^>]+>", " ", (site / "flags.html").read_text(encoding="utf-8")))
+    shown = set(re.findall(r"--([a-z]\w*)", page))
+    flags = flags_of_help(COMMANDS[name], capsys)
+    assert flags or name == "preprocess verify"
+    off = {flag for flag in flags if flag.startswith("no_") and flag.removeprefix("no_") in flags}  # told once for all
+    assert flags - off - shown == set()
+
+
+def test_the_reference_says_what_help_says(site):
+    """Meaning, default and values on the page are those of the arguments, for a flag of each kind."""
+    page = (site / "flags.html").read_text(encoding="utf-8")
+    entries = {name: re.sub(r"<[^>]+>", " ", row) for name, row in re.findall(r'<tr id="([^"]+)">(.*?)</tr>', page, re.S)}
+    help_of = {f.name: f.metadata["help"] for f in FinetuneArguments.__dataclass_fields__.values() if f.metadata}
+    for name, value in (("learning_rate", "5e-05"), ("kd_loss_type", "margin_mse"), ("use_inbatch_neg", "True")):
+        entry = " ".join(html.unescape(entries[name]).split())
+        assert value in entry and help_of[name] in entry
+    assert "required" in entries["output_dir"] and "epoch" in entries["pretrain-save_strategy"]
+    assert "--normlized" in entries["normalize_embeddings"]
+
+
+@pytest.mark.parametrize("path", [path for path in GUIDES if path.name not in PAGES_OF_OTHER_FLAGS], ids=lambda path: path.name)
+def test_the_guides_name_real_flags_only(path, capsys):
+    """A flag that is renamed or removed in the code must be so in the guides, too."""
+    known = OF_OTHERS | set(ALIASES) | set(REFUSED)
+    known |= {flag for command in COMMANDS.values() for flag in flags_of_help(command, capsys)}
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)", path.read_text(encoding="utf-8")))
+    assert named - known == set()
+
+
+def test_the_readme_is_short():
+    """The README is read before anything else; what needs more room has a page."""
+    assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(REPO)))
+def test_links_lead_to_files(path):
+    """Links work in the repository, without the site: each relative one leads to a file or folder that is there."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    generated = {REPO / "docs/flags.md", REPO / "docs/training-arguments.md"}  # pages of the site alone
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("#"):
+            continue
+        found = Path(os.path.normpath(path.parent / target.split("#")[0]))
+        assert found.exists() or found in generated, f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_scripts_and_files_named_are_there(path):
+    """`launch/...`, `benchmarks/...` and `examples/...` in the text are files of the repository."""
+    written = {"launch/.deepspeed_env"}  # by the user
+    named = re.findall(r"(?<![\w/.])((?:launch|benchmarks|examples|docs)/[\w./-]*\w)", path.read_text(encoding="utf-8"))
+    assert [name for name in named if name not in written and not (REPO / name).exists()] == []
+
+
+def test_pictures_are_those_of_their_script():
+    """A picture changed by hand, or a script changed without drawing again, would leave the two apart."""
+    drawing = runpy.run_path(str(REPO / "docs/pictures/draw.py"))
+    for name, draw in drawing["PICTURES"].items():
+        assert (REPO / "docs/pictures" / name).read_text(encoding="utf-8") == draw().svg(), f"{name}: run docs/pictures/draw.py"
+
+
+def test_modules_of_the_drawings_and_the_map_are_there():
+    """The drawings and the map name modules that exist, and each module of the package has a place on the map."""
+    drawn = "".join(path.read_text(encoding="utf-8") for path in (REPO / "docs/pictures").glob("*.svg"))
+    for name in re.findall(r">((?:data|modeling|kernels|distributed)/\w+)<", drawn):
+        assert (REPO / "bge_ds" / f"{name}.py").is_file(), name
+    contributing = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", contributing, re.M)
+    mapped, folders = set(), set()
+    for row in rows:
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            if name.endswith("/"):
+                folders.add(name)
+                continue
+            place = Path(name)
+            if place.parts[0] == "bge_ds":
+                folder = place.parent
+            elif len(place.parts) == 1:
+                place = folder / place
+            else:
+                place = "bge_ds" / place
+            mapped.add(str(place))
+    assert [name for name in mapped if not (REPO / name).is_file()] == []
+    modules = {str(path.relative_to(REPO)) for path in (REPO / "bge_ds").rglob("*.py") if path.name != "__init__.py"}
+    assert {name for name in modules - mapped if not any(name.startswith(folder) for folder in folders)} == set()
