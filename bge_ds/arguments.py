@@ -61,7 +61,7 @@ class TrainArguments:
     cache_dir: str | None = _flag(None, "folder for downloaded models and for shards made from JSON lines")
     on_error: Literal["raise", "skip"] = _flag("raise", "bad line of raw JSON lines: stop, or skip it, count it and list it")
     verify_data: bool = _flag(
-        True, "hold every shard's hash against its manifest first, once a host and file; false: for terabytes, sizes alone"
+        True, "compare each shard's hash with the manifest before training, once per host; False: sizes only, for terabytes"
     )
     kernels: Literal["auto", "torch", "fused"] = _flag(
         "auto", "which kernels: the best that runs here, plain torch, or fused or fail"
@@ -86,7 +86,7 @@ class TrainArguments:
     optim: str = _flag(
         "adamw_torch_fused", "adamw_torch, adamw_torch_fused, or adamw_deepspeed: its FusedAdam on a GPU, CPUAdam on a CPU"
     )
-    weight_decay: float = _flag(0.0, "AdamW's decay; biases and norms are spared")
+    weight_decay: float = _flag(0.0, "AdamW's weight decay; biases and norms have none")
     adam_beta1: float = _flag(0.9, "AdamW's decay of the mean of gradients")
     adam_beta2: float = _flag(0.999, "AdamW's decay of the mean of squared gradients")
     adam_epsilon: float = _flag(1e-8, "AdamW's term against division by zero")
@@ -320,7 +320,7 @@ class FinetuneArguments(TrainArguments):
     sub_batch_size: int | None = _flag(
         None, "texts (queries and passages) computed at a time: the same gradient in less memory (GradCache); unset: all"
     )
-    sub_batch_tokens: int | None = _flag(None, "the same by tokens: evener pieces where texts differ in length")
+    sub_batch_tokens: int | None = _flag(None, "the same, as tokens at a time: more even pieces where texts differ in length")
     negatives_cross_device: bool = _flag(False, "the passages of all ranks are negatives, not only the rank's own")
     use_inbatch_neg: bool = _flag(True, "the other queries' passages are negatives too")
     bidirectional: bool = _flag(False, "also score each positive against all queries; the loss is the mean of both ways")
@@ -333,16 +333,16 @@ class FinetuneArguments(TrainArguments):
     )
     temperature: float = _flag(0.02, "divides the similarities; always 1 where vectors are not normalised")
     learnable_temperature: bool = _flag(False, "train the temperature too, from --temperature on")
-    knowledge_distillation: bool = _flag(False, "learn from the data's pos_scores and neg_scores, the teacher's")
+    knowledge_distillation: bool = _flag(False, "learn from a teacher's scores: pos_scores and neg_scores of the data")
     kd_loss_type: Literal["kl_div", "m3_kd_loss", "margin_mse"] = _flag(
-        "kl_div", "kl_div and margin_mse add to the contrastive loss, m3_kd_loss weights its targets"
+        "kl_div", "kl_div and margin_mse are added to the contrastive loss, m3_kd_loss replaces it"
     )
     use_mrl: bool = _flag(False, "Matryoshka: the mean of the loss over prefixes of the vectors")
     mrl_dims: list[int] = field(
         default_factory=list, metadata={"help": "with use_mrl: the prefixes' lengths, such as 64 128 256 768"}
     )
     normalize_embeddings: bool = _flag(True, "vectors of length 1; also spelled normlized")
-    sentence_pooling_method: Literal["cls", "mean", "last_token"] = _flag("cls", "how token vectors become the text's")
+    sentence_pooling_method: Literal["cls", "mean", "last_token"] = _flag("cls", "how a text's vector is made of its tokens'")
     bidirectional_attention: bool = _flag(
         False, "decoder backbones: every token sees the whole text, not only what is before it"
     )

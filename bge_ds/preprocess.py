@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         for name in INSTRUCTIONS[kind]:
             add(name, default="", help="put before the text as it is, no separator added")
         if kind == "pretrain":
-            said = "what finds words in Chinese, of which masks take the whole: one character is one by default"
+            said = "finds the words of Chinese texts, which are masked whole; none: each character is a word"
             add("word_segmenter", choices=segmenting.SEGMENTERS, default=segmenting.NONE, help=said)
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
@@ -196,14 +196,15 @@ def _parser() -> argparse.ArgumentParser:
         add("overwrite", action="store_true", help="replace the shards in --output")
         add("cache_dir", help="where tokenizers from the hub are kept")
     one = commands.add_parser("merge", allow_abbrev=False, help="join all parts of a run with --partition, moving no data")
-    one.add_argument("parts", nargs="+", type=Path)
+    one.add_argument("parts", nargs="+", type=Path, help="the folders that the runs with --partition wrote")
     one.add_argument("--output", type=Path, required=True, help="folder to write")
     one.add_argument("--overwrite", action="store_true", help="replace the shards in --output")
     one = commands.add_parser("inspect", help="print what a folder of shards holds")
-    one.add_argument("folder", type=Path)
+    one.add_argument("folder", type=Path, help="folder of shards")
     one.add_argument("--sample", type=int, default=3, help="rows to decode (default 3)")
     one.add_argument("--histogram", type=Path, metavar="FILE", help="draw the lengths into a .png or .svg file")
-    commands.add_parser("verify", help="check every hash").add_argument("folder", type=Path)
+    one = commands.add_parser("verify", help="check every hash")
+    one.add_argument("folder", type=Path, help="folder of shards")
     return parser
 
 

@@ -143,7 +143,7 @@ def _table(kind: type, names: list[str]) -> str:
             own = {f.name: f for f in dataclasses.fields(PretrainArguments)}[name]
             if own.default != fields[name].default:
                 default += f"<br>pretrain: {_default(own)}"
-        text = escape(fields[name].metadata["help"].replace("%%", "%"))
+        text = _prose(fields[name].metadata["help"])
         flag = f'<a href="#{_anchor(kind, name)}"><code>--{name}</code></a>{also}'
         rows.append(f'<tr id="{_anchor(kind, name)}"><td>{flag}</td><td>{values}</td><td>{default}</td><td>{text}</td></tr>')
     head = "<tr><th>flag</th><th>value</th><th>default</th><th>meaning</th></tr>"
@@ -161,6 +161,8 @@ def _values(hint: object) -> str:
         return ", ".join(f"<code>{escape(str(option))}</code>" for option in options)
     if typing.get_origin(hint) is list:
         return f"{_values(options[0])} ..."
+    if dict in options:
+        return "JSON"
     if options:  # a union: None is said by the default
         return " or ".join(dict.fromkeys(_values(option) for option in options if option is not type(None)))
     return {bool: "switch", int: "integer", float: "number", str: "text", dict: "JSON"}[hint]
@@ -190,16 +192,30 @@ def _argparse_table(actions: typing.Iterable[argparse.Action], command: str, onl
     for action in actions:
         if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
             continue
-        spelling = max(action.option_strings, key=lambda option: "_" in option, default=action.dest)
-        name = f"{spelling} {action.metavar}" if action.option_strings and isinstance(action.metavar, str) else spelling
+        name = max(action.option_strings, key=lambda option: "_" in option, default=action.dest)
         notes = ["<b>required</b>"] * bool(action.required and action.option_strings)
+        notes += [f"<code>{escape(str(action.default))}</code>"] if action.nargs != 0 and action.default else []
         notes += [f"{only[action.dest]} only"] if only and action.dest in only else []
-        if action.choices:
-            notes.append(" or ".join(f"<code>{escape(str(choice))}</code>" for choice in action.choices))
-        cells = (f"<code>{escape(name)}</code>", ", ".join(notes), escape((action.help or "").replace("%%", "%")))
+        cells = (f"<code>{escape(name)}</code>", _action_values(action), "<br>".join(notes), _prose(action.help or ""))
         rows.append(f'<tr id="{command}-{action.dest}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th>flag</th><th></th><th>meaning</th></tr>"
+    head = "<tr><th>flag</th><th>value</th><th>default</th><th>meaning</th></tr>"
     return f'<table class="flags"><thead>{head}</thead><tbody>\n' + "\n".join(rows) + "\n</tbody></table>"
+
+
+def _action_values(action: argparse.Action) -> str:
+    if action.nargs == 0:
+        return "switch"
+    if action.choices:
+        return ", ".join(f"<code>{escape(str(choice))}</code>" for choice in action.choices)
+    kind = type(action.type("1")) if action.type else str
+    value = escape(action.metavar) if isinstance(action.metavar, str) else "integer" if kind is int else "text"
+    return f"{value} ..." if action.nargs == "+" else value
+
+
+def _prose(text: str) -> str:
+    """A help text as HTML: what stands between backticks, and names of flags, is code."""
+    parts = re.split(r"(`[^`]+`|--[a-z]\w*)", text.replace("%%", "%"))
+    return "".join(f"<code>{escape(part.strip('`'))}</code>" if n % 2 else escape(part) for n, part in enumerate(parts))
 
 
 def _doctor_help() -> str:
@@ -228,7 +244,7 @@ def training_arguments_page() -> str:
     for name, reason in REFUSED.items():
         reasons.setdefault(reason, []).append(name)
     rows = "\n".join(
-        f"<tr><td>{'<br>'.join(f'<code>--{name}</code>{_passes(name)}' for name in names)}</td><td>{escape(reason)}</td></tr>"
+        f"<tr><td>{'<br>'.join(f'<code>--{name}</code>{_passes(name)}' for name in names)}</td><td>{_prose(reason)}</td></tr>"
         for reason, names in reasons.items()
     )
     return f"""# Names of TrainingArguments
