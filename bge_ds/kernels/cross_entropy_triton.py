@@ -14,37 +14,43 @@ import torch
 import triton
 import triton.language as tl
 
+from bge_ds.kernels.products import room
 from bge_ds.kernels.triton_support import launch
 
-# Columns that a program holds in registers, and rows whose bias gradient it adds up.
-_COLUMNS, _ROWS = 2048, 64
+# Columns that a program holds in registers; rows whose bias gradient it adds up; columns or rows on their way from memory.
+_COLUMNS, _ROWS, _STAGES = 2048, 64, 3
 
 
 @triton.jit
-def _load(logits_ptr, bias_ptr, row, columns, width, BIAS: tl.constexpr):
-    """fp32 logits of one row; -inf behind the last column."""
-    x = tl.load(logits_ptr + row.to(tl.int64) * width + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-    if BIAS:
-        x += tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    return x
+def _load(place, columns, logits_row, width):
+    """fp32 of the places; -inf behind the last column. The mask ends where the row's memory does: see `products.room`."""
+    x = tl.load(place + columns, mask=columns < logits_row, other=0.0).to(tl.float32)
+    return tl.where(columns < width, x, float("-inf"))
 
 
 @triton.jit
 def _statistics(
-    logits_ptr, bias_ptr, target_ptr, lse_ptr, loss_ptr, right_ptr, width, BIAS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, bias_ptr, target_ptr, lse_ptr, loss_ptr, right_ptr, logits_row, width, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    place = logits_ptr + row.to(tl.int64) * logits_row
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
-    for begin in range(0, width, BLOCK):
-        x = _load(logits_ptr, bias_ptr, row, begin + tl.arange(0, BLOCK), width, BIAS)
+    for begin in tl.range(0, width, BLOCK, num_stages=STAGES):
+        columns = begin + tl.arange(0, BLOCK)
+        x = _load(place, columns, logits_row, width)
+        if BIAS:
+            x += tl.load(bias_ptr + columns, mask=columns < logits_row, other=0.0).to(tl.float32)
         higher = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
         highest = higher
-    target = tl.load(target_ptr + row) + tl.zeros([1], tl.int64)
-    found = _load(logits_ptr, bias_ptr, row, target, width, BIAS)
-    lse = highest + tl.log(total)
     one = tl.arange(0, 1)
+    target = tl.load(target_ptr + row + one)
+    found = tl.load(place + target).to(tl.float32)
+    if BIAS:
+        found += tl.load(bias_ptr + target).to(tl.float32)
+    lse = highest + tl.log(total)
     tl.store(lse_ptr + row + one, lse)
     tl.store(loss_ptr + row + one, lse - found)
     tl.store(right_ptr + row + one, (found >= highest).to(tl.int32))
@@ -52,48 +58,52 @@ def _statistics(
 
 @triton.jit
 def _gradient(
-    logits_ptr, bias_ptr, target_ptr, lse_ptr, sums_ptr, rows, width, BIAS: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    logits_ptr, bias_ptr, target_ptr, lse_ptr, sums_ptr, logits_row, rows, width, BIAS: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0) * ROWS
+    bias = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        bias += tl.load(bias_ptr + columns, mask=columns < logits_row, other=0.0).to(tl.float32)
     added = tl.zeros([BLOCK], tl.float32)
-    for number in range(0, tl.minimum(ROWS, rows - first)):
+    for number in tl.range(0, tl.minimum(ROWS, rows - first), num_stages=STAGES):
         row = first + number
-        x = _load(logits_ptr, bias_ptr, row, columns, width, BIAS)
+        place = logits_ptr + row.to(tl.int64) * logits_row
+        x = _load(place, columns, logits_row, width) + bias
         error = tl.exp(x - tl.load(lse_ptr + row)) - tl.where(columns == tl.load(target_ptr + row), 1.0, 0.0)
-        place = logits_ptr + row.to(tl.int64) * width + columns
-        tl.store(place, error.to(logits_ptr.dtype.element_ty), mask=columns < width)
+        tl.store(place + columns, error.to(logits_ptr.dtype.element_ty), mask=columns < logits_row)
         added += error
     if SUMS:
-        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * width + columns, added, mask=columns < width)
+        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * logits_row + columns, added, mask=columns < logits_row)
 
 
 def statistics(
-    logits_MV: torch.Tensor, bias_V: torch.Tensor | None, target_M: torch.Tensor
+    logits_MV: torch.Tensor, bias: torch.Tensor | None, target_M: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log-sum-exp of each row, its cross entropy, both fp32; int32 1 where no logit is above the target's).
 
-    logits_MV: contiguous. The bias is added to it in fp32.
+    logits_MV: rows of `products.room`. bias: as long as their memory; it is added in fp32.
     """
     lse_M, loss_M = (torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device) for _ in range(2))
     right_M = torch.empty(len(logits_MV), dtype=torch.int32, device=logits_MV.device)
     launch(
-        _statistics, (len(logits_MV),), logits_MV, logits_MV if bias_V is None else bias_V, target_M, lse_M, loss_M, right_M,
-        logits_MV.shape[1], on=logits_MV, BIAS=bias_V is not None, BLOCK=_COLUMNS, num_warps=8,
+        _statistics, (len(logits_MV),), logits_MV, logits_MV if bias is None else bias, target_M, lse_M, loss_M, right_M,
+        logits_MV.stride(0), logits_MV.shape[1], on=logits_MV, BIAS=bias is not None, BLOCK=_COLUMNS, STAGES=_STAGES,
+        num_warps=8,
     )  # fmt: skip
     return lse_M, loss_M, right_M
 
 
 def to_gradient(
-    logits_MV: torch.Tensor, bias_V: torch.Tensor | None, target_M: torch.Tensor, lse_M: torch.Tensor, *, sums: bool
+    logits_MV: torch.Tensor, bias: torch.Tensor | None, target_M: torch.Tensor, lse_M: torch.Tensor, *, sums: bool
 ) -> torch.Tensor | None:
     """Turn the logits into the gradient of the sum of cross entropies, in place; sums: and return its sum over rows, fp32."""
     rows, width = logits_MV.shape
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS)
-    sums_RV = torch.empty(grid[0] if sums else 0, width, dtype=torch.float32, device=logits_MV.device)
+    sums_RV = room(grid[0] if sums else 0, width, lse_M)
     launch(
-        _gradient, grid, logits_MV, logits_MV if bias_V is None else bias_V, target_M, lse_M, sums_RV, rows, width,
-        on=logits_MV, BIAS=bias_V is not None, SUMS=sums, BLOCK=_COLUMNS, ROWS=_ROWS, num_warps=8,
+        _gradient, grid, logits_MV, logits_MV if bias is None else bias, target_M, lse_M, sums_RV, logits_MV.stride(0), rows,
+        width, on=logits_MV, BIAS=bias is not None, SUMS=sums, BLOCK=_COLUMNS, ROWS=_ROWS, STAGES=_STAGES, num_warps=8,
     )  # fmt: skip
     return sums_RV.sum(0) if sums else None

@@ -8,6 +8,10 @@ torch's scaled_dot_product_attention with the mask of some texts at a time, whic
 and on the CPU without dropout, where it is the fastest. Measured there, forward and backward, one thread, 12 heads of 32:
 16 texts of 512 tokens 0.49 s against 0.63 s in blocks; 64 of 100, 0.11 s against 0.13 s. With dropout 0.1 it is the other
 way round: 2.0 s against 0.81 s, and 0.26 s against 0.14 s.
+
+FlexAttention could take the same hash as its `mask_mod`. On paper it does the same work: a random mask leaves no block of
+scores empty, so its block masks skip nothing but the other texts of the row. It has no dropout, its block mask is made anew
+for each batch (where texts end changes), and a row of another length compiles again. Not measured against ours.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ five products in place of three, in Triton, at two thirds of cuBLAS's rate. Pass
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from bge_ds.kernels.products import add_product
+from bge_ds.kernels.products import add_product, room
 from bge_ds.kernels.triton_support import takes
 
 # Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; with half of it a step on a CPU took 8 % longer.
@@ -58,17 +59,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(w_VD, dtype=torch.float32) if wants[1] else None
         db = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] else None
         blocks = _blocks(x_MD.shape[0], _gpu_step(w_VD.shape[0], x_MD.dtype.itemsize))
-        products = x_MD.new_empty(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0])
+        held = room(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0], x_MD)
+        bias = None if bias_V is None else F.pad(bias_V, (0, held.stride(0) - len(bias_V)))
         losses, right = [], []
         for block in blocks:
             x, target = x_MD[block], target_M[block]
-            logits = torch.mm(x, w_VD.T, out=products[: len(x)])
-            lse_M, loss_M, right_M = statistics(logits, bias_V, target)
+            logits = torch.mm(x, w_VD.T, out=held[: len(x)])
+            lse_M, loss_M, right_M = statistics(logits, bias, target)
             losses.append(loss_M.sum())
             right.append(right_M.sum())
             if not any(wants[:3]):
                 continue
-            added = to_gradient(logits, bias_V, target, lse_M, sums=db is not None)
+            added = to_gradient(logits, bias, target, lse_M, sums=db is not None)
             if db is not None:
                 db += added
             if dx is not None:

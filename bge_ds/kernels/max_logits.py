@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bge_ds.data.batches import Run, chunk_bounds
-from bge_ds.kernels.products import add_product
+from bge_ds.kernels.products import add_product, room
 from bge_ds.kernels.triton_support import takes
 
 # As in linear_cross_entropy: logits held at a time, and with them the rows of a block.
@@ -78,7 +78,7 @@ class _MaxLogits(torch.autograd.Function):
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_VD, bias_V, cu_seqlens, runs):
-        from bge_ds.kernels.max_logits_triton import maxima, room
+        from bge_ds.kernels.max_logits_triton import maxima
 
         x_TD, texts, columns = x_TD.contiguous(), len(cu_seqlens) - 1, len(w_VD)
         out_NV = torch.empty(texts, columns, dtype=torch.float32, device=x_TD.device)
@@ -97,7 +97,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NV):
-        from bge_ds.kernels.max_logits_triton import gradient, room
+        from bge_ds.kernels.max_logits_triton import gradient
 
         x_TD, w_VD, from_NV, cu_seqlens = ctx.saved_tensors
         grad_NV, dx, dw = grad_NV.contiguous(), torch.empty_like(x_TD), torch.zeros_like(w_VD, dtype=torch.float32)

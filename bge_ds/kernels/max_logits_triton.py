@@ -5,9 +5,8 @@ Shapes: N texts of a chunk, T tokens of them, V columns (vocabulary).
 A program takes some columns of one text and goes through its rows in their order, so that a maximum that several tokens reach
 is the first one's, and every element of the gradient is written once: the result is the same each time.
 
-Every row of logits begins at a multiple of 16 bytes, and the mask ends at one, so that a thread moves 16 bytes at once. With
-rows of exactly V columns (BERT's 30,522 in 16 bits are no such multiple) it would load single elements, each only after it
-has used the one before. The rows that come next are on their way from memory while one is compared.
+Rows of logits are those of `products.room`, and the mask ends where their memory ends, so that a thread moves 16 bytes at once.
+The rows that come next are on their way from memory while one is compared.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import triton.language as tl
 
 from bge_ds.kernels.triton_support import launch
 
-# Columns of a program, and rows of them in its shared memory. A row of logits is a multiple of _ALIGNED columns in memory.
-_COLUMNS, _STAGES, _ALIGNED = 1024, 8, 64
+# Columns of a program, and rows of them in its shared memory.
+_COLUMNS, _STAGES = 1024, 8
 
 
 @triton.jit
@@ -59,11 +58,6 @@ def _gradient(grad_ptr, from_ptr, starts_ptr, out_ptr, out_row, width, COLUMNS: 
         tl.store(out_ptr + (first + row) * out_row + columns, x, mask=columns < out_row)
 
 
-def room(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory for the logits of a chunk, or for their gradient: rows x columns, each row followed by unused columns."""
-    return like.new_empty(rows, triton.cdiv(columns, _ALIGNED) * _ALIGNED)[:, :columns]
-
-
 def _grid(best_NV: torch.Tensor) -> tuple[int, int]:
     return len(best_NV), triton.cdiv(best_NV.shape[1], _COLUMNS)
 
@@ -71,7 +65,7 @@ def _grid(best_NV: torch.Tensor) -> tuple[int, int]:
 def maxima(logits_TV: torch.Tensor, starts: torch.Tensor, best_NV: torch.Tensor, from_NV: torch.Tensor) -> None:
     """Write each text's largest logits (fp32) and the token of the text that reached each (int32), into contiguous rows.
 
-    logits: rows of `room`. starts: int32 of N + 1, where the texts begin in a row of which the chunk's first is `starts[0]`.
+    logits: rows of `products.room`. starts: int32 of N + 1, where the texts begin; the chunk's first row is `starts[0]`.
     """
     launch(
         _maxima, _grid(best_NV), logits_TV, starts, best_NV, from_NV, logits_TV.stride(0), best_NV.shape[1], on=logits_TV,

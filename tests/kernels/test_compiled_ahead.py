@@ -55,7 +55,13 @@ def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:
     """The kernels that pass over rows: what each is, the types of its pointers (`*` for others), its constants."""
     from bge_ds.kernels import cross_entropy_triton, logsumexp_triton, max_logits_triton, segment_mean_triton
 
-    vocabulary = {"BIAS": True, "SUMS": True, "BLOCK": cross_entropy_triton._COLUMNS, "ROWS": cross_entropy_triton._ROWS}
+    vocabulary = {
+        "BIAS": True,
+        "SUMS": True,
+        "BLOCK": cross_entropy_triton._COLUMNS,
+        "ROWS": cross_entropy_triton._ROWS,
+        "STAGES": cross_entropy_triton._STAGES,
+    }
     contrast = {"LIMIT": True, "ROWS": logsumexp_triton._ROWS, "COLUMNS": logsumexp_triton._COLUMNS}
     own, keys = {"*": TYPES[dtype]}, {f"{name}_ptr": "i64" for name in ("first", "count", "row_keys", "column_keys", "over")}
     sums = {"target_ptr": "i64", "lse_ptr": "fp32", "loss_ptr": "fp32", "right_ptr": "i32", "sums_ptr": "fp32"}
@@ -79,13 +85,14 @@ def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
-def test_rows_of_maxima_come_ahead(capability, dtype, tmp_path, monkeypatch):
-    """All rows but one are on their way to shared memory while one is compared: the compiler does so for aligned rows only."""
-    from bge_ds.kernels.max_logits_triton import _COLUMNS, _STAGES
-
+def test_logits_come_ahead(capability, dtype, tmp_path, monkeypatch):
+    """What comes next is on its way to shared memory while a kernel works: the compiler does so for aligned rows only."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = ahead.compile_ahead(*kernels_over_rows(dtype)["maxima"], capability)
-    assert found.shared >= (_STAGES - 1) * _COLUMNS * dtype.itemsize, found
+    for name in ("maxima", "cross entropy", "its gradient"):
+        kernel, pointers, constants = kernels_over_rows(dtype)[name]
+        columns = constants.get("COLUMNS") or constants["BLOCK"]
+        found = ahead.compile_ahead(kernel, pointers, constants, capability)
+        assert found.shared >= (constants["STAGES"] - 1) * columns * dtype.itemsize, (name, found)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -50,6 +50,23 @@ def test_equals_the_plain_matrix(monkeypatch, shape, bias):
 
 
 @interpreter.only
+def test_memory_behind_the_rows_is_never_looked_at(monkeypatch):
+    """Rows lie further apart than they have columns; what is between them, NaN here, reaches no sum and no gradient."""
+    from bge_ds.kernels import cross_entropy_triton
+
+    def poisoned(*args):
+        held = products.room(*args)
+        assert held.stride(0) % 64 == 0 and held.stride(0) > held.shape[1]
+        held._base.fill_(float("nan"))
+        return held
+
+    monkeypatch.setattr(module, "room", poisoned)
+    monkeypatch.setattr(cross_entropy_triton, "room", poisoned)
+    leaves, target = inputs(37, 101, 5, dtype=torch.float32)
+    check(leaves, target, 1e-5)
+
+
+@interpreter.only
 def test_sixteen_bits():
     """fp16: logits and their gradient in 16 bits, everything between in fp32."""
     leaves, target = inputs(37, 101, 32, dtype=torch.float16)
