@@ -2,7 +2,7 @@
 
 - README, CONTRIBUTING, CHANGELOG, SECURITY and benchmarks/README.md become pages, a picture of benchmarks/ a file of the site.
 - Links are written for the repository, where the same files are read; they are turned into links of the site.
-- flags.md and training-arguments.md are generated from the code, so that they cannot differ from `--help`.
+- Flags and refused names are generated from the code, so that the pages cannot differ from `--help`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,8 @@ BROUGHT_IN = {
     "benchmarks/README.md": "measuring.md",
     "benchmarks/real_data_losses.png": "pictures/real_data_losses.png",
 }
-GENERATED = {"flags.md", "training-arguments.md"}
+GENERATE = re.compile(r"<!-- generate: (\w+) -->")  # a function of this file: what it returns
 INCLUDE = re.compile(r'<!-- include (\S+) "(.+)" -->')  # file, heading: the text of its section
-INTRODUCTION = """
-This page is generated from the code and holds every flag. Each can be written with dashes as well (`--learning-rate`). A switch
-is turned on by `--bf16` or `--bf16 True` and off by `--bf16 False`; one that is on by default also by `--no_use_inbatch_neg`.
-Lengths are in tokens, batches in texts or groups, steps in optimizer steps.
-"""
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -55,18 +50,16 @@ def on_files(files, config):
             files.append(File.generated(config, name, content=(REPO / source).read_text(encoding="utf-8")))
         else:
             files.append(File.generated(config, name, abs_src_path=str(REPO / source)))
-    files.append(File.generated(config, "flags.md", content=flags_page()))
-    files.append(File.generated(config, "training-arguments.md", content=training_arguments_page()))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     name = page.file.src_uri
     sources = {of_site: of_repository for of_repository, of_site in BROUGHT_IN.items()}
-    if name in GENERATED:
-        return markdown
     markdown = INCLUDE.sub(lambda found: links_of_site(section(found[1], found[2]), found[1], name), markdown)
-    return links_of_site(markdown, sources.get(name, f"docs/{name}"), name)
+    markdown = links_of_site(markdown, sources.get(name, f"docs/{name}"), name)
+    generators = {"flags": flags, "refused": refused}
+    return GENERATE.sub(lambda found: generators[found[1]](), markdown)
 
 
 def section(source: str, heading: str) -> str:
@@ -103,11 +96,9 @@ def links_of_site(markdown: str, source: str, name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- the flags
 
 
-def flags_page() -> str:
+def flags() -> str:
     shared = list(_groups(TrainArguments))
     parts = [
-        "# Flags",
-        INTRODUCTION,
         "## bge_ds.pretrain and bge_ds.finetune",
         *(part for title, names in shared for part in (f"### {title}", _table(TrainArguments, names))),
     ]
@@ -233,7 +224,7 @@ def _doctor_help() -> str:
 # ------------------------------------------------------------------------------------- the names of TrainingArguments
 
 
-def training_arguments_page() -> str:
+def refused() -> str:
     from transformers import TrainingArguments
 
     ours = {f.name for kind in (PretrainArguments, FinetuneArguments) for f in dataclasses.fields(kind)}
@@ -247,12 +238,7 @@ def training_arguments_page() -> str:
         f"<tr><td>{'<br>'.join(f'<code>--{name}</code>{_passes(name)}' for name in names)}</td><td>{_prose(reason)}</td></tr>"
         for reason, names in reasons.items()
     )
-    return f"""# Names of TrainingArguments
-
-bge_ds takes the flags of scripts written for `transformers.Trainer`. Each name of `transformers.TrainingArguments`, in versions
-4.x and 5.x, is honoured, an alias of a flag, or refused. This page is generated from the code.
-
-## Honoured
+    return f"""## Honoured
 
 These have the meaning that they have there: {honoured}.
 
