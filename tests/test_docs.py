@@ -34,6 +34,8 @@ COMMANDS = {
 }
 # Flags of other programs that the pages show: launchers, mkdocs, and scripts of launch/ and benchmarks/.
 OF_OTHERS = {"num_gpus", "module", "nproc_per_node", "strict", "help"}
+# A number, with commas between thousands, an exponent, or " M" for a million.
+NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]\d+)?(?: M\b)?")
 PAGES_OF_OTHER_FLAGS = {"benchmarks.md", "flagembedding.md"}  # of the benchmarks' scripts, and of FlagEmbedding
 
 
@@ -167,3 +169,86 @@ def test_modules_of_the_drawings_and_the_map_are_there():
     assert [name for name in mapped if not (REPO / name).is_file()] == []
     modules = {str(path.relative_to(REPO)) for path in (REPO / "bge_ds").rglob("*.py") if path.name != "__init__.py"}
     assert {name for name in modules - mapped if not any(name.startswith(folder) for folder in folders)} == set()
+
+
+def test_readme_commands_are_those_of_the_scripts():
+    """README's two scripts can be run, and its training commands have the flags of the launch scripts, with their values."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for script in ("launch/quickstart.sh", "launch/test.sh"):
+        assert re.search(rf"^\./{script} ", text, re.M) and os.access(REPO / script, os.X_OK)
+    for name, kind in (("pretrain", PretrainArguments), ("finetune", FinetuneArguments)):
+        (shown,) = re.findall(rf"^deepspeed --num_gpus 2 -m bge_ds\.{name} (.*?)^```", text, re.M | re.DOTALL)
+        words = shown.replace("\\\n", " ").split()
+        assert parse(kind, words).output_dir == "out"
+        script = (REPO / f"launch/{name}.sh").read_text(encoding="utf-8")
+        pairs = re.findall(r"(--\w+)((?: [^-\s]\S*)*)", " ".join(words))
+        given = [pair for pair in pairs if pair[0] not in ("--output_dir", "--train_data")]
+        assert len(given) >= 4
+        assert [flag + value for flag, value in given if f"    {flag}{value} \\\n" not in script] == []
+
+
+def numbers(text: str) -> list[str]:
+    return NUMBER.findall(text)
+
+
+def value(number: str) -> float:
+    return float(number.removesuffix(" M").replace(",", "")) * (1e6 if number.endswith(" M") else 1)
+
+
+def unit(number: str) -> float:
+    """What the last digit shown stands for; zeros at the end of 10,000 or more are taken for rounding."""
+    plain = number.removesuffix(" M").replace(",", "")
+    digits = len(plain.partition(".")[2])
+    if not digits and len(plain) > 4:
+        digits = len(plain.rstrip("0")) - len(plain)
+    return 10.0**-digits * (1e6 if number.endswith(" M") else 1)
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """Cells of all tables of a section, without heads; figures begin in the second column."""
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    marks = {i for i, line in enumerate(lines) if re.fullmatch(r"[|\s:-]+", line)}
+    heads = {i - 1 for i in marks}
+    return [line.strip("| ").split("|")[1:] for i, line in enumerate(lines) if i not in marks | heads]
+
+
+def sections_with_rows() -> list[tuple[str, str, list[str]]]:
+    text = (REPO / "docs/benchmarks.md").read_text(encoding="utf-8")
+    parts = re.split(r"^##+ (.*)$", text, flags=re.M)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [(title, body, files) for title, body in pairs if (files := re.findall(r"`benchmarks/(\w+\.csv)`", body))]
+
+
+@pytest.mark.parametrize(("title", "body", "files"), [pytest.param(*s, id=s[0]) for s in sections_with_rows()])
+def test_figures_stand_in_the_rows(title, body, files):
+    """Every figure of a benchmark's table is one of its CSV file, rounded, or the quotient of two figures of its line.
+
+    A figure changed in the text alone, or a row measured again, leaves the two apart.
+    """
+    rows = " ".join((REPO / "benchmarks" / name).read_text(encoding="utf-8").replace(",", " ") for name in files)
+    known = [value(n) for n in numbers(rows)]
+    shown, wrong = [], []
+    for cells in rows_of(body):
+        cells = [re.sub(r"`[^`]*`|\*\*", "", cell).strip() for cell in cells]
+        found = [numbers(cell) for cell in cells]
+        shown += [n for cell in found for n in cell]
+        wrong += [n for cell in found for n in cell if not any(abs(v - value(n)) <= 0.5001 * unit(n) for v in known)]
+        if wrong and re.fullmatch(r"[\d.,]+( x)?", cells[-1]):  # a quotient that no row holds
+            others = [value(n) for cell in found[:-1] for n in cell]
+            quotients = [a / b for a in others for b in others]
+            (last,) = found[-1]
+            if last in wrong and any(abs(q - value(last)) <= max(0.5001 * unit(last), 0.01 * q) for q in quotients):
+                wrong.remove(last)
+    assert len(shown) >= 5 and not wrong
+
+
+def test_the_figures_of_readme_are_those_of_the_pages():
+    """README repeats figures of the pages on benchmarks and the quickstart; they must not drift apart."""
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    pages = {name: (REPO / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("benchmarks", "quickstart")}
+    measured = readme.partition("\n## Measured\n")[2].partition("\n## ")[0]
+    bold = re.findall(r"\*\*([\d,.]+)", measured)
+    assert len(bold) >= 6 and [n for n in bold if n not in pages["benchmarks"]] == []
+    table = readme.partition("\n## Two commands\n")[2].partition("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 7 and "\n".join(lines) in pages["quickstart"]
