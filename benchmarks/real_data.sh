@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What training gives on real data: the figures of the README, in about an hour on two CPU cores.
+# What training gives on real data: the figures of docs/benchmarks.md, in about an hour on two CPU cores.
 #
 #     ./benchmarks/real_data.sh DATA MODEL [OUT]      (default OUT: runs/real_data)
 #
