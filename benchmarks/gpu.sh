@@ -16,6 +16,7 @@
 #   pieces                  8,192 queries in pieces
 #   others                  fine-tuning at three more shapes
 #   no_dropout              fine-tuning without dropout
+#   compiled                fine-tuning with --torch_compile against without
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 wheels='' data='' dry=()
@@ -44,10 +45,10 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 cd "$root"
 # Seconds that each part may take: together 480.
 declare -A seconds=(
-    [tests]=110 [rates]=15 [large]=45 [kernels]=50 [retromae]=50 [sentence_transformers]=50 [command]=50 [profile]=20
-    [pieces]=40 [others]=35 [no_dropout]=15
+    [tests]=105 [rates]=10 [large]=45 [kernels]=45 [retromae]=45 [sentence_transformers]=45 [command]=50 [profile]=20
+    [pieces]=40 [others]=30 [no_dropout]=15 [compiled]=30
 )
-for part in ${PARTS:-tests rates large kernels retromae sentence_transformers command profile pieces others no_dropout}; do
+for part in ${PARTS:-tests rates large kernels retromae sentence_transformers command profile pieces others no_dropout compiled}; do
     limit=${seconds[$part]:-20}
     [ ${#dry[@]} -gt 0 ] && limit=120
     echo "== $part, at most $limit s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gc
 import itertools
 import json
 import statistics
@@ -49,14 +50,14 @@ class Place:
         return self.rate
 
     def measure(
-        self, work: Callable[[], object], steps: int = STEPS, best: bool = False, whole: bool = False
+        self, work: Callable[[], object], steps: int = STEPS, warmup: int = WARMUP, best: bool = False, whole: bool = False
     ) -> tuple[float, float]:
         """(seconds of a call, the median or the best of some; MiB at the peak beyond what was there before, or all of it)."""
         if self.dry:
             began = time.perf_counter()
             work()
             return time.perf_counter() - began, 0.0
-        for _ in range(WARMUP):
+        for _ in range(warmup):
             work()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -71,7 +72,10 @@ class Place:
         return min(found) if best else statistics.median(found), peak
 
     def attempt(self, what: str, side: str, make: Callable[[], Callable[[], object]], **options) -> tuple[float, float] | None:
-        """`measure` of what `make` gives. Where either fails, a row says why, and the part goes on: None."""
+        """`measure` of what `make` gives, in a clean memory. Where either fails, a row says why, and the part goes on: None."""
+        gc.collect()  # of the side before, modules and their parameters refer to each other
+        if not self.dry:
+            torch.cuda.empty_cache()
         try:
             return self.measure(make(), **options)
         except Exception as error:

@@ -24,7 +24,7 @@ from gpu_setting import GROUP, WARMUP, Place, full_texts, groups, optimizer_of, 
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from bge_ds import finetune, pretrain
+from bge_ds import finetune, pretrain, run
 from bge_ds.arguments import FinetuneArguments
 from bge_ds.data import batches
 from bge_ds.kernels.decoder_attention import decoder_attention
@@ -54,12 +54,13 @@ class Engine:
 
 def ours_finetuning(place: Place, config, batch: batches.ContrastiveBatch, **flags) -> Callable[[], None]:
     pooling = "last_token" if config.model_type == "qwen3" else "cls"
-    torch.manual_seed(0)
-    model = Encoder(build_backbone(AutoModel, config), pooling).to(place.device, place.dtype).train()
     args = FinetuneArguments.build(
         output_dir="none", train_data="none", model_name_or_path="none", temperature=0.02, train_group_size=GROUP,
         sentence_pooling_method=pooling, per_device_train_batch_size=batch.queries, bf16=not place.dry, **flags,
     )  # fmt: skip
+    torch.manual_seed(0)
+    model = Encoder(build_backbone(AutoModel, config), pooling).to(place.device, place.dtype).train()
+    run.compile_layers(args, model.backbone)
     engine, objective, optimizer = Engine(model), finetune.objective_of(args), optimizer_of(model, place)
 
     def step() -> None:
@@ -84,21 +85,43 @@ def rates(place: Place) -> None:
 
 
 def finetuning(place: Place, names: list[str], dropout: float, goal: str) -> None:
+    """Against the padded loop on the same batch; where that loop's memory does not do, once more on a quarter of it."""
     for name in names:
-        config = shapes(place, dropout)[name]
-        batch = groups(place, place.size(64, 4), config.vocab_size)
-        what, tokens = what_of(place, name, config, dropout), batch.texts.tokens
-        peer = place.attempt(what, "padded, SDPA", partial(padded_finetuning, place, config, batch), steps=3, whole=True)
-        if peer is not None:
-            place.row(what, "padded, SDPA", *peer, tokens=tokens)
-        found = place.attempt(what, "bge_ds", partial(ours_finetuning, place, config, batch), whole=True)
-        if found is not None:
-            flops = backbone_flops(build_meta(config), batch.texts.runs)
-            place.row(what, "bge_ds", *found, tokens=tokens, flops=flops, peer=peer, goal=goal)
+        for queries in (place.size(64, 4), place.size(16, 2)):
+            if finetuning_of(place, name, queries, dropout, goal):
+                break
 
 
-def what_of(place: Place, name: str, config, dropout: float) -> str:
-    return f"fine-tuning, {name}, {place.size(64, 4)} x {GROUP}, dropout {dropout if config.model_type == 'bert' else 0}"
+def finetuning_of(place: Place, name: str, queries: int, dropout: float, goal: str) -> bool:
+    """The rows of both sides; whether the padded loop got through."""
+    config = shapes(place, dropout)[name]
+    batch = groups(place, queries, config.vocab_size)
+    what, tokens = what_of(name, queries, config, dropout), batch.texts.tokens
+    peer = place.attempt(what, "padded, SDPA", partial(padded_finetuning, place, config, batch), steps=3, whole=True)
+    if peer is not None:
+        place.row(what, "padded, SDPA", *peer, tokens=tokens)
+    found = place.attempt(what, "bge_ds", partial(ours_finetuning, place, config, batch), whole=True)
+    if found is not None:
+        flops = backbone_flops(build_meta(config), batch.texts.runs)
+        place.row(what, "bge_ds", *found, tokens=tokens, flops=flops, peer=peer, goal=goal)
+    return peer is not None
+
+
+def what_of(name: str, queries: int, config, dropout: float) -> str:
+    return f"fine-tuning, {name}, {queries} x {GROUP}, dropout {dropout if config.model_type == 'bert' else 0}"
+
+
+def compiled(place: Place) -> None:
+    """The same step with --torch_compile, whose first calls compile; our own plain step is the peer."""
+    config, queries = shapes(place)["bge-base"], place.size(64, 4)
+    batch = groups(place, queries, config.vocab_size)
+    what, tokens = what_of("bge-base", queries, config, 0.1), batch.texts.tokens
+    peer = place.attempt(what, "bge_ds", partial(ours_finetuning, place, config, batch), whole=True)
+    make = partial(ours_finetuning, place, config, batch, torch_compile=True)
+    found = place.attempt(what, "bge_ds, compiled", make, whole=True)
+    if found is not None:
+        flops = backbone_flops(build_meta(config), batch.texts.runs)
+        place.row(what, "bge_ds, compiled", *found, tokens=tokens, flops=flops, peer=peer, goal="faster than uncompiled")
 
 
 def against_sentence_transformers(place: Place) -> None:
@@ -106,7 +129,7 @@ def against_sentence_transformers(place: Place) -> None:
     for name in ("bge-base", "bge-large"):
         config = shapes(place)[name]
         batch = groups(place, place.size(64, 4), config.vocab_size)
-        what, tokens, best = what_of(place, name, config, 0.1), batch.texts.tokens, None
+        what, tokens, best = what_of(name, batch.queries, config, 0.1), batch.texts.tokens, None
         for pieces_of in (None, place.size(16_384, 60), place.size(65_536, 200)):
             side = f"sentence-transformers, {'whole' if pieces_of is None else f'pieces of {pieces_of} tokens'}"
             make = partial(sentence_transformers_finetuning, place, config, batch, pieces_of)
@@ -125,13 +148,17 @@ def build_meta(config) -> nn.Module:
 
 
 def pieces(place: Place) -> None:
-    """A batch of 8,192 queries in pieces against one of 256 in pieces, and against the rate of a plain step of 64."""
+    """A batch of 8,192 queries in pieces against one of 256 in pieces, and against the rate of a plain step of 64.
+
+    The large one takes some 20 s: it is measured once, after the others have warmed up what it needs.
+    """
     config = shapes(place)["bge-base"]
     small, large, found = place.size(256, 4), place.size(8192, 16), {}
     for queries in (place.size(64, 3), small, large):
         batch = groups(place, queries, config.vocab_size, place.size(65_536, 100) if queries >= small else None)
         step = ours_finetuning(place, config, batch)
-        found[queries] = place.measure(step, steps=1 if queries == large else 3, whole=True), batch.texts.tokens
+        often = {"steps": 1, "warmup": 0} if queries == large else {"steps": 3}
+        found[queries] = place.measure(step, whole=True, **often), batch.texts.tokens
         del step
     ((plain, _), plain_tokens), (peer, peer_tokens), (ours, tokens) = found.values()
     place.row("in pieces, bge-base, 256 queries", "bge_ds", *peer, tokens=peer_tokens)
@@ -264,6 +291,7 @@ PARTS: dict[str, Callable[[Place], None]] = {
     "no_dropout": lambda place: finetuning(place, ["bge-base"], 0.0, "40 % of the matrix rate"),
     "sentence_transformers": against_sentence_transformers,
     "pieces": pieces,
+    "compiled": compiled,
     "profile": profile,
     "command": command,
 }

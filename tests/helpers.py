@@ -188,10 +188,11 @@ def start_python(
     return subprocess.Popen(command, cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
 
 
-def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300, fresh: bool = False) -> str:
+def run_ranks(script: str, ranks: int, *args: str, timeout: int = 240, fresh: bool = False) -> str:
     """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others').
 
     fresh: they share no memory and no allocator with what forks processes, for tests that measure memory.
+    Ranks that are still at it after `timeout` seconds are killed, and what they have said is shown.
     """
     port = free_port()
     with contextlib.ExitStack() as files:
@@ -208,7 +209,9 @@ def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300, fresh: bo
         deadline = time.monotonic() + timeout
         try:
             for process in processes:
-                process.wait(max(0.1, deadline - time.monotonic()))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, deadline - time.monotonic()))
+            late = [r for r, process in enumerate(processes) if process.poll() is None]
         finally:
             for process in processes:
                 process.kill()
@@ -218,5 +221,6 @@ def run_ranks(script: str, ranks: int, *args: str, timeout: int = 300, fresh: bo
                 file.seek(0)
             results.append([file.read() for file in pair])
     for r, (process, (out, err)) in enumerate(zip(processes, results, strict=True)):
-        assert process.returncode == 0, f"rank {r} exited with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
+        how = f"ran on after {timeout} s" if r in late else f"exited with {process.returncode}"
+        assert r not in late and process.returncode == 0, f"rank {r} {how}\n{out[-2000:]}\n{err[-6000:]}"
     return "".join(out for out, _ in results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,6 +10,12 @@ import sys
 
 import helpers
 import pytest
+import torch
+
+
+def rows_of(folder) -> list[dict[str, str]]:
+    with (folder / "gpu.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def test_a_dry_run_leaves_a_row_of_each_part(tmp_path, tiny_tokenizer_path):
@@ -24,8 +29,7 @@ def test_a_dry_run_leaves_a_row_of_each_part(tmp_path, tiny_tokenizer_path):
     command = [helpers.REPO / "benchmarks/gpu.sh", tmp_path / "out", "--data", tmp_path / "data", "--dry-run"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    with (tmp_path / "out/gpu.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "out")
     log = (tmp_path / "out/parts.log").read_text()
     whats = " ".join(row["what"] for row in rows)
     for what in (
@@ -52,17 +56,43 @@ def test_the_limits_add_up_to_eight_minutes():
     assert sorted(limits) == sorted(parts) and sum(map(int, limits.values())) <= 480
 
 
-def test_a_peer_that_fails_leaves_our_row(tmp_path):
-    """sentence-transformers is not among the tests' packages: its rows say so, and ours are there."""
+@pytest.fixture
+def lengths(tmp_path):
     (tmp_path / "lengths.json").write_text(json.dumps({"groups": [[5, [7] * 8]]}))
-    if importlib.util.find_spec("sentence_transformers"):
-        pytest.skip("sentence-transformers is installed here")
-    command = [sys.executable, helpers.REPO / "benchmarks/own_gpu.py", "sentence_transformers", tmp_path / "gpu.csv"]
-    subprocess.run([*command, "--data", tmp_path, "--dry-run"], check=True, capture_output=True, env=helpers.environment())
-    with (tmp_path / "gpu.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    return tmp_path
+
+
+def test_a_peer_that_is_not_installed_leaves_our_row(lengths):
+    """sentence-transformers' rows say what is missing, and ours are there."""
+    missing = "No module named 'sentence_transformers'"
+    (lengths / "sentence_transformers.py").write_text(f'raise ModuleNotFoundError("{missing}")')
+    command = [sys.executable, helpers.REPO / "benchmarks/own_gpu.py", "sentence_transformers", lengths / "gpu.csv"]
+    environment = helpers.environment(PYTHONPATH=f"{lengths}:{helpers.REPO}")
+    subprocess.run([*command, "--data", lengths, "--dry-run"], check=True, capture_output=True, env=environment)
+    rows = rows_of(lengths)
     assert sum(row["side"] == "bge_ds" and bool(row["seconds"]) for row in rows) == 2
-    assert all("No module named 'sentence_transformers'" in row["note"] for row in rows if row["side"] != "bge_ds")
+    assert all(missing in row["note"] for row in rows if row["side"] != "bge_ds")
+
+
+def test_a_batch_too_large_for_the_peer_is_made_smaller(lengths, monkeypatch):
+    """Both sides are measured on the smaller one too: a ratio is always one of the same batch."""
+    monkeypatch.syspath_prepend(str(helpers.REPO / "benchmarks"))
+    import gpu_setting
+    import own_gpu
+
+    def peer(place, config, batch):
+        if batch.queries > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return lambda: None
+
+    monkeypatch.setattr(own_gpu, "padded_finetuning", peer)
+    own_gpu.finetuning(gpu_setting.Place(lengths, lengths / "gpu.csv", dry=True), ["bge-base"], 0.1, "")
+    found = [(row["what"].split(", ")[2], row["side"], bool(row["seconds"]), bool(row["times_as_fast"]))
+             for row in rows_of(lengths)]  # fmt: skip
+    assert found == [
+        ("4 x 8", "padded, SDPA", False, False), ("4 x 8", "bge_ds", True, False),
+        ("2 x 8", "padded, SDPA", True, False), ("2 x 8", "bge_ds", True, True),
+    ]  # fmt: skip
 
 
 def test_a_wrong_start_is_refused(tmp_path):

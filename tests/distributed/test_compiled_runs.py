@@ -118,7 +118,7 @@ def test_a_compiled_run_resumes_exactly(tmp_path, setting):
 
 def test_what_does_not_compile_is_refused(tmp_path, setting):
     """ZeRO 3, whose hooks part the graphs and free the weights that they hold, and a padded backbone: nothing is written."""
-    helpers.make_model("mpnet", tmp_path / "mpnet")
+    helpers.make_model("mpnet", tmp_path / "mpnet", vocab_size=360)
     helpers.make_tokenizer("bytes", tmp_path / "mpnet")
     plans = [
         ("finetune", arguments(setting, "finetune", tmp_path / "out", deepspeed="zero3", **compiled())),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import time
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -56,21 +56,24 @@ def test_the_rank_that_others_wait_for_is_named(stage):
     assert words.startswith(f"rank 1 on {socket.gethostname()} is the slowest: {found['slowest_rank_seconds']:.2f} s a step")
 
 
-def test_waiting_for_the_loader_is_its_share_of_the_step():
+def test_waiting_for_the_loader_is_its_share_of_the_step(monkeypatch):
     """From the step's beginning to its batch; a loader that is too slow shows as such, and nothing of the one before counts."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     pace = timing.Pace(torch.device("cpu"))
-    for wait in (0.2, 0.0):
-        pace.begin()
-        time.sleep(wait)
-        pace.loaded()
-        time.sleep(0.2)
-        pace.end(1)
-    assert pace.read()["loader_share"] == pytest.approx(1 / 3, abs=0.05)
-    pace.begin()
-    pace.loaded()
-    time.sleep(0.1)
-    pace.end(1)
-    assert pace.read()["loader_share"] < 0.05
+
+    def steps(*waits: float) -> float:
+        for wait in waits:
+            pace.begin()
+            clock.now += wait
+            pace.loaded()
+            clock.now += 2.0
+            pace.end(1)
+            clock.now += 5.0  # no step is under way
+        return pace.read()["loader_share"]
+
+    assert steps(2.0, 0.0) == pytest.approx(1 / 3)
+    assert steps(0.5) == pytest.approx(1 / 5)
 
 
 def test_nothing_is_counted_between_steps():
