@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bge_ds import preprocess
-from bge_ds.data import loader
+from bge_ds.data import batches, loader
 from bge_ds.data.batches import collate_texts, pack
 from bge_ds.data.order import Order, mix64
-from bge_ds.kernels import masks
+from bge_ds.kernels import linear_logsumexp, masks, max_logits, products
 from bge_ds.kernels.attention import varlen_attention
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
@@ -120,6 +120,49 @@ def test_linear_cross_entropy_on_the_gpu():
         results.append([loss.detach().cpu(), *(t.grad.cpu() for t in leaves)])
     for mine, theirs in zip(*results, strict=True):
         assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("narrow", "tolerance"), [(None, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_contrastive_log_sum_exp_on_the_gpu(monkeypatch, narrow, tolerance):
+    """In blocks, with own and equal pairs left out: what the CPU gives in fp64, within the rounding of the products."""
+    monkeypatch.setattr(linear_logsumexp, "_GPU_ELEMENTS", 64 * 300)
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 48, generator=generator) for n in (200, 300))
+    keys_V = torch.arange(300) % 250
+    first_M = torch.arange(200)
+    of_pairs = first_M, torch.full_like(first_M, 2), keys_V[first_M, None], keys_V[:, None]
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, w)]
+        excluded = linear_logsumexp.Excluded(*(t.to(device) for t in of_pairs))
+        out, _ = linear_logsumexp.linear_logsumexp(*leaves, excluded, narrow=narrow)
+        out.sum().backward()
+        results.append([out.detach().cpu(), *(t.grad.cpu() for t in leaves)])
+    for theirs, mine in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+    if narrow is not None:
+        assert products._sums_in_fp32("cuda", narrow), "16-bit products are made in 16 bits and converted, or in fp32: slow"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_max_logits_on_the_gpu(monkeypatch, dtype, tolerance):
+    """In chunks of texts: the CPU's maxima and gradients of the same numbers."""
+    monkeypatch.setattr(max_logits, "_GPU_BYTES", 40 * 1001 * dtype.itemsize)
+    lengths = [1, 5, 5, 12, 30]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    runs = [batches.Run(1, 1), batches.Run(2, 5), batches.Run(1, 12), batches.Run(1, 30)]
+    x, w, b = (torch.randn(shape).to(dtype) for shape in ((sum(lengths), 64), (1001, 64), (1001,)))
+    # The last token of each text is by far the largest: rounding moves no maximum to another token.
+    w, last = w.abs(), starts[1:].long() - 1
+    x[last] = 64 * x[last].abs()
+    results = []
+    for device, given in (("cpu", torch.float64), ("cuda", dtype)):
+        leaves = [t.to(device, given).requires_grad_() for t in (x, w, b)]
+        out = max_logits.max_logits(*leaves, starts.to(device), runs)
+        out.sum().backward()
+        results.append([out.detach().cpu(), *(t.grad.cpu() for t in leaves)])
+    for theirs, mine in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])

@@ -139,7 +139,7 @@ def test_calls_do_not_depend_on_lengths(monkeypatch):
     """As a GPU would run it, on meta: texts of many lengths cost the calls of texts of few, one kernel each way a chunk."""
     from bge_ds.kernels import max_logits_triton
 
-    products._sums_in_fp32("meta", torch.bfloat16)  # asked once a process: not one of the calls
+    added_at_once = products._sums_in_fp32("meta", torch.bfloat16)  # asked once a process: not one of the calls
     found = []
     for runs in (RUNS, [Run(len(LENGTHS) - 1, 4), Run(1, sum(LENGTHS) - 4 * len(LENGTHS) + 4)]):
         calls = Calls()
@@ -154,7 +154,7 @@ def test_calls_do_not_depend_on_lengths(monkeypatch):
         assert [t.grad.dtype for t in (x, w, b)] == [torch.bfloat16] * 3
         found.append(calls.names)
     assert found[0] == found[1] and found[0].count("_maxima") == found[0].count("_gradient") == 1
-    assert found[0].count("mm") == 2
+    assert found[0].count("mm") == (2 if added_at_once else 3)
 
 
 @interpreter.runs_again
