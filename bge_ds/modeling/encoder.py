@@ -179,7 +179,8 @@ def load_backbone(
             name_or_path, config=config, attn_implementation=attention, dtype=torch.float32, output_loading_info=True,
             trust_remote_code=False, **options,
         )  # fmt: skip
-    # A head or pooler may be new; a hole in the encoder itself is a wrong folder, and training would hide it.
+    _restore_buffers(model)
+    # A head or pooler may be new; a hole in the encoder itself is a wrong folder.
     inside = {k for k, _ in model.base_model.named_parameters()} - {"pooler.dense.weight", "pooler.dense.bias"}
     holes = [k for k in sorted(info["missing_keys"]) if k.removeprefix(model.base_model_prefix + ".") in inside]
     if holes or info["mismatched_keys"]:
@@ -191,6 +192,25 @@ def load_backbone(
     if attention == ATTENTION:
         use_fast_dropout(model)
     return model
+
+
+def _restore_buffers(model: nn.Module) -> None:
+    """Compute again, in fp32, what `from_pretrained` has computed in 16 bits: rotary frequencies, under ZeRO 3.
+
+    DeepSpeed makes every number of 16 bits while it shards such a model, and transformers 5.17 leaves these so.
+    """
+    for module in model.modules():
+        rounded = [name for name, x in module.named_buffers(recurse=False) if x.dtype in (torch.bfloat16, torch.float16)]
+        for name in rounded:
+            module._buffers[name] = torch.full_like(module._buffers[name], float("nan"), dtype=torch.float32)
+        if rounded:
+            model._init_weights(module)
+        for name in rounded:
+            if module._buffers[name].isnan().any():
+                raise ValueError(
+                    f"transformers {transformers.__version__} makes {name} of {type(module).__name__} in 16 bits under ZeRO 3; "
+                    "upgrade transformers, or take --deepspeed zero2"
+                )
 
 
 def _make_bidirectional(config: PretrainedConfig) -> None:

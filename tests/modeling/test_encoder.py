@@ -55,6 +55,22 @@ def assert_same_gradients(ours, theirs):
         assert difference <= 1e-5 * max(theirs[name].grad.abs().max(), 1e-1), name
 
 
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.unpadded])
+def test_rounded_buffers_are_computed_anew(tmp_path, family):
+    """What was computed in 16 bits while a model was sharded is in fp32 again; what no one can compute again is an error."""
+    backbone = build(make_model(family, tmp_path)).backbone
+    exact = {name: x.clone() for name, x in backbone.named_buffers() if x.is_floating_point()}
+    for module in backbone.modules():
+        for name, x in list(module.named_buffers(recurse=False)):
+            if x.is_floating_point():
+                module._buffers[name] = x.bfloat16()
+    encoder_module._restore_buffers(backbone)
+    assert all(torch.equal(x, exact[name]) for name, x in backbone.named_buffers() if name in exact)
+    backbone.register_buffer("learned", torch.ones(3, dtype=torch.float16), persistent=False)
+    with pytest.raises(ValueError, match=r"makes learned of .*Model in 16 bits under ZeRO 3"):
+        encoder_module._restore_buffers(backbone)
+
+
 def assert_padding_free_equals_padded(path, **options):
     texts, _ = pack(helpers.random_texts(LENGTHS, first=0, last=2))
     weights = torch.randn(len(LENGTHS), 32, generator=torch.Generator().manual_seed(1))
