@@ -180,7 +180,7 @@ def load_backbone(
             trust_remote_code=False, **options,
         )  # fmt: skip
     _restore_buffers(model)
-    # A head or pooler may be new; a hole in the encoder itself is a wrong folder.
+    # A head or pooler may be new; a hole in the encoder itself is a wrong folder, and training would hide it.
     inside = {k for k, _ in model.base_model.named_parameters()} - {"pooler.dense.weight", "pooler.dense.bias"}
     holes = [k for k in sorted(info["missing_keys"]) if k.removeprefix(model.base_model_prefix + ".") in inside]
     if holes or info["mismatched_keys"]:
@@ -203,7 +203,7 @@ def _restore_buffers(model: nn.Module) -> None:
         rounded = [name for name, x in module.named_buffers(recurse=False) if x.dtype in (torch.bfloat16, torch.float16)]
         for name in rounded:
             module._buffers[name] = torch.full_like(module._buffers[name], float("nan"), dtype=torch.float32)
-        if rounded:
+        if rounded:  # transformers makes nothing anew that it has loaded
             model._init_weights(module)
         for name in rounded:
             if module._buffers[name].isnan().any():

@@ -211,9 +211,11 @@ class RetroMAE(nn.Module):
         """
         texts, inner_M, inner_N = batch.texts, prepared.inner_M, prepared.inner_N
         lengths_N = texts.cu_seqlens.diff()
-        after_first = spans(texts.cu_seqlens[:-1].long() + 1, lengths_N - 1, texts.tokens - len(lengths_N))
-        cu_seqlens = texts.cu_seqlens - torch.arange(len(texts.cu_seqlens), dtype=torch.int32, device=after_first.device)
-        shorter = cu_seqlens, [Run(n, length - 1) for n, length in texts.runs]
+        # A text of one token keeps it: it has no words to predict, and no maxima without a token.
+        kept_N = (lengths_N - 1).clamp_min(1)
+        runs = [Run(n, max(1, length - 1)) for n, length in texts.runs]
+        after_first = spans(texts.cu_seqlens[1:].long() - kept_N, kept_N, sum(n * length for n, length in runs))
+        shorter = F.pad(kept_N.cumsum(0, dtype=torch.int32), (1, 0)), runs
         best_NV = self.head(prepared.hidden_TD.index_select(0, after_first), texts=shorter)
         text_M = torch.repeat_interleave(inner_N, output_size=inner_M.numel())
         held_NV = torch.zeros_like(best_NV, dtype=torch.bool)

@@ -55,20 +55,53 @@ def assert_same_gradients(ours, theirs):
         assert difference <= 1e-5 * max(theirs[name].grad.abs().max(), 1e-1), name
 
 
+class Rounding:
+    """Loads as transformers 5.17 does while DeepSpeed shards a model of 16 bits: what is computed and not read is rounded."""
+
+    extra: tuple[str, ...] = ()  # modules that get a buffer which no one can compute
+
+    @classmethod
+    def from_pretrained(cls, *args, **options):
+        model, info = AutoModel.from_pretrained(*args, **options)
+        for place, module in model.named_modules():
+            if place in cls.extra:
+                module.register_buffer("learned", torch.ones(3), persistent=False)
+            for name, x in module.named_buffers(recurse=False):
+                if x.is_floating_point():
+                    module._buffers[name] = x.bfloat16()
+        return model, info
+
+
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.unpadded])
 def test_rounded_buffers_are_computed_anew(tmp_path, family):
-    """What was computed in 16 bits while a model was sharded is in fp32 again; what no one can compute again is an error."""
-    backbone = build(make_model(family, tmp_path)).backbone
-    exact = {name: x.clone() for name, x in backbone.named_buffers() if x.is_floating_point()}
-    for module in backbone.modules():
-        for name, x in list(module.named_buffers(recurse=False)):
-            if x.is_floating_point():
-                module._buffers[name] = x.bfloat16()
+    """A loaded model has the buffers and weights of one loaded without rounding, in fp32."""
+    exact = build(make_model(family, tmp_path)).backbone
+    backbone = encoder_module.load_backbone(Rounding, str(tmp_path))
+    for mine, theirs in (
+        (backbone.named_buffers(), exact.named_buffers()),
+        (backbone.named_parameters(), exact.named_parameters()),
+    ):
+        for (name, x), (_, other) in zip(mine, theirs, strict=True):
+            assert x.dtype == other.dtype and (torch.equal(x, other) or "pooler" in name), name
+
+
+def test_weights_beside_a_rounded_buffer_stay(tmp_path):
+    """What was loaded is not made anew with the buffers of its module."""
+    backbone = build(make_model("llama", tmp_path)).backbone
+    before = {name: x.clone() for name, x in backbone.named_parameters()}
+    backbone._init_weights = lambda module: (type(backbone)._init_weights(backbone, module), module.learned.fill_(1.0))
+    for module in (backbone.norm, backbone.embed_tokens, backbone.layers[0].mlp.up_proj):
+        module.register_buffer("learned", torch.ones(3, dtype=torch.float16), persistent=False)
     encoder_module._restore_buffers(backbone)
-    assert all(torch.equal(x, exact[name]) for name, x in backbone.named_buffers() if name in exact)
-    backbone.register_buffer("learned", torch.ones(3, dtype=torch.float16), persistent=False)
-    with pytest.raises(ValueError, match=r"makes learned of .*Model in 16 bits under ZeRO 3"):
-        encoder_module._restore_buffers(backbone)
+    assert all(torch.equal(x, before[name]) for name, x in backbone.named_parameters())
+
+
+@pytest.mark.parametrize("place", ["", "norm"])
+def test_rounded_buffers_that_no_one_can_compute_are_refused(tmp_path, monkeypatch, place):
+    """Rather than trained as they are, beside weights or alone."""
+    monkeypatch.setattr(Rounding, "extra", (place,))
+    with pytest.raises(ValueError, match=r"makes learned of Llama.* in 16 bits under ZeRO 3"):
+        encoder_module.load_backbone(Rounding, str(make_model("llama", tmp_path)))
 
 
 def assert_padding_free_equals_padded(path, **options):
