@@ -14,7 +14,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "bge_ds/__init__.py").rea
 STARTUP_FILE = "bge_ds_startup.pth"
 STARTUP_LINE = (
     "import sys; (getattr(sys, 'argv', None) or [''])[0].endswith(('deepspeed', 'deepspeed.exe', 'ds', 'ds.exe'))"
-    " and __import__('bge_ds.startup').startup.accept_dash_m()\n"
+    " and __import__('bge_ds.deepspeed_engine.launcher_module_flag', fromlist=['x']).accept_dash_m()\n"
 )
 
 

@@ -16,7 +16,7 @@ from gpu_setting import GROUP, Place, optimizer_of
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, BertTokenizerFast
 
-from bge_ds.data import batches
+from bge_ds.data import collate
 
 
 def padded(rows: list[torch.Tensor], place: Place) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,14 +26,14 @@ def padded(rows: list[torch.Tensor], place: Place) -> tuple[torch.Tensor, torch.
     return ids_NL.to(place.device), real_NL.long().to(place.device)
 
 
-def rows_of(batch: batches.ContrastiveBatch) -> list[torch.Tensor]:
+def rows_of(batch: collate.ContrastiveBatch) -> list[torch.Tensor]:
     """The ids of each text, queries first, on the CPU."""
     texts = batch.texts
     rows = torch.tensor_split(texts.ids_T.cpu(), texts.cu_seqlens[1:-1].cpu().long())
     return [rows[k] for k in texts.place_N.tolist()]
 
 
-def padded_finetuning(place: Place, config, batch: batches.ContrastiveBatch) -> Callable[[], None]:
+def padded_finetuning(place: Place, config, batch: collate.ContrastiveBatch) -> Callable[[], None]:
     """The plain loop: a padded model with SDPA, queries and passages apart, cross entropy over all passages."""
     torch.manual_seed(0)
     model = AutoModel.from_config(config, attn_implementation="sdpa").to(place.device, place.dtype).train()
@@ -51,7 +51,7 @@ def padded_finetuning(place: Place, config, batch: batches.ContrastiveBatch) -> 
     return step
 
 
-def padded_pretraining(place: Place, config, batch: batches.PretrainBatch) -> Callable[[], None]:
+def padded_pretraining(place: Place, config, batch: collate.PretrainBatch) -> Callable[[], None]:
     """The plain loop: SDPA with the decoder's masks, logits of all positions."""
     from own_pretraining import PlainRetroMAE
     from own_pretraining import padded as padded_texts
@@ -70,7 +70,7 @@ def padded_pretraining(place: Place, config, batch: batches.PretrainBatch) -> Ca
 
 
 def sentence_transformers_finetuning(
-    place: Place, config, batch: batches.ContrastiveBatch, mini_batch_tokens: int | None
+    place: Place, config, batch: collate.ContrastiveBatch, mini_batch_tokens: int | None
 ) -> Callable[[], None]:
     """sentence-transformers' ranking loss, whole or cached in pieces of so many tokens, each column padded by itself.
 

@@ -19,7 +19,8 @@ import transformers
 from torch import nn
 from transformers import BertConfig, ModernBertConfig, Qwen3Config
 
-from bge_ds.data import batches
+from bge_ds.data import collate
+from bge_ds.kernels import packed
 
 COLUMNS = ("date", "hardware", "versions", "what", "side", "precision", "seconds", "tokens_per_second", "share_of_matrix_rate",
            "peak_MiB", "times_as_fast", "share_of_memory", "goal", "note")  # fmt: skip
@@ -135,28 +136,28 @@ def texts_of(lengths: list[int], vocabulary: int) -> list[np.ndarray]:
     return [generator.integers(5, vocabulary, length) for length in lengths]
 
 
-def groups(place: Place, queries: int, vocabulary: int, max_tokens: int | None = None) -> batches.ContrastiveBatch:
+def groups(place: Place, queries: int, vocabulary: int, max_tokens: int | None = None) -> collate.ContrastiveBatch:
     """Queries with their passages, lengths as in the sample (to 64 and 512 tokens)."""
     cap = place.size(512, 24)
     taken = list(itertools.islice(itertools.cycle(place.lengths["groups"]), queries))
     texts = [min(q, 64, cap) for q, _ in taken] + [min(n, cap) for _, passages in taken for n in passages]
-    packed, _ = batches.pack(texts_of(texts, vocabulary))
+    row, _ = packed.pack(texts_of(texts, vocabulary))
     own_BG = torch.arange(queries * GROUP).view(queries, GROUP)
     hashes_P = torch.arange(queries * GROUP)
-    return batches.ContrastiveBatch(
-        texts=packed, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
+    return collate.ContrastiveBatch(
+        texts=row, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
         own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
-        bounds=batches.chunk_bounds(packed.runs, None, max_tokens) if max_tokens else None,
+        bounds=packed.chunk_bounds(row.runs, None, max_tokens) if max_tokens else None,
     ).to(place.device)  # fmt: skip
 
 
-def full_texts(place: Place, config) -> batches.PretrainBatch:
+def full_texts(place: Place, config) -> collate.PretrainBatch:
     """32 texts of 512 tokens, masked."""
     cap, count = place.size(512, 24), place.size(32, 4)
-    texts, order = batches.pack(texts_of([cap] * count, config.vocab_size))
+    texts, order = packed.pack(texts_of([cap] * count, config.vocab_size))
     words_T, keys_N = texts.positions_T, torch.arange(count) * 7919
-    masked_M = batches.choose_masked(texts, words_T, keys_N, 0.3)
-    return batches.PretrainBatch(texts, words_T, keys_N, torch.from_numpy(order), masked_M)
+    masked_M = collate.choose_masked(texts, words_T, keys_N, 0.3)
+    return collate.PretrainBatch(texts, words_T, keys_N, torch.from_numpy(order), masked_M)
 
 
 def optimizer_of(model: nn.Module, place: Place) -> torch.optim.Optimizer:

@@ -30,8 +30,9 @@ import numpy as np
 from sides import different_texts, open_lines
 
 from bge_ds import preprocess
-from bge_ds.data import records, shards, writing
-from bge_ds.data.lists import Lists
+from bge_ds.data.preprocess import validate
+from bge_ds.data.ragged import Lists
+from bge_ds.data.shards import shard_reader, shard_writer
 
 GROUP = 8
 
@@ -79,14 +80,14 @@ def time_command(asked: dict) -> dict:
     target = Path(asked["target"])
     shutil.rmtree(target, ignore_errors=True)
     argv = ["pretrain", "--input", asked["lines"], "--output", str(target), "--tokenizer", asked["model"], "--num_proc", "1"]
-    records.load_tokenizer(asked["model"])  # imports: the bare tokenizer's are not timed either
+    validate.load_tokenizer(asked["model"])  # imports: the bare tokenizer's are not timed either
     began = time.perf_counter()
     with redirect_stdout(sys.stderr):
         failed = preprocess.main([*argv, "--max_seq_length", str(asked["max_seq_length"])], alone=True)
     seconds = time.perf_counter() - began
     if failed:
         raise SystemExit(f"preprocess ended with status {failed}")
-    return {"seconds": seconds, "counts": shards.read_manifest(target)["counts"]}
+    return {"seconds": seconds, "counts": shard_reader.read_manifest(target)["counts"]}
 
 
 def time_bare(asked: dict) -> dict:
@@ -110,7 +111,7 @@ def time_bare(asked: dict) -> dict:
 def link_shards(asked: dict) -> dict:
     """As if that much input had been preprocessed: every shard is whole, and its rows are read like any other's."""
     source, target = Path(asked["shards"]), Path(asked["target"])
-    manifest = shards.read_manifest(source)
+    manifest = shard_reader.read_manifest(source)
     entry, size = manifest["shards"][0], 0
     entries = []
     while size < asked["bytes"]:
@@ -121,14 +122,14 @@ def link_shards(asked: dict) -> dict:
     rows = entry["rows"] * len(entries)
     made = {key: value for key, value in manifest.items() if key not in ("schema_version", "fingerprint")}
     made |= {"shards": entries, "sources": [manifest["sources"][0] | {"rows": [0, rows]}]}
-    writing.write_manifest(target, made | {"counts": manifest["counts"] | {"texts": rows}})
+    shard_writer.write_manifest(target, made | {"counts": manifest["counts"] | {"texts": rows}})
     return {"shards": len(entries), "bytes": size}
 
 
 def time_open(asked: dict) -> dict:
     before = memory()
     began = time.perf_counter()
-    data = shards.open_folder(asked["shards"])
+    data = shard_reader.open_folder(asked["shards"])
     opened = time.perf_counter() - began
     first = mapped_shards(data)
     began = time.perf_counter()
@@ -138,7 +139,7 @@ def time_open(asked: dict) -> dict:
     return {"seconds": opened, "with_a_row": opened + row, "grown": grown, "mapped": mapped, "tokens": tokens}
 
 
-def mapped_shards(data: shards.PretrainShards) -> int:
+def mapped_shards(data: shard_reader.PretrainShards) -> int:
     """Shards of a folder of which a part is mapped into this process."""
     folder = re.escape(str(data.folder.resolve()))
     return len(set(re.findall(rf" ({folder}/.+\.arrow)$", Path("/proc/self/maps").read_text("utf-8"), re.MULTILINE)))
@@ -153,13 +154,13 @@ def memory() -> int:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def full_groups(data: shards.FinetuneShards) -> np.ndarray:
+def full_groups(data: shard_reader.FinetuneShards) -> np.ndarray:
     """The groups that have 8 texts: a positive and 7 negatives."""
     return np.flatnonzero(data.passage_rows(np.arange(len(data)))[1].lengths >= GROUP - 1)
 
 
 def export(asked: dict) -> dict:
-    data = shards.open_folder(asked["shards"])
+    data = shard_reader.open_folder(asked["shards"])
     texts = texts_of(data, full_groups(data))
     target = Path(asked["target"])
     np.save(target / "ids.npy", texts.values)
@@ -169,7 +170,7 @@ def export(asked: dict) -> dict:
 
 def time_reads(asked: dict) -> dict:
     """As many groups at a time as a batch asks for."""
-    data = shards.open_folder(asked["shards"])
+    data = shard_reader.open_folder(asked["shards"])
     rows = full_groups(data)
     chosen = rows[np.random.default_rng(0).integers(0, len(rows), asked["reads"])]
     texts_of(data, chosen[: asked["batch"]])  # the maps
@@ -179,7 +180,7 @@ def time_reads(asked: dict) -> dict:
     return {"seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-def texts_of(data: shards.FinetuneShards, rows: np.ndarray) -> Lists:
+def texts_of(data: shard_reader.FinetuneShards, rows: np.ndarray) -> Lists:
     """The first positive and 7 negatives of each group."""
     pos, neg = data.passage_rows(rows)
     passages = np.empty((len(rows), GROUP), np.int64)
@@ -189,12 +190,12 @@ def texts_of(data: shards.FinetuneShards, rows: np.ndarray) -> Lists:
 
 
 def time_loader(asked: dict) -> dict:
-    from bge_ds.data import loader
+    from bge_ds.data import dataloader
 
     steps, warm = asked["steps"], asked["warm"]
     order, collate, options = plan(asked)
     found = iter(
-        loader.steps(
+        dataloader.steps(
             [Path(asked["shards"])], order, collate, first_step=0, end_step=steps + warm, accumulation=1, rank=0, world=1,
             workers=asked["workers"], pin_memory=False, **options,
         )
@@ -209,7 +210,7 @@ def time_loader(asked: dict) -> dict:
 def time_resume(asked: dict) -> dict:
     """The rows of the step, and the batch, of a process that has asked for no step before."""
     order, collate, options = plan(asked)
-    data = shards.open_folder(asked["shards"])
+    data = shard_reader.open_folder(asked["shards"])
     collate(data, *replace(order, seed=7).step_rows(0), **options)  # imports and maps; another line, which leaves none cached
     began = time.perf_counter()
     batch = collate(data, *order.step_rows(asked["step"]), **options)
@@ -219,18 +220,18 @@ def time_resume(asked: dict) -> dict:
 def plan(asked: dict):
     import torch
 
-    from bge_ds.data import batches
-    from bge_ds.data.order import Order
+    from bge_ds.data import collate
+    from bge_ds.data.sampling.sampler import Order
 
     torch.set_num_threads(1)
-    data = shards.open_folder(asked["shards"])
+    data = shard_reader.open_folder(asked["shards"])
     spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
     order = Order(seed=42, spans=spans, global_batch=asked["batch"])
-    if isinstance(data, shards.PretrainShards):
+    if isinstance(data, shard_reader.PretrainShards):
         options = {"seed": 42, "encoder_share": 0.3, "max_seq_length": data.manifest["max_seq_length"]}
-        return order, batches.collate_texts, options
+        return order, collate.collate_texts, options
     lengths = {name: data.manifest[name] for name in ("query_max_len", "passage_max_len")}
-    return order, batches.collate_groups, {"seed": 42, "group_size": GROUP, **lengths}
+    return order, collate.collate_groups, {"seed": 42, "group_size": GROUP, **lengths}
 
 
 def work(asked: dict) -> dict:

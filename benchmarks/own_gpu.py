@@ -24,15 +24,17 @@ from gpu_setting import GROUP, WARMUP, Place, full_texts, groups, optimizer_of, 
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from bge_ds import finetune, pretrain, run
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.data import batches
+from bge_ds import finetune, pretrain
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.data import collate
+from bge_ds.kernels import packed
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
 from bge_ds.modeling.encoder import Encoder, build_backbone
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
+from bge_ds.training import setup
 
 
 class Engine:
@@ -52,7 +54,7 @@ class Engine:
         return contextlib.nullcontext()
 
 
-def ours_finetuning(place: Place, config, batch: batches.ContrastiveBatch, **flags) -> Callable[[], None]:
+def ours_finetuning(place: Place, config, batch: collate.ContrastiveBatch, **flags) -> Callable[[], None]:
     pooling = "last_token" if config.model_type == "qwen3" else "cls"
     args = FinetuneArguments.build(
         output_dir="none", train_data="none", model_name_or_path="none", temperature=0.02, train_group_size=GROUP,
@@ -60,7 +62,7 @@ def ours_finetuning(place: Place, config, batch: batches.ContrastiveBatch, **fla
     )  # fmt: skip
     torch.manual_seed(0)
     model = Encoder(build_backbone(AutoModel, config), pooling).to(place.device, place.dtype).train()
-    run.compile_layers(args, model.backbone)
+    setup.compile_layers(args, model.backbone)
     engine, objective, optimizer = Engine(model), finetune.objective_of(args), optimizer_of(model, place)
 
     def step() -> None:
@@ -168,7 +170,7 @@ def pieces(place: Place) -> None:
               goal="memory <= 1.2 x that of 256; 0.45 of the plain step's rate")  # fmt: skip
 
 
-def ours_pretraining(place: Place, config, batch: batches.PretrainBatch) -> Callable[[], None]:
+def ours_pretraining(place: Place, config, batch: collate.PretrainBatch) -> Callable[[], None]:
     torch.manual_seed(0)
     model = RetroMAE(build_backbone(AutoModelForMaskedLM, config), RetroMAESettings(4)).to(place.device, place.dtype).train()
     optimizer = optimizer_of(model, place)
@@ -183,7 +185,7 @@ def ours_pretraining(place: Place, config, batch: batches.PretrainBatch) -> Call
     return step
 
 
-def flops_of(config, batch: batches.PretrainBatch) -> float:
+def flops_of(config, batch: collate.PretrainBatch) -> float:
     """Floating-point operations of a pre-training step."""
     with torch.device("meta"):
         model = RetroMAE(build_backbone(AutoModelForMaskedLM, config), RetroMAESettings(4))
@@ -211,7 +213,7 @@ def kernels(place: Place) -> None:
     heads, width = place.size(12, 2), place.size(64, 16)
     for length in (place.size(512, 20), place.size(2048, 40)):
         count = max(1, place.size(16_384, 80) // length)
-        texts, _ = batches.pack([np.full(length, 7)] * count)
+        texts, _ = packed.pack([np.full(length, 7)] * count)
         texts = texts.to(place.device)
         keys_N = torch.arange(count, device=place.device) * 7919
         sizes = [count * (length - 2), texts.tokens, texts.tokens]

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
-from bge_ds.data import batches, order, shards
+from bge_ds.data import collate
+from bge_ds.data.sampling import sampler
+from bge_ds.data.shards import shard_reader
 from bge_ds.distributed import collectives
 from bge_ds.finetune import contrastive_loss
-from bge_ds.modeling import contrastive
+from bge_ds.losses import contrastive
 from bge_ds.modeling.encoder import Encoder
 from bge_ds.modeling.flops import backbone_flops, linear_flops
 
@@ -83,15 +85,15 @@ def square_rate(dtype: torch.dtype, device: torch.device) -> float:
 # ------------------------------------------------------------------------------------------------ the encoder alone
 
 
-def same_batches(asked: dict) -> list[batches.ContrastiveBatch]:
+def same_batches(asked: dict) -> list[collate.ContrastiveBatch]:
     """The batches of a run with --train_sampling_strategy sequential over the same shards."""
-    data = shards.open_folder(Path(asked["shards"]))
+    data = shard_reader.open_folder(Path(asked["shards"]))
     spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
-    line = order.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
+    line = sampler.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
     options = dict(
         seed=42, group_size=asked["group"], query_max_len=asked["query_max_len"], passage_max_len=asked["passage_max_len"]
     )
-    return [batches.collate_groups(data, *line.step_rows(step), **options) for step in range(asked["steps"])]
+    return [collate.collate_groups(data, *line.step_rows(step), **options) for step in range(asked["steps"])]
 
 
 def measure_step(asked: dict) -> dict:
@@ -116,12 +118,12 @@ def measure_step(asked: dict) -> dict:
 # ------------------------------------------------------------------------------------------------ the loss alone
 
 
-def made_up_batch(queries: int, group: int) -> batches.ContrastiveBatch:
+def made_up_batch(queries: int, group: int) -> collate.ContrastiveBatch:
     """A batch of full groups without texts, every passage different from all others on all ranks."""
     passages = queries * group
     hashes_P = torch.arange(passages) + 1 + collectives.rank() * passages
     own_BG = torch.arange(passages).view(queries, group)
-    return batches.ContrastiveBatch(
+    return collate.ContrastiveBatch(
         texts=None, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
         own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
     )  # fmt: skip

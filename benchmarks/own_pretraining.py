@@ -26,11 +26,13 @@ from sides import different_texts
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-from bge_ds.arguments import PretrainArguments
-from bge_ds.data import batches, loader, order, shards
-from bge_ds.kernels import masks
-from bge_ds.metrics import peak_memory
+from bge_ds.config.arguments import PretrainArguments
+from bge_ds.data import collate, dataloader
+from bge_ds.data.sampling import sampler
+from bge_ds.data.shards import shard_reader
+from bge_ds.kernels import masks, packed
 from bge_ds.modeling.flops import attention_flops
+from bge_ds.training.metrics import peak_memory
 
 ENCODER_SHARE, DECODER_SHARE = PretrainArguments.encoder_mlm_probability, PretrainArguments.decoder_mlm_probability
 
@@ -66,24 +68,24 @@ def joined(texts: Iterator[str], tokenizer, least_tokens: int) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ the input pipeline
 
 
-def order_of(asked: dict, data: shards.PretrainShards) -> order.Order:
+def order_of(asked: dict, data: shard_reader.PretrainShards) -> sampler.Order:
     """The order of a run with --train_sampling_strategy sequential."""
     spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
-    return order.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
+    return sampler.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
 
 
-def batches_of(asked: dict) -> Iterator[batches.PretrainBatch]:
+def batches_of(asked: dict) -> Iterator[collate.PretrainBatch]:
     """The batches of that run, without an end; in this process, or with `worker` as the command's loader gives them."""
-    data = shards.open_folder(Path(asked["shards"]))
+    data = shard_reader.open_folder(Path(asked["shards"]))
     line = order_of(asked, data)
     options = {"seed": 42, "max_seq_length": asked["max_seq_length"], "encoder_share": ENCODER_SHARE}
     if not asked.get("worker"):
         step = 0
         while True:
-            yield batches.collate_texts(data, *line.step_rows(step), **options)
+            yield collate.collate_texts(data, *line.step_rows(step), **options)
             step += 1
-    steps = loader.steps(
-        data.folders, line, batches.collate_texts, first_step=0, end_step=asked["steps"] * asked["rounds"],
+    steps = dataloader.steps(
+        data.folders, line, collate.collate_texts, first_step=0, end_step=asked["steps"] * asked["rounds"],
         accumulation=1, rank=0, world=1, workers=1, pin_memory=False, **options,
     )  # fmt: skip
     for (batch,) in steps:
@@ -105,7 +107,7 @@ def time_input(asked: dict) -> dict:
     return {"note": note, **record(seconds, tokens, tokens, peak_memory(torch.device("cpu")))}
 
 
-def draw_masks(batch: batches.PretrainBatch, mask_id: int) -> batches.PretrainBatch:
+def draw_masks(batch: collate.PretrainBatch, mask_id: int) -> collate.PretrainBatch:
     """The batch, with all other masks made and dropped: our model draws them in the step, FlagEmbedding's collator before."""
     texts, masked_M = batch.texts, batch.masked_M
     key_M = batch.keys_N.repeat_interleave(texts.cu_seqlens.diff())[masked_M]
@@ -174,7 +176,7 @@ def cross_entropy(scores_NLV, ids_NL, predicted_NL):
     return F.cross_entropy(scores_NLV.flatten(0, 1), ids_NL.masked_fill(~predicted_NL, -100).flatten())
 
 
-def padded(texts: batches.PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(texts: packed.PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids_NL, real_NL): the texts as a rectangle, and where it holds a token."""
     rows = torch.tensor_split(texts.ids_T, texts.cu_seqlens[1:-1].long())
     ids_NL = nn.utils.rnn.pad_sequence(rows, batch_first=True)

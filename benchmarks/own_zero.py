@@ -17,25 +17,27 @@ import numpy as np
 import torch
 from transformers import AutoModel, BertConfig
 
-from bge_ds import finetune, run
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.data import batches
-from bge_ds.data.order import Order
-from bge_ds.distributed import collectives, timing
-from bge_ds.distributed import config as configs
-from bge_ds.distributed import engine as engines
+from bge_ds import finetune
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.data import collate
+from bge_ds.data.sampling.sampler import Order
+from bge_ds.deepspeed_engine import ds_config as configs
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.distributed import collectives, communication_profile
+from bge_ds.kernels import packed
 from bge_ds.modeling.encoder import Encoder
+from bge_ds.training import setup
 
 
-def random_batch(asked: dict, vocabulary: int, rank: int) -> batches.ContrastiveBatch:
+def random_batch(asked: dict, vocabulary: int, rank: int) -> collate.ContrastiveBatch:
     """B queries, each with a group of G passages of its own, all texts of one length."""
     rng = np.random.default_rng(rank)
     queries, group = asked["batch"], asked["group"]
     passages = queries * group
-    texts, _ = batches.pack([rng.integers(5, vocabulary, asked["length"]) for _ in range(queries + passages)])
+    texts, _ = packed.pack([rng.integers(5, vocabulary, asked["length"]) for _ in range(queries + passages)])
     own_BG = torch.arange(passages).view(queries, group)
     hashes_P = torch.arange(passages) + rank * passages
-    return batches.ContrastiveBatch(
+    return collate.ContrastiveBatch(
         texts=texts, queries=queries, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
         own_only_B=torch.zeros(queries, dtype=torch.bool), rows_B=torch.arange(queries),
     )  # fmt: skip
@@ -76,13 +78,13 @@ def measure(asked: dict) -> dict:
     before = resident(device)
     model = Encoder(AutoModel.from_config(shape, add_pooling_layer=False), "cls", normalize=True)
     rows = 1000 * asked["batch"] * world
-    plan = run.StepPlan.make(args, Order(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
-    engine, config = run.build_engine(args, model, plan)
+    plan = setup.StepPlan.make(args, Order(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
+    engine, config = setup.build_engine(args, model, plan)
     elements = engines.count_elements(model)
     held = resident(device) - before
     forget_peak(device)  # of building: the steps' is what a run lives with
     batch = random_batch(asked, shape.vocab_size, rank).to(device)
-    objective, pace, seconds = finetune.objective_of(args), timing.Pace(device), []
+    objective, pace, seconds = finetune.objective_of(args), communication_profile.Pace(device), []
     engine.train()
     for step in range(asked["warmup"] + asked["steps"]):
         if step == asked["warmup"]:

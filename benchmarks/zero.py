@@ -25,7 +25,7 @@ from comparing import say
 from rows import append_rows, hardware, print_table
 from sides import HERE, Setting
 
-from bge_ds.distributed import config as configs
+from bge_ds.deepspeed_engine import ds_config as configs
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 COLUMNS = (

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bge_ds import retrieval
-from bge_ds.data import records
+from bge_ds.data.preprocess import validate
+from bge_ds.evaluation import retrieval
+from bge_ds.evaluation.retrieval import KEPT, NAMES, RetrievalSet, measure, read_folder, search
 from bge_ds.modeling import encoder
-from bge_ds.retrieval import KEPT, NAMES, RetrievalSet, measure, read_folder, search
 
 DEFAULT_LENGTHS = {"query_max_len": 64, "passage_max_len": 256}
 
@@ -113,7 +113,7 @@ def build_encode(args: argparse.Namespace) -> tuple[Callable[[list[str], str], t
     """The function that turns texts into vectors, and the effective settings as plain values."""
     name = args.model_name_or_path
     settings = read_settings(settings_folder(name, args.cache_dir), args)
-    tokenizer = records.load_tokenizer(name, cache_dir=args.cache_dir)
+    tokenizer = validate.load_tokenizer(name, cache_dir=args.cache_dir)
     try:
         model = encoder.Encoder.load(name, settings.pooling, settings.normalize, cache_dir=args.cache_dir)
     except OSError as error:

@@ -13,18 +13,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bge_ds import evaluation, ordering, preprocess, resuming, run
-from bge_ds.arguments import FinetuneArguments, parse
-from bge_ds.data import batches, records, shards
-from bge_ds.data.batches import Share
-from bge_ds.distributed import checkpoint, collectives, disk, gradcache, watch
-from bge_ds.distributed import engine as engines
-from bge_ds.distributed.timing import Pace
-from bge_ds.divergence import SkippedSteps
-from bge_ds.metrics import Meter
-from bge_ds.modeling import contrastive, export, lora
+from bge_ds import preprocess
+from bge_ds.checkpoint import checkpoint, filesystem
+from bge_ds.config.arguments import FinetuneArguments, parse
+from bge_ds.data import collate
+from bge_ds.data.collate import Share
+from bge_ds.data.preprocess import validate
+from bge_ds.data.shards import shard_reader
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.distributed import collectives
+from bge_ds.distributed.communication_profile import Pace
+from bge_ds.evaluation import during_training
+from bge_ds.health import failure_detector
+from bge_ds.kernels import packed
+from bge_ds.losses import contrastive, grad_cache
+from bge_ds.modeling import export, lora
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config, say_how
 from bge_ds.modeling.flops import backbone_flops
+from bge_ds.training import data_order, resume, setup
+from bge_ds.training.metrics import Meter
+from bge_ds.training.nonfinite import SkippedSteps
 
 _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cross_device", "use_inbatch_neg",
           "temperature", "normalize_embeddings", "sentence_pooling_method", "mask_false_negatives", "sub_batch_size",
@@ -36,17 +44,17 @@ _AGREE = ("train_group_size", "query_max_len", "passage_max_len", "negatives_cro
 
 def train(args: FinetuneArguments) -> None:
     started = time.perf_counter()
-    run.set_up(args)
-    tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
+    setup.set_up(args)
+    tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
-    eval_sets = evaluation.open_sets(args)
+    eval_sets = during_training.open_sets(args)
     model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
     check_vocabulary(model_config, tokenizer)
     check_lengths(model_config, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
-    run.check_compilation(args, model_config, device)
-    taken = resuming.take_up(args)
+    setup.check_compilation(args, model_config, device)
+    taken = resume.take_up(args)
     torch.manual_seed(args.seed)
     with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
         model = Encoder.load(
@@ -58,9 +66,9 @@ def train(args: FinetuneArguments) -> None:
     if args.learnable_temperature:
         model.temperature = contrastive.Temperature(args.temperature)
     freeze_and_checkpoint(model.backbone, args)
-    run.compile_layers(args, model.backbone)
-    order = ordering.make_order(args, data)
-    plan = run.StepPlan.make(args, order)
+    setup.compile_layers(args, model.backbone)
+    order = data_order.make_order(args, data)
+    plan = setup.StepPlan.make(args, order)
     uniform = not has_bare_groups(data)
     check_comparable(args, data, order, uniform)
     if args.knowledge_distillation:
@@ -68,36 +76,36 @@ def train(args: FinetuneArguments) -> None:
     width = model_config.hidden_size
     if args.mrl_dims and args.mrl_dims[-1] > width:
         raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
-    engine, config = run.build_engine(args, model, plan)
-    agreement = resuming.agreement(args, data, plan, _AGREE) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
-    first_step, tokens_seen = resuming.resume(args, taken, engine, agreement)
-    log = run.open_log(args, engine, first_step, plan)
+    engine, config = setup.build_engine(args, model, plan)
+    agreement = resume.agreement(args, data, plan, _AGREE) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
+    first_step, tokens_seen = resume.resume(args, taken, engine, agreement)
+    log = setup.open_log(args, engine, first_step, plan)
     ranks = collectives.world_size() if args.negatives_cross_device else 1
     passages = args.per_device_train_batch_size * args.train_group_size * ranks
     negatives = (passages if args.use_inbatch_neg else args.train_group_size) - 1
     facts = [
         ("model", f"{args.model_name_or_path}, runs {say_how(model_config, device, engines.precision(engine))}"),
         ("data", f"{len(data)} groups, {data.num_passages} passages"),
-        ("sets", ordering.table(args, data, order, plan.total)),
+        ("sets", data_order.table(args, data, order, plan.total)),
         ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),
         ("negatives", f"{'' if uniform else 'up to '}{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
     ]  # fmt: skip
-    log.say(f"fine-tuning\n{run.summary(args, plan, order, engine, config, facts)}")
+    log.say(f"fine-tuning\n{setup.summary(args, plan, order, engine, config, facts)}")
     if len(prompts := prompts_of(args, data)) > 2:
         log.say(f"warning: sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
     if args.gradient_accumulation_steps > 1 and args.use_inbatch_neg:
         log.say("warning: accumulation adds no negatives; a larger batch on each rank does")
     if taken:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
-    batches_of_steps = run.load_steps(
-        args, data, order, batches.collate_groups, device, first_step, plan.total,
+    batches_of_steps = setup.load_steps(
+        args, data, order, collate.collate_groups, device, first_step, plan.total,
         seed=order.seed, group_size=args.train_group_size,
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         own_only_spans=own_only_spans(data), distill=args.knowledge_distillation,
         max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
     )  # fmt: skip
     save = partial(write_model, engine, tokenizer, args, data)
-    evaluations = evaluation.prepare(
+    evaluations = during_training.prepare(
         args, eval_sets, tokenizer, engine.module, device, plan, log, taken and taken.path,
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_prompt=args.query_instruction_for_retrieval or "", passage_prompt=args.passage_instruction_for_retrieval or "",
@@ -106,8 +114,8 @@ def train(args: FinetuneArguments) -> None:
     objective = objective_of(args)
     meter = Meter(device, args.logging_nan_inf_filter)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, Path(args.output_dir), engine, tokenizer, log.say)
-    resuming.restore_meter(meter, nonfinite, taken)
-    saver = resuming.Saver(args, engine, agreement, resuming.asked_batch(args, taken), save, log, meter, nonfinite, started)
+    resume.restore_meter(meter, nonfinite, taken)
+    saver = resume.Saver(args, engine, agreement, resume.asked_batch(args, taken), save, log, meter, nonfinite, started)
     pace = Pace(device, log.say)
     engine.train()
     pace.begin()
@@ -119,7 +127,7 @@ def train(args: FinetuneArguments) -> None:
         for micro, batch in enumerate(micro_batches):
             batch = batch.to(device)
             shares = [Share(*sizes[micro * len(Share._fields) :][: len(Share._fields)]) for sizes in sizes_R if sizes]
-            seed = partial(run.seed_step, args.seed, step, micro)
+            seed = partial(setup.seed_step, args.seed, step, micro)
             parts.append(backward(engine, batch, args, objective, seed, shares or None))
             applied = engines.take_step(engine)
         loss = sum(part.loss for part in parts) / len(parts)
@@ -137,7 +145,7 @@ def train(args: FinetuneArguments) -> None:
         pace.end(sum(b.texts.tokens for b in micro_batches))
         nonfinite.saw(step, applied, loss, micro_batches)
         log.advance()
-        run.empty_cache(args, step, device)
+        setup.empty_cache(args, step, device)
         if plan.logs(step):
             sums = meter.read()
             queries = sums["steps"] * order.global_batch
@@ -151,17 +159,17 @@ def train(args: FinetuneArguments) -> None:
                 "false_negatives_hidden": sums["hidden_by_content"] / queries,
                 "margin_negatives_hidden": sums["hidden_by_margin"] / queries,
                 "temperature": sums["steps"] * collectives.world_size() / sums["scale"],
-                **run.rates(args, engine, device, sums, tokens_seen, nonfinite, pace),
+                **setup.rates(args, engine, device, sums, tokens_seen, nonfinite, pace),
                 **saver.record(),
             })  # fmt: skip
             engine.train()
         to_save = evaluations.at(step, meter)
-        stops = watch.last_step(step) == step < plan.total
+        stops = failure_detector.last_step(step) == step < plan.total
         if plan.saves(step) or to_save or (stops and not args.save_only_model):
             saver.save(step, tokens_seen, evaluations.judge(step))
             engine.train()
         if stops:
-            run.stop(args, step)
+            setup.stop(args, step)
         pace.begin()
 
     difference = finish(evaluations.result(save), Path(args.output_dir))
@@ -172,24 +180,24 @@ def train(args: FinetuneArguments) -> None:
     )
 
 
-def open_data(args: FinetuneArguments, tokenizer) -> shards.FinetuneShards:
+def open_data(args: FinetuneArguments, tokenizer) -> shard_reader.FinetuneShards:
     """The shards, made from JSON lines where they must be; lengths and instructions not given are the shards'."""
-    say = print if run.is_first_on_host() else run.silent
-    paths, weights = ordering.split_weights(args.train_data)
+    say = print if setup.is_first_on_host() else setup.silent
+    paths, weights = data_order.split_weights(args.train_data)
     folders = preprocess.prepare_all(
         "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
         explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data, say=say,
     )  # fmt: skip
-    data = shards.open_folders(folders)
+    data = shard_reader.open_folders(folders)
     for name in ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
         if name not in args.explicit:
             setattr(args, name, data.manifest[name])
     return data
 
 
-def prompts_of(args: FinetuneArguments, data: shards.FinetuneShards) -> dict[str, str]:
+def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> dict[str, str]:
     """The instructions of training under the names that they are saved by.
 
     Where the folders of shards have different ones, each is saved as `query_SET` or `passage_SET`, SET being the name of its
@@ -207,12 +215,12 @@ def prompts_of(args: FinetuneArguments, data: shards.FinetuneShards) -> dict[str
     return prompts
 
 
-def has_bare_groups(data: shards.FinetuneShards) -> bool:
+def has_bare_groups(data: shard_reader.FinetuneShards) -> bool:
     """Whether some group has no negatives of its own: ranks may then bring different numbers of passages."""
     return data.manifest["counts"]["groups_without_negatives"] > 0
 
 
-def check_comparable(args: FinetuneArguments, data: shards.FinetuneShards, order, uniform: bool) -> None:
+def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards, order, uniform: bool) -> None:
     """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
     bare = data.manifest["counts"]["groups_without_negatives"]
     if not uniform and not args.use_inbatch_neg:
@@ -228,13 +236,13 @@ def check_comparable(args: FinetuneArguments, data: shards.FinetuneShards, order
         )
 
 
-def own_only_spans(data: shards.FinetuneShards) -> tuple[tuple[int, int], ...]:
+def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
     """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
     marked = [s for s in data.manifest["sources"] if Path(s["path"]).name.split(".")[0].endswith("no_in_batch_neg")]
     return tuple((first, last) for first, last in (source["rows"] for source in marked))
 
 
-def check_teacher(args: FinetuneArguments, data: shards.FinetuneShards, uniform: bool) -> None:
+def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
     """Refuse distillation from groups that lack a score or have nothing to distil from."""
     what = f"{' '.join(args.train_data)}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
     if (row := data.first_without_scores()) is not None:
@@ -264,7 +272,7 @@ def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) ->
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def sizes_of(micro_batches: list[batches.ContrastiveBatch], args: FinetuneArguments, uniform: bool) -> list[int]:
+def sizes_of(micro_batches: list[collate.ContrastiveBatch], args: FinetuneArguments, uniform: bool) -> list[int]:
     """The numbers of this rank's shares, which the others must know; none where they follow from the arguments."""
     in_pieces = args.sub_batch_size or args.sub_batch_tokens
     if uniform and not in_pieces and not args.bidirectional:
@@ -273,7 +281,7 @@ def sizes_of(micro_batches: list[batches.ContrastiveBatch], args: FinetuneArgume
 
 
 def backward(
-    engine, batch: batches.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, seed,
+    engine, batch: collate.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, seed,
     shares: list[Share] | None = None,
 ) -> contrastive.Parts:  # fmt: skip
     """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k.
@@ -283,7 +291,7 @@ def backward(
     texts, shares = batch.texts, shares or [batch.share] * collectives.world_size()
     # Every rank makes as many passes as the one that needs most: under ZeRO-3 each forward is a collective.
     bounds = batch.cut_into(max(share.pieces for share in shares))
-    pieces = batches.split(texts, bounds)
+    pieces = packed.split(texts, bounds)
     fixed_scale = torch.full((), 1 / args.temperature, device=texts.ids_T.device)
     parts: list[contrastive.Parts] = []
 
@@ -299,7 +307,7 @@ def backward(
 
     sizes = [last - first for first, last in pairwise(bounds)]
     with engines.one_reduction(engine, len(pieces)) as run_backward:
-        gradcache.backward(embed, sizes, loss, run_backward)
+        grad_cache.backward(embed, sizes, loss, run_backward)
     return parts[0].detached()
 
 
@@ -320,7 +328,7 @@ def objective_of(args: FinetuneArguments) -> contrastive.Objective:
 def contrastive_loss(
     vectors_ND: torch.Tensor,
     scale: torch.Tensor | float,
-    batch: batches.ContrastiveBatch,
+    batch: collate.ContrastiveBatch,
     objective: contrastive.Objective,
     cross_device: bool,
     shares: list[Share] | None = None,
@@ -350,7 +358,7 @@ def contrastive_loss(
     return contrastive.loss(q_BD, scale, found, objective)
 
 
-def write_model(engine, tokenizer, args: FinetuneArguments, data: shards.FinetuneShards, folder: Path) -> float:
+def write_model(engine, tokenizer, args: FinetuneArguments, data: shard_reader.FinetuneShards, folder: Path) -> float:
     """Write the model into an existing empty folder, load it back and compare vectors; on every rank.
 
     Returns the largest difference found (the same on every rank).
@@ -380,13 +388,13 @@ def finish(save, output: Path) -> float:
 
     def place(aside: Path) -> None:
         shutil.rmtree(output / lora.FOLDER, ignore_errors=True)  # an older run's would not fit this run's model
-        disk.merge_folder(aside, output, last=export.ENTRY_FILES)
+        filesystem.merge_folder(aside, output, last=export.ENTRY_FILES)
 
     return checkpoint.write_aside(output, save, place)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.command(train, parse(FinetuneArguments, argv))
+    return setup.command(train, parse(FinetuneArguments, argv))
 
 
 if __name__ == "__main__":

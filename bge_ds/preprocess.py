@@ -19,10 +19,10 @@ from typing import Any
 import orjson
 import xxhash
 
-from . import inspection
-from .data import digests, folders, parts, records, segmenting, shards, sources, tables, verification
-from .data.build import Share, build, tell
-from .data.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
+from bge_ds.data.preprocess import input_files, inspection, merge, output_folder, table_files, validate, word_segmentation
+from bge_ds.data.preprocess.build import Share, build, tell
+from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
+from bge_ds.data.shards import digests, integrity, shard_reader
 
 # ----------------------------------------------------------------------------------------------- what a trainer calls
 
@@ -30,7 +30,7 @@ from .data.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
 def make_settings(kind: str, on_error: str = "raise", **given: Any) -> Settings:
     """Settings of a kind, with the defaults of the trainers where a value is None."""
     values: dict[str, Any] = dict(LENGTHS[kind]) | {name: "" for name in INSTRUCTIONS[kind]}
-    values |= dict.fromkeys(WORDS[kind], segmenting.NONE)
+    values |= dict.fromkeys(WORDS[kind], word_segmentation.NONE)
     values |= {name: value for name, value in given.items() if value is not None and name in values}
     return Settings(kind=kind, on_error=on_error, **values)
 
@@ -70,18 +70,18 @@ def prepare(
         passage_instruction_for_retrieval=passage_instruction,
         word_segmenter=word_segmenter,
     )
-    core = records.core(tokenizer)
+    core = validate.core(tokenizer)
     base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
     base = base.expanduser()
-    if len(inputs) == 1 and (Path(inputs[0]) / shards.MANIFEST).is_file():
+    if len(inputs) == 1 and (Path(inputs[0]) / shard_reader.MANIFEST).is_file():
         check_fits(Path(inputs[0]), settings, core, explicit)
         if verify_data:
-            verification.check_hashes(Path(inputs[0]), base)
+            integrity.check_hashes(Path(inputs[0]), base)
         return Path(inputs[0])
-    settings.check(records.Encoder(core, settings.word_segmenter))
-    found = sources.find_sources(inputs)
+    settings.check(validate.Encoder(core, settings.word_segmenter))
+    found = input_files.find_sources(inputs)
     held = digests.of_sources(found, base)
-    made_by = [shards.SCHEMA_VERSION, core.fingerprint, segmenting.version(settings.word_segmenter)]
+    made_by = [shard_reader.SCHEMA_VERSION, core.fingerprint, word_segmentation.version(settings.word_segmenter)]
     digest = xxhash.xxh3_128_hexdigest(orjson.dumps([*made_by, asdict(settings), held]))
     return _build_once(base / f"{kind}-{digest}", found, (settings, core), say)
 
@@ -90,11 +90,11 @@ def prepare_all(kind: str, paths: list[str], tokenizer: Any, apart: bool = False
     """The folders of shards for several entries: one each; all of them as one input where none is a folder of shards.
 
     apart: one each in any case, as weights need it. how: see `prepare`."""
-    apart = apart or any((Path(path) / shards.MANIFEST).is_file() for path in paths)
+    apart = apart or any((Path(path) / shard_reader.MANIFEST).is_file() for path in paths)
     return [prepare(kind, part, tokenizer, **how) for part in (paths if apart else [paths])]
 
 
-def _build_once(folder: Path, inputs: list[sources.Source], job: Job, say: Callable[[str], None]) -> Path:
+def _build_once(folder: Path, inputs: list[input_files.Source], job: Job, say: Callable[[str], None]) -> Path:
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def _build_once(folder: Path, inputs: list[sources.Source], job: Job, say: Calla
     try:
         if folder.exists():
             with contextlib.suppress(ValueError):  # damaged since: made anew
-                shards.open_folder(folder)
-                verification.check_hashes(folder, folder.parent)
+                shard_reader.open_folder(folder)
+                integrity.check_hashes(folder, folder.parent)
                 say(f"using the cache {folder}")
                 return folder
         manifest = build(folder, inputs, job, overwrite=True, say=say)
@@ -119,9 +119,9 @@ def _build_once(folder: Path, inputs: list[sources.Source], job: Job, say: Calla
     return folder
 
 
-def check_fits(folder: Path, settings: Settings, core: records.TokenizerCore, explicit: frozenset[str]) -> None:
+def check_fits(folder: Path, settings: Settings, core: validate.TokenizerCore, explicit: frozenset[str]) -> None:
     """Raises ValueError where shards do not serve a run: another kind, tokenizer or instruction, or too short rows."""
-    manifest = shards.read_manifest(folder)
+    manifest = shard_reader.read_manifest(folder)
     if manifest["kind"] != settings.kind:
         remedy = _remedy(manifest, settings, core)
         raise ValueError(f"{folder} holds {manifest['kind']} shards, {settings.kind} ones are needed: {remedy}")
@@ -140,14 +140,14 @@ def check_fits(folder: Path, settings: Settings, core: records.TokenizerCore, ex
                     f"{name} {value} is longer than the {manifest[name]} that {folder} was cut to:"
                     f" give {name} {manifest[name]} or less, or {_remedy(manifest, settings, core)}"
                 )
-        elif value != manifest.get(name, segmenting.NONE if name in WORDS[settings.kind] else ""):
+        elif value != manifest.get(name, word_segmentation.NONE if name in WORDS[settings.kind] else ""):
             raise ValueError(
-                f"{name} {value!r} differs from the {manifest.get(name, segmenting.NONE)!r} in {folder}: leave the flag out, or"
-                f" {_remedy(manifest, settings, core)}"
+                f"{name} {value!r} differs from the {manifest.get(name, word_segmentation.NONE)!r} in {folder}: leave the flag "
+                f"out, or {_remedy(manifest, settings, core)}"
             )
 
 
-def _remedy(manifest: dict[str, Any], settings: Settings, core: records.TokenizerCore) -> str:
+def _remedy(manifest: dict[str, Any], settings: Settings, core: validate.TokenizerCore) -> str:
     flags = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.named().items() if value]
     inputs = " ".join(shlex.quote(source["path"]) for source in manifest["sources"][:3])
     inputs = inputs if len(manifest["sources"]) <= 3 and manifest["kind"] == settings.kind else "PATH..."
@@ -173,8 +173,8 @@ def _parser() -> argparse.ArgumentParser:
             spellings = [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
             one.add_argument(*spellings, **how)
 
-        kinds = ", ".join(sources.KNOWN)
-        add("input", nargs="+", required=True, help=f"files ({kinds}), folders, quoted globs, {tables.HUB_SYNTAX}")
+        kinds = ", ".join(input_files.KNOWN)
+        add("input", nargs="+", required=True, help=f"files ({kinds}), folders, quoted globs, {table_files.HUB_SYNTAX}")
         add("output", required=True, help="folder to write; it appears when all is done")
         add("tokenizer", required=True, help="folder or hub name; must be the trained model's")
         for name, default in lengths.items():
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
             add(name, default="", help="put before the text as it is, no separator added")
         if kind == "pretrain":
             said = "finds the words of Chinese texts, which are masked whole; none: each character is a word"
-            add("word_segmenter", choices=segmenting.SEGMENTERS, default=segmenting.NONE, help=said)
+            add("word_segmenter", choices=word_segmentation.SEGMENTERS, default=word_segmentation.NONE, help=said)
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
             add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         add("sample", type=int, default=0, metavar="N", help="a quick look: the first N lines of each input alone")
         add("on_error", choices=("raise", "skip"), default="raise", help="what a bad line does (default raise)")
         add("skip_unknown", action="store_true", help="pass over files of unknown kinds in folders")
-        add("shard_bytes", type=int, default=shards.SHARD_BYTES, help="bytes of input a shard (default 256 MiB)")
+        add("shard_bytes", type=int, default=shard_reader.SHARD_BYTES, help="bytes of input a shard (default 256 MiB)")
         add("overwrite", action="store_true", help="replace the shards in --output")
         add("cache_dir", help="where tokenizers from the hub are kept")
     one = commands.add_parser("merge", allow_abbrev=False, help="join all parts of a run with --partition, moving no data")
@@ -215,10 +215,10 @@ def _make(args: argparse.Namespace, alone: bool) -> None:
     corpus = getattr(args, "corpus", [])
     columns = _columns(args.columns, args.command, bool(corpus))
     share = _share(args.partition, args.sample)
-    folders.check_output(Path(args.output), args.overwrite)
-    found = sources.find_sources(args.input, args.skip_unknown)
-    entries = sources.find_sources(corpus, args.skip_unknown) if corpus else []
-    core = records.core(records.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone))
+    output_folder.check_output(Path(args.output), args.overwrite)
+    found = input_files.find_sources(args.input, args.skip_unknown)
+    entries = input_files.find_sources(corpus, args.skip_unknown) if corpus else []
+    core = validate.core(validate.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone))
     names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command], *WORDS[args.command])
     settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
     made = build(
@@ -232,7 +232,7 @@ def _make(args: argparse.Namespace, alone: bool) -> None:
 
 
 def _columns(given: list[str], kind: str, by_id: bool) -> tuple[tuple[str, str], ...]:
-    fields = (*records.KEYS["by_id"], *records.KEYS["corpus"]) if by_id else records.KEYS[kind]
+    fields = (*validate.KEYS["by_id"], *validate.KEYS["corpus"]) if by_id else validate.KEYS[kind]
     pairs = [tuple(pair.split("=", 1)) for pair in given]
     for pair, text in zip(pairs, given, strict=True):
         if len(pair) != 2 or pair[0] not in fields or not pair[1]:
@@ -250,7 +250,7 @@ def _share(partition: str, sample: int) -> Share:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    manifest = parts.merge(args.parts, args.output, args.overwrite)
+    manifest = merge.merge(args.parts, args.output, args.overwrite)
     tell(args.output, manifest, manifest["tokenizer"]["name"], print)
     _say_written(args.output, manifest)
 
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None, alone: bool = False) -> int:
         if args.command == "inspect":
             inspection.inspect(args.folder, args.sample, args.histogram)
         elif args.command == "verify":
-            if problems := verification.verify_folder(args.folder):
+            if problems := integrity.verify_folder(args.folder):
                 raise ValueError("; ".join(problems))
             print(f"{args.folder}: every shard is as it was written")
         elif args.command == "merge":

@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import evaluation, ordering, preprocess, resuming, run
-from bge_ds.arguments import PretrainArguments, parse
-from bge_ds.data import batches, records, shards
-from bge_ds.distributed import checkpoint, collectives, disk, watch
-from bge_ds.distributed import engine as engines
-from bge_ds.distributed.timing import Pace
-from bge_ds.divergence import SkippedSteps
+from bge_ds import preprocess
+from bge_ds.checkpoint import checkpoint, filesystem
+from bge_ds.config.arguments import PretrainArguments, parse
+from bge_ds.data import collate
+from bge_ds.data.preprocess import validate
+from bge_ds.data.shards import shard_reader
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.distributed import collectives
+from bge_ds.distributed.communication_profile import Pace
+from bge_ds.evaluation import during_training
+from bge_ds.health import failure_detector
 from bge_ds.kernels.decoder_attention import choose
-from bge_ds.metrics import Meter
 from bge_ds.modeling import export
 from bge_ds.modeling.encoder import (
     Encoder,
@@ -33,6 +36,9 @@ from bge_ds.modeling.encoder import (
 )
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 from bge_ds.modeling.vocabulary import check_kind
+from bge_ds.training import data_order, resume, setup
+from bge_ds.training.metrics import Meter
+from bge_ds.training.nonfinite import SkippedSteps
 
 _AGREE = ("per_device_train_tokens", "max_seq_length", "encoder_mlm_probability", "decoder_mlm_probability", "decoder_query",
           "objective", "bow_loss_weight", "average_tokens_across_devices")  # fmt: skip
@@ -43,10 +49,10 @@ _COUNTS = tuple(f"{name}_targets" for name in LOSSES)
 
 def train(args: PretrainArguments) -> None:
     started = time.perf_counter()
-    run.set_up(args)
-    tokenizer = records.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
+    setup.set_up(args)
+    tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
     data = open_data(args, tokenizer)
-    eval_sets = evaluation.open_sets(args)
+    eval_sets = during_training.open_sets(args)
     model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
     check_kind(model_config)
     check_lengths(model_config, max_seq_length=args.max_seq_length)
@@ -55,46 +61,46 @@ def train(args: PretrainArguments) -> None:
         raise ValueError(f"the tokenizer of {args.tokenizer_name or args.model_name_or_path} has no mask token")
 
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
-    run.check_compilation(args, model_config, device)
-    taken = resuming.take_up(args)
+    setup.check_compilation(args, model_config, device)
+    taken = resume.take_up(args)
     choose(args.kernels, device.type)  # what cannot run here is said before anything is loaded
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
-    run.compile_layers(args, model.model.base_model)
-    order = ordering.make_order(args, data)
-    plan = run.StepPlan.make(args, order)
-    engine, config = run.build_engine(args, model, plan)
-    agreement = resuming.agreement(args, data, plan, _AGREE) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
-    first_step, tokens_seen = resuming.resume(args, taken, engine, agreement)
-    log = run.open_log(args, engine, first_step, plan)
+    setup.compile_layers(args, model.model.base_model)
+    order = data_order.make_order(args, data)
+    plan = setup.StepPlan.make(args, order)
+    engine, config = setup.build_engine(args, model, plan)
+    agreement = resume.agreement(args, data, plan, _AGREE) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
+    first_step, tokens_seen = resume.resume(args, taken, engine, agreement)
+    log = setup.open_log(args, engine, first_step, plan)
     source = args.model_name_or_path or f"from scratch, {args.config_name}"
     facts = [
         ("model", f"{source}, runs {say_how(model_config, device, engines.precision(engine))}"),
         ("objective", say_objective(args, model)),
         ("data", f"{len(data)} texts to {args.max_seq_length} tokens"),
-        ("sets", ordering.table(args, data, order, plan.total)),
+        ("sets", data_order.table(args, data, order, plan.total)),
     ]
-    log.say(f"pre-training\n{run.summary(args, plan, order, engine, config, facts)}")
+    log.say(f"pre-training\n{setup.summary(args, plan, order, engine, config, facts)}")
     if taken:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
-    batches_of_steps = run.load_steps(
-        args, data, order, batches.collate_texts, device, first_step, plan.total,
+    batches_of_steps = setup.load_steps(
+        args, data, order, collate.collate_texts, device, first_step, plan.total,
         seed=order.seed, max_seq_length=args.max_seq_length, encoder_share=args.encoder_mlm_probability,
     )  # fmt: skip
     write = partial(write_model, engine, tokenizer, data, args.max_seq_length)
     output = Path(args.output_dir)
     probe = Encoder(engine.module.model.base_model, "cls", normalize=True)
-    evaluations = evaluation.prepare(
+    evaluations = during_training.prepare(
         args, eval_sets, tokenizer, probe, device, plan, log, taken and taken.path,
         query_max_len=args.max_seq_length, passage_max_len=args.max_seq_length,
     )  # fmt: skip
 
     meter = Meter(device, args.logging_nan_inf_filter)
     nonfinite = SkippedSteps(args.max_nonfinite_steps, output, engine, tokenizer, log.say)
-    resuming.restore_meter(meter, nonfinite, taken)
+    resume.restore_meter(meter, nonfinite, taken)
     pace = Pace(device, log.say)
-    saver = resuming.Saver(
-        args, engine, agreement, resuming.asked_batch(args, taken), write, log, meter, nonfinite, started,
+    saver = resume.Saver(
+        args, engine, agreement, resume.asked_batch(args, taken), write, log, meter, nonfinite, started,
         publish=lambda folder: publish(partial(copy_model, folder), output),
     )  # fmt: skip
     engine.train()
@@ -108,7 +114,7 @@ def train(args: PretrainArguments) -> None:
         targets = divisors(micro_batches, counts_R if over_all else None)
         sums_5 = torch.zeros(5, device=device)
         for micro, (batch, targets_3) in enumerate(zip(micro_batches, targets, strict=True)):
-            run.seed_step(args.seed, step, micro)
+            setup.seed_step(args.seed, step, micro)
             losses_5 = engine(batch)
             loss = weighted(losses_5, args.bow_loss_weight, targets_3)
             engine.backward(engines.all_or_nothing(loss), scale_wrt_gas=False)
@@ -127,7 +133,7 @@ def train(args: PretrainArguments) -> None:
         )  # fmt: skip
         tokens_seen += sum(b.texts.tokens for b in micro_batches)
         log.advance()
-        run.empty_cache(args, step, device)
+        setup.empty_cache(args, step, device)
         if plan.logs(step):
             sums = meter.read()
             sums["flops"] += model.flops_a_prediction * (sums["encoder_targets"] + sums["decoder_targets"])
@@ -140,17 +146,17 @@ def train(args: PretrainArguments) -> None:
                     **({"hidden_share": model.hidden_share(micro_batches[-1])} if model.decoder else {}),
                     "learning_rate": learning_rate,
                     "grad_norm": engines.gradient_norm(engine),
-                    **run.rates(args, engine, device, sums, tokens_seen, nonfinite, pace),
+                    **setup.rates(args, engine, device, sums, tokens_seen, nonfinite, pace),
                     **saver.record(),
                 }
             )
         to_save = evaluations.at(step, meter)
-        stops = watch.last_step(step) == step < plan.total
+        stops = failure_detector.last_step(step) == step < plan.total
         if plan.saves(step) or to_save or (stops and not args.save_only_model):
             saver.save(step, tokens_seen, evaluations.judge(step))
             engine.train()
         if stops:
-            run.stop(args, step)
+            setup.stop(args, step)
         pace.begin()
 
     difference = publish(evaluations.result(write), output)
@@ -161,22 +167,22 @@ def train(args: PretrainArguments) -> None:
     )
 
 
-def open_data(args: PretrainArguments, tokenizer) -> shards.PretrainShards:
+def open_data(args: PretrainArguments, tokenizer) -> shard_reader.PretrainShards:
     """The shards, made from JSON lines where they must be; a length not given is the shards'."""
-    paths, weights = ordering.split_weights(args.train_data)
+    paths, weights = data_order.split_weights(args.train_data)
     folders = preprocess.prepare_all(
         "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
         max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter, explicit=args.explicit,
         cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data,
-        say=print if run.is_first_on_host() else run.silent,
+        say=print if setup.is_first_on_host() else setup.silent,
     )  # fmt: skip
-    data = shards.open_folders(folders)
+    data = shard_reader.open_folders(folders)
     if "max_seq_length" not in args.explicit:
         args.max_seq_length = data.manifest["max_seq_length"]
     return data
 
 
-def make_model(args: PretrainArguments, config, tokenizer, data: shards.PretrainShards) -> RetroMAE:
+def make_model(args: PretrainArguments, config, tokenizer, data: shard_reader.PretrainShards) -> RetroMAE:
     """The encoder (loaded, or from scratch) with a decoder: the one saved beside the encoder, or a random one."""
     if args.model_name_or_path:
         with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
@@ -197,7 +203,7 @@ def make_model(args: PretrainArguments, config, tokenizer, data: shards.Pretrain
     return model
 
 
-def start_at_frequencies(bias: torch.Tensor, data: shards.PretrainShards, tokens: int = 1 << 21) -> None:
+def start_at_frequencies(bias: torch.Tensor, data: shard_reader.PretrainShards, tokens: int = 1 << 21) -> None:
     """Set a new vocabulary head's bias to the log frequencies of the (first two million) tokens.
 
     From scratch, a head first learns how frequent each token is, and with tied weights it does so by pushing the
@@ -237,12 +243,12 @@ def say_objective(args: PretrainArguments, model: RetroMAE) -> str:
     return words + (f", bag of words x {args.bow_loss_weight:g}" if args.objective == "dupmae" else "")
 
 
-def count_targets(micro_batches: list[batches.PretrainBatch]) -> list[int]:
+def count_targets(micro_batches: list[collate.PretrainBatch]) -> list[int]:
     """How many terms each of this rank's three losses has in the step."""
     return [sum(counts) for counts in zip(*(batch.targets for batch in micro_batches), strict=True)]
 
 
-def divisors(micro_batches: list[batches.PretrainBatch], counts_R: list[list[int]] | None) -> list[list[float]]:
+def divisors(micro_batches: list[collate.PretrainBatch], counts_R: list[list[int]] | None) -> list[list[float]]:
     """What each micro batch's three sums are divided by.
 
     With the counts of every rank: the terms of the step, of all ranks and accumulation steps, over the number of ranks
@@ -264,7 +270,7 @@ def weighted(losses_5: torch.Tensor, bow_weight: float, targets_3: list[float]) 
     return encoder + decoder + bow_weight * bow
 
 
-def write_model(engine, tokenizer, data: shards.PretrainShards, max_seq_length: int, folder: Path) -> float:
+def write_model(engine, tokenizer, data: shard_reader.PretrainShards, max_seq_length: int, folder: Path) -> float:
     """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors; on every rank."""
     weights = engines.full_parameters(engine)
     model: RetroMAE = engine.module
@@ -292,14 +298,14 @@ def publish(write, output: Path) -> float | None:
     """The model as it is now into OUTPUT/encoder_model, and the decoder beside it, replacing the last ones."""
 
     def place(aside: Path) -> None:
-        disk.replace_folder(aside / "encoder_model", output / "encoder_model")
-        disk.merge_folder(aside, output, last=())
+        filesystem.replace_folder(aside / "encoder_model", output / "encoder_model")
+        filesystem.merge_folder(aside, output, last=())
 
     return checkpoint.write_aside(output, write, place)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.command(train, parse(PretrainArguments, argv))
+    return setup.command(train, parse(PretrainArguments, argv))
 
 
 if __name__ == "__main__":

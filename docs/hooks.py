@@ -22,9 +22,9 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 from bge_ds import evaluate, preprocess
-from bge_ds.arguments import FinetuneArguments, PretrainArguments, TrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
+from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
 from bge_ds.doctor import __main__ as doctor
-from bge_ds.training_arguments import ALIASES, REFUSED, accepted
 
 REPO = Path(__file__).resolve().parent.parent
 # File of the repository -> file of the site.

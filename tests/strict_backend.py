@@ -107,18 +107,21 @@ def then(phase: str, function: Callable) -> Callable:
 
 def install() -> None:
     """Make the backend known and have bge_ds's runs use it; their phases: start, step, between, log, save, evaluate, end."""
-    from bge_ds import evaluation, finetune, metrics, pretrain, resuming, run
-    from bge_ds.distributed import engine, timing
+    from bge_ds import finetune, pretrain
+    from bge_ds.deepspeed_engine import engine
+    from bge_ds.distributed import communication_profile
+    from bge_ds.evaluation import during_training
+    from bge_ds.training import metrics, resume, setup
 
     dist.Backend.register_backend("strict", StrictGroup, devices=["cpu"])
     for name in OBJECTS:
         setattr(dist, name, within(_objects, name, getattr(dist, name)))
     start = engine.start
     engine.start = lambda **given: start(**given | {"backend": "strict"})
-    timing.Pace.begin = then("step", timing.Pace.begin)
-    timing.Pace.end = then("between", timing.Pace.end)
+    communication_profile.Pace.begin = then("step", communication_profile.Pace.begin)
+    communication_profile.Pace.end = then("between", communication_profile.Pace.end)
     metrics.Meter.read = within(phases, "log", metrics.Meter.read)
-    run.rates = within(phases, "log", run.rates)
-    resuming.Saver.save = within(phases, "save", resuming.Saver.save)
-    evaluation.Evaluator.__call__ = within(phases, "evaluate", evaluation.Evaluator.__call__)
+    setup.rates = within(phases, "log", setup.rates)
+    resume.Saver.save = within(phases, "save", resume.Saver.save)
+    during_training.Evaluator.__call__ = within(phases, "evaluate", during_training.Evaluator.__call__)
     finetune.finish, pretrain.publish = within(phases, "end", finetune.finish), within(phases, "end", pretrain.publish)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bge_ds
-from bge_ds.arguments import FinetuneArguments, PretrainArguments, changed, describe, parse, steps_from
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, changed, describe, parse, steps_from
 
 REQUIRED = {
     PretrainArguments: ["--output_dir", "out", "--train_data", "data"],
@@ -388,7 +388,7 @@ def test_help_explains_every_flag(cls, capsys):
 def test_parsing_loads_neither_torch_nor_deepspeed():
     """A typo is answered at once and on a machine without GPUs: parsing must not wait for torch."""
     code = (
-        "import sys; from bge_ds.arguments import FinetuneArguments, parse\n"
+        "import sys; from bge_ds.config.arguments import FinetuneArguments, parse\n"
         "parse(FinetuneArguments, '--output_dir o --train_data d --model_name_or_path m --seed 1'.split())\n"
         "assert not {'torch', 'deepspeed'} & sys.modules.keys()"
     )

@@ -14,9 +14,9 @@ import helpers
 import pytest
 
 from bge_ds import evaluate, preprocess
-from bge_ds.arguments import FinetuneArguments, PretrainArguments, parse
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
+from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
-from bge_ds.training_arguments import ALIASES, REFUSED
 
 REPO = helpers.REPO
 PAGES = sorted((REPO / "docs").glob("*.md"))

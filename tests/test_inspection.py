@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds import inspection, preprocess
-from bge_ds.data import shards
+from bge_ds import preprocess
+from bge_ds.data.preprocess import inspection
+from bge_ds.data.shards import shard_reader
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_what_is_shown(folder, capsys):
     shown = capsys.readouterr().out
     assert "cut          1 of 24 texts (4.17%)" in shown
     assert "duplicates   36 passages named, 12 stored: 0.333 of them" in shown
-    data = shards.open_folder(folder)
+    data = shard_reader.open_folder(folder)
     lengths = np.array([len(data.passage(row)) for row in range(12)])
     line = next(line for line in shown.splitlines() if line.startswith("tokens of a passage"))
     assert line.split()[4:] == [

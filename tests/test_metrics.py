@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bge_ds import metrics
-from bge_ds.metrics import Meter, RunLog, peak_rate
+from bge_ds.training import metrics
+from bge_ds.training.metrics import Meter, RunLog, peak_rate
 
 
 def test_meter_sums_and_starts_anew():

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bge_ds import ordering, run
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.data import loader
-from bge_ds.data.order import Order
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.data import dataloader
+from bge_ds.data.sampling.sampler import Order
+from bge_ds.training import data_order, setup
 
 LENGTHS = np.random.default_rng(2).integers(5, 60, 400)
 
@@ -59,16 +59,16 @@ DATA = Data((100, 60, 0), (150,))
 
 def order_of(entries, flags, most=None):
     more = {} if most is None else {"max_example_num_per_dataset": most}
-    return ordering.make_order(arguments(*entries, **flags, **more), DATA)
+    return data_order.make_order(arguments(*entries, **flags, **more), DATA)
 
 
 def test_split_weights(tmp_path):
     """A weight follows the last '='; an entry that is a path as it stands has none."""
     odd = tmp_path / "k=3"
     odd.mkdir()
-    assert ordering.split_weights(["a=1", "b=c=0.5"]) == (["a", "b=c"], [1.0, 0.5])
-    assert ordering.split_weights([str(odd)]) == ([str(odd)], None)
-    assert ordering.split_weights([f"{odd}=2", "x=1"]) == ([str(odd), "x"], [2.0, 1.0])
+    assert data_order.split_weights(["a=1", "b=c=0.5"]) == (["a", "b=c"], [1.0, 0.5])
+    assert data_order.split_weights([str(odd)]) == ([str(odd)], None)
+    assert data_order.split_weights([f"{odd}=2", "x=1"]) == ([str(odd), "x"], [2.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_mixtures_that_mean_nothing_are_refused(entries, flags, message):
 def test_a_single_set_cannot_be_mixed(flags):
     """A setting without an effect is an error."""
     with pytest.raises(ValueError, match=f"--{next(iter(flags))} has no effect: f0 is a single set"):
-        ordering.make_order(arguments("f0", **flags), Data((50, 0)))
+        data_order.make_order(arguments("f0", **flags), Data((50, 0)))
 
 
 def test_an_entry_without_rows_has_no_share():
     with pytest.raises(ValueError, match="--train_data f1 holds no rows"):
-        ordering.make_order(arguments("f0=1", "f1=1"), Data((50,), (0,)))
+        data_order.make_order(arguments("f0=1", "f1=1"), Data((50,), (0,)))
 
 
 def test_without_a_mixture_the_order_is_that_of_earlier_versions():
@@ -118,7 +118,7 @@ def test_shares():
     assert warm.texts_of_sets(4000) == pytest.approx(4000 * root / root.sum(), abs=4)
     batches = order_of(*MODES["one set, weights"])
     assert batches.texts_of_sets(32000) == pytest.approx([24000 * 100 / 160, 24000 * 60 / 160, 8000], abs=8 * 4)
-    files = ordering.make_order(arguments("f0", mixing_temperature=2.0), Data((100, 25)))
+    files = data_order.make_order(arguments("f0", mixing_temperature=2.0), Data((100, 25)))
     assert files.texts_of_sets(3000) == pytest.approx([2000, 1000], abs=4)
 
 
@@ -156,9 +156,9 @@ def test_resumed_anywhere_and_on_any_ranks(entries, flags):
 @EVERY_MODE
 def test_workers_load_every_mode(entries, flags, monkeypatch, tmp_path):
     """Worker processes, each with a copy of the order, hand over the steps in turn."""
-    monkeypatch.setattr(loader.shards, "open_folders", lambda folders: None)
+    monkeypatch.setattr(dataloader.shard_reader, "open_folders", lambda folders: None)
     order = order_of(entries, flags)
-    found = loader.steps(
+    found = dataloader.steps(
         [tmp_path], order, lambda shards, epochs, rows: rows, first_step=3, end_step=9, accumulation=2, rank=1, world=2,
         workers=2, pin_memory=False, context="fork",
     )  # fmt: skip
@@ -171,19 +171,19 @@ def test_workers_load_every_mode(entries, flags, monkeypatch, tmp_path):
 def test_the_plan_of_batches_of_one_set():
     """Whole batches end an epoch; what fills none is said before the run, with the remedy."""
     args = arguments(*TWO, same_dataset_within_batch=True, num_train_epochs=2)
-    plan = run.StepPlan.make(args, ordering.make_order(args, DATA))
+    plan = setup.StepPlan.make(args, data_order.make_order(args, DATA))
     assert plan.total == 200 // 8 + 120 // 8 + 300 // 8
     args = arguments(*TWO, same_dataset_within_batch=True, num_train_epochs=1, per_device_train_batch_size=200)
     with pytest.raises(ValueError, match=r"no set's rows fill a batch of 200 in 1 epochs; lower --per_device_train_batch_size"):
-        run.StepPlan.make(args, ordering.make_order(args, DATA))
+        setup.StepPlan.make(args, data_order.make_order(args, DATA))
 
 
 def test_token_budgets_take_mixtures_and_refuse_grouping():
     args = PretrainArguments.build(output_dir="o", train_data=["f0=3", "f1=1"], per_device_train_tokens=200, max_seq_length=60)
-    order = ordering.make_order(args, DATA)
+    order = data_order.make_order(args, DATA)
     rows = np.concatenate([order.bin(number)[1] for number in range(300)])
     assert (rows < 160).mean() == pytest.approx(0.75, abs=0.01)
-    assert "0.7500" in ordering.table(args, DATA, order, 100)
+    assert "0.7500" in data_order.table(args, DATA, order, 100)
     with pytest.raises(ValueError, match="--group_by_length and --per_device_train_tokens exclude each other"):
         PretrainArguments.build(output_dir="o", train_data="d", group_by_length=True, per_device_train_tokens=200)
 
@@ -191,7 +191,7 @@ def test_token_budgets_take_mixtures_and_refuse_grouping():
 def test_texts_are_grouped_by_the_length_that_training_cuts_them_to():
     """Texts beyond the limit are alike to the model: ordering them by what is cut off would sort noise."""
     args = PretrainArguments.build(output_dir="o", train_data=["f0", "f1"], group_by_length=True, max_seq_length=20)
-    order = ordering.make_order(args, DATA)
+    order = data_order.make_order(args, DATA)
     assert order.lengths(np.arange(310)).tolist() == np.minimum(LENGTHS[:310], 20).tolist()
     batches = [np.minimum(LENGTHS[order.step_rows(step)[1]], 20) for step in range(39)]
     assert sum(batch.max() - batch.min() > 3 for batch in batches) <= 2
@@ -200,14 +200,14 @@ def test_texts_are_grouped_by_the_length_that_training_cuts_them_to():
 def test_many_sets_keep_small_windows():
     """With batches of one set each set keeps a window: a thousand full ones would be memory that grows with the sets."""
     flags = {"group_by_length": True, "same_dataset_within_batch": True}
-    windows = [ordering.make_order(arguments("f0", **flags), Data((20,) * sets)).sets[0].window for sets in (2, 30, 900)]
+    windows = [data_order.make_order(arguments("f0", **flags), Data((20,) * sets)).sets[0].window for sets in (2, 30, 900)]
     assert windows == [64, 34, 8]
 
 
 def test_the_table_says_what_is_taken_and_dropped():
     """A person sees, before the run, what each set brings, what was dropped and why, its share and its epochs."""
     args = arguments("f0=3", "f1=1", max_example_num_per_dataset=70)
-    lines = ordering.table(args, Data((100, 60), (150,), skipped=2), order_of(("f0=3", "f1=1"), {}, 70), 100).splitlines()
+    lines = data_order.table(args, Data((100, 60), (150,), skipped=2), order_of(("f0=3", "f1=1"), {}, 70), 100).splitlines()
     assert lines[0].split() == ["kept", "weight", "share", "epochs", "set"]
     kept, weight, share, epochs, name, *_ = lines[1].split()
     assert (kept, weight, name) == ("130", "0.7500", "f0") and abs(float(share[:-1]) - 75) < 0.5
@@ -215,6 +215,6 @@ def test_the_table_says_what_is_taken_and_dropped():
     assert "(dropped: 30 above max_example_num_per_dataset, 4 bad lines)" in lines[1]
     assert "(dropped: 80 above max_example_num_per_dataset, 2 bad lines)" in lines[2]
     plain = arguments(*TWO)
-    lines = ordering.table(plain, DATA, ordering.make_order(plain, DATA), 31).splitlines()
+    lines = data_order.table(plain, DATA, data_order.make_order(plain, DATA), 31).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["f0/0.jsonl", "f0/1.jsonl", "f1/0.jsonl"]
     assert lines[1].split()[:4] == ["100", "-", f"{100 / 310:.2%}", f"{31 * 8 / 310:.2f}"]

@@ -7,16 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from bge_ds import finetune, preprocess, pretrain, run
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.data.order import Order
-from bge_ds.data.token_order import TokenOrder
+from bge_ds import finetune, preprocess, pretrain
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.training import setup
 
 
 def plan(rows=100, batch=10, kind=FinetuneArguments, **flags):
     common = {"output_dir": "o", "train_data": "d", "model_name_or_path": "m"}
     args = kind.build(**common, **flags)
-    return run.StepPlan.make(args, Order(0, ((0, rows),), batch))
+    return setup.StepPlan.make(args, Order(0, ((0, rows),), batch))
 
 
 def test_epochs_and_shares():
@@ -44,15 +45,15 @@ def test_the_plan_of_a_token_budget():
     lengths = np.random.default_rng(0).integers(3, 40, 500)
     order = TokenOrder(Order(0, ((0, 500),), 1), lengths.__getitem__, 40, 100, 4)
     flags = {"output_dir": "o", "train_data": "d", "per_device_train_tokens": 100, "max_seq_length": 40}
-    planned = run.StepPlan.make(PretrainArguments.build(**flags, num_train_epochs=3), order)
+    planned = setup.StepPlan.make(PretrainArguments.build(**flags, num_train_epochs=3), order)
     assert planned.total == order.steps(3) and planned.epoch(planned.total) >= 3 > planned.epoch(planned.total - 1)
     saved = [step for step in range(1, planned.total + 1) if planned.saves(step)]
     assert len(saved) == 3 and saved[-1] == planned.total
     assert all(abs(order.epochs(step) - epoch) < 0.1 for epoch, step in enumerate(saved, start=1))
-    short = run.StepPlan.make(PretrainArguments.build(**flags, max_steps=5), order)
+    short = setup.StepPlan.make(PretrainArguments.build(**flags, max_steps=5), order)
     assert short.total == 5 and short.epoch(5) == pytest.approx(order.epochs(5))
     with pytest.raises(ValueError, match=r"500 rows do not fill one step .* lower --per_device_train_tokens"):
-        run.StepPlan.make(
+        setup.StepPlan.make(
             PretrainArguments.build(**flags, num_train_epochs=1, dataloader_drop_last=True),
             TokenOrder(order.line, order.lengths, 40, 100, 10**4),
         )

@@ -9,10 +9,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 import bge_ds
-from bge_ds.argument_checks import SCHEDULES
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.command_line import _newer_defaults
-from bge_ds.training_arguments import ACCEPTED, ALIASES, REFUSED, refusal
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.huggingface_names import ACCEPTED, ALIASES, REFUSED, refusal
+from bge_ds.config.parser import _newer_defaults
+from bge_ds.config.validation import SCHEDULES
 
 INSTALLED = {f.name: f for f in dataclasses.fields(TrainingArguments)}
 # Names of 4.x versions that are gone from 5.x, with their defaults there (4.57, and earlier for the second group).
@@ -77,7 +77,7 @@ def test_reasons_are_reasons():
 
 def test_a_name_that_only_a_newer_transformers_has_is_refused(monkeypatch, capsys):
     """A later transformers adds settings; they must stop a run too, except at their default."""
-    monkeypatch.setattr("bge_ds.command_line._newer_defaults", lambda: {"warp_drive": "off", "shields": False})
+    monkeypatch.setattr("bge_ds.config.parser._newer_defaults", lambda: {"warp_drive": "off", "shields": False})
     assert "--warp_drive is refused: this setting of" in error(capsys, FinetuneArguments, "--warp_drive", "on")
     assert "--shields is refused" in error(capsys, FinetuneArguments, "--shields")
     assert ok(FinetuneArguments, "--warp-drive", "off", "--shields=False", "--bf16").bf16

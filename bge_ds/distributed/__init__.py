@@ -1,1 +1,1 @@
-"""What ranks do together: the DeepSpeed engine, collectives that carry gradients, checkpoints."""
+"""Collectives with gradients, and the profile of communication. Knows no models."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from bge_ds.distributed.timing import call
+from bge_ds.distributed.communication_profile import call
 
 # Renamed in newer versions of torch, which warn at the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

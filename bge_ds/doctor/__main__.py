@@ -24,10 +24,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NoReturn
 
-from bge_ds import statuses
 from bge_ds.doctor import cluster, judging, meeting, probing
 from bge_ds.doctor.cluster import MARK, Silence, Talk
 from bge_ds.doctor.judging import ALL, FAILED, OK, SKIPPED, WARNING, Finding, Plan
+from bge_ds.health import exit_codes
 
 HERE = "this machine"
 CPU_RANKS = 2  # without GPUs and --num_gpus, as the scripts of launch/ start them
@@ -41,7 +41,7 @@ _COLOURS = {OK: "32", WARNING: "33", FAILED: "31", SKIPPED: "36"}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(statuses.MISTAKE, f"error: {message} (--help explains every flag)\n")
+        self.exit(exit_codes.MISTAKE, f"error: {message} (--help explains every flag)\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _strangers(words: list[str]) -> list[str]:
     """Those of the words that no training command takes either: the flags of a run may all be given."""
-    from bge_ds.arguments import FinetuneArguments, PretrainArguments  # they import transformers
+    from bge_ds.config.arguments import FinetuneArguments, PretrainArguments  # they import transformers
 
     known = {field.name for kind in (FinetuneArguments, PretrainArguments) for field in dataclasses.fields(kind)}
     flags = [word for word in words if word.startswith("--")]
@@ -244,7 +244,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def make_plan(args: argparse.Namespace, slots: dict[str, int]) -> Plan:
-    from bge_ds.ordering import split_weights
+    from bge_ds.training.data_order import split_weights
 
     port = os.environ.get("MASTER_PORT", "29500")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
@@ -369,21 +369,21 @@ def rank_test(task: str) -> int:
     finally:
         collectives.leave()
     faulthandler.cancel_dump_traceback_later()
-    return statuses.DONE
+    return exit_codes.DONE
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.probe:
         probing.answer(sys.stdin, sys.stdout)
-        return statuses.DONE
+        return exit_codes.DONE
     if args.rank_test:
         return rank_test(args.rank_test)
     try:
-        return statuses.DONE if examine(args) else statuses.FAILED
+        return exit_codes.DONE if examine(args) else exit_codes.FAILED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return statuses.MISTAKE
+        return exit_codes.MISTAKE
 
 
 if __name__ == "__main__":

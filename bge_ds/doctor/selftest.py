@@ -16,11 +16,12 @@ import torch.distributed as dist
 from transformers import AutoModel, BertConfig
 
 from bge_ds import finetune
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.data import batches
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.data import collate
+from bge_ds.deepspeed_engine import ds_config as configs
+from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
-from bge_ds.distributed import config as configs
-from bge_ds.distributed import engine as engines
+from bge_ds.kernels import packed
 from bge_ds.modeling.encoder import Encoder, build_backbone
 
 QUERIES, GROUP, VOCABULARY, SEED = 2, 2, 200, 7  # a rank's queries, passages of each
@@ -81,7 +82,7 @@ def build_engine(model: Encoder, zero: dict, world: int):
     return engines.build(model, config, groups, adam=ADAM, optim="adamw_torch", schedule=None)
 
 
-def make_batch(queries: range) -> batches.ContrastiveBatch:
+def make_batch(queries: range) -> collate.ContrastiveBatch:
     """These queries and their passages, each text's tokens and length drawn by its number alone."""
     count = len(queries)
     passages = range(queries.start * GROUP, queries.stop * GROUP)
@@ -90,16 +91,16 @@ def make_batch(queries: range) -> batches.ContrastiveBatch:
         generator = np.random.default_rng([SEED, kind, number])
         return generator.integers(5, VOCABULARY, generator.integers(4, 24)).astype(np.int64)
 
-    texts, _ = batches.pack([*map(partial(text, 0), queries), *map(partial(text, 1), passages)])
+    texts, _ = packed.pack([*map(partial(text, 0), queries), *map(partial(text, 1), passages)])
     own_BG = torch.arange(count * GROUP).unflatten(0, (count, GROUP))
     hashes_P = torch.tensor(list(passages))
-    return batches.ContrastiveBatch(
+    return collate.ContrastiveBatch(
         texts=texts, queries=count, own_BG=own_BG, hashes_P=hashes_P, known_BK=hashes_P[own_BG[:, :1]],
         own_only_B=torch.zeros(count, dtype=torch.bool), rows_B=torch.tensor(list(queries)),
     )  # fmt: skip
 
 
-def step_alone(model: Encoder, batch: batches.ContrastiveBatch, args: FinetuneArguments) -> dict[str, torch.Tensor]:
+def step_alone(model: Encoder, batch: collate.ContrastiveBatch, args: FinetuneArguments) -> dict[str, torch.Tensor]:
     """The weights after the whole batch's step by plain torch: no engine, no gather."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM, weight_decay=0.0)
     scale = torch.tensor(1 / args.temperature, device=batch.hashes_P.device)

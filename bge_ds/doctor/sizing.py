@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from bge_ds.data import batches
-from bge_ds.distributed import config as configs
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import ds_config as configs
+from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.doctor.judging import Needs
+from bge_ds.kernels import packed
 from bge_ds.modeling.encoder import Encoder, build_backbone, load_config
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def measure(name: str, cache_dir: str, tokens: int, length: int, half: bool) -> 
     if not tokens:
         return size
     length -= length % 2 == 0  # odd, as no head's number of features is: `_kept` tells scores by their shape
-    texts, _ = batches.pack([np.ones(length, dtype=np.int64)] * -(-tokens // length))
+    texts, _ = packed.pack([np.ones(length, dtype=np.int64)] * -(-tokens // length))
     try:
         kept = _kept(encoder.to(torch.bfloat16) if half else encoder, texts.to("meta"))
     except (RuntimeError, NotImplementedError) as error:  # the model asks for a value, and there is none
@@ -62,7 +62,7 @@ def measure(name: str, cache_dir: str, tokens: int, length: int, half: bool) -> 
     return Size(size.elements, size.trained, kept)
 
 
-def _kept(encoder: Encoder, texts: batches.PackedTexts) -> int:
+def _kept(encoder: Encoder, texts: packed.PackedTexts) -> int:
     """Bytes that one forward pass keeps, without gradient checkpointing.
 
     Scores of tokens by tokens are left out: torch's plain attention, which is what runs on tensors that hold nothing, keeps

@@ -20,8 +20,8 @@ from functools import cache, lru_cache
 import torch
 import torch.nn.functional as F
 
-from bge_ds.data.batches import Run
-from bge_ds.kernels.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.cpu.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.packed import LengthRun
 from bge_ds.kernels.triton_support import is_gpu, obstacle
 
 WAYS = {
@@ -60,7 +60,7 @@ def varlen_attention(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    runs: list[Run],
+    runs: list[LengthRun],
     *,
     scale: float,
     dropout: float = 0.0,

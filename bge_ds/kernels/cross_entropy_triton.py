@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bge_ds.kernels.products import room
+from bge_ds.kernels.matmul import room
 from bge_ds.kernels.triton_support import launch
 
 # Columns that a program holds in registers; rows whose bias gradient it adds up; columns or rows on their way from memory.

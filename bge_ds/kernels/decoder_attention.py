@@ -19,9 +19,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bge_ds.data.batches import Run
 from bge_ds.kernels import masks
-from bge_ds.kernels.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.cpu.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.packed import LengthRun
 from bge_ds.kernels.triton_support import interpreted, is_gpu, obstacle
 
 KERNELS = ("auto", "torch", "fused")
@@ -69,7 +69,7 @@ def decoder_attention(
     words_T: torch.Tensor,
     key_N: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    runs: list[Run],
+    runs: list[LengthRun],
     *,
     share: float,
     scale: float | None = None,

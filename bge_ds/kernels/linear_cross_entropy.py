@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bge_ds.kernels.products import add_product, room
+from bge_ds.kernels.matmul import add_product, room
 from bge_ds.kernels.triton_support import takes
 
 # Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; with half of it a step on a CPU took 8 % longer.

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import torch
 
-from bge_ds.kernels.products import add_product, multiply, to_narrow
+from bge_ds.kernels.matmul import add_product, multiply, to_narrow
 from bge_ds.kernels.triton_support import at_least_fp32, is_gpu, takes
 
 # Logits held at a time: 64 MiB in fp32 on a CPU, 512 MiB on a GPU (and half as much for their weights in 16 bits).

@@ -18,8 +18,8 @@ from itertools import accumulate, pairwise
 import torch
 import torch.nn.functional as F
 
-from bge_ds.data.batches import Run, chunk_bounds
-from bge_ds.kernels.products import add_product, room
+from bge_ds.kernels.matmul import add_product, room
+from bge_ds.kernels.packed import LengthRun, chunk_bounds
 from bge_ds.kernels.triton_support import takes
 
 # As in linear_cross_entropy: logits held at a time, and with them the rows of a block.
@@ -29,7 +29,7 @@ _BLOCK_ROWS = 2048
 _GPU_BYTES = 512 << 20
 
 
-def _blocks(runs: list[Run], columns: int) -> Iterator[tuple[slice, slice, slice, int]]:
+def _blocks(runs: list[LengthRun], columns: int) -> Iterator[tuple[slice, slice, slice, int]]:
     """(texts, rows of their tokens, columns, length) of each block."""
     text = row = 0
     for texts, length in runs:
@@ -112,7 +112,7 @@ class _Fused(torch.autograd.Function):
         return dx, dw.to(w_VD.dtype), db, None, None
 
 
-def _chunks(runs: list[Run], row_bytes: int) -> tuple[list[tuple[slice, slice]], int]:
+def _chunks(runs: list[LengthRun], row_bytes: int) -> tuple[list[tuple[slice, slice]], int]:
     """(texts, their rows) of each chunk, and the rows of the largest."""
     ends = [0, *accumulate(length for n, length in runs for _ in range(n))]
     bounds = list(pairwise(chunk_bounds(runs, None, max(1, _GPU_BYTES // row_bytes))))
@@ -121,7 +121,7 @@ def _chunks(runs: list[Run], row_bytes: int) -> tuple[list[tuple[slice, slice]],
 
 
 def max_logits(
-    x_TD: torch.Tensor, w_VD: torch.Tensor, bias_V: torch.Tensor | None, cu_seqlens: torch.Tensor, runs: list[Run], *,
+    x_TD: torch.Tensor, w_VD: torch.Tensor, bias_V: torch.Tensor | None, cu_seqlens: torch.Tensor, runs: list[LengthRun], *,
     fused: bool | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """N x V, at least fp32: the maximum of `x W^T + bias` over each text's rows.

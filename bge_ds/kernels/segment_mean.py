@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from bge_ds.data.batches import Run
+from bge_ds.kernels.packed import LengthRun
 from bge_ds.kernels.triton_support import at_least_fp32, takes
 
 
@@ -33,7 +33,7 @@ class _SegmentMean(torch.autograd.Function):
 
 
 def segment_mean(
-    hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor, runs: list[Run], *, fused: bool | None = None
+    hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor, runs: list[LengthRun], *, fused: bool | None = None
 ) -> torch.Tensor:
     """N x D, at least fp32: the mean of each text's rows.
 

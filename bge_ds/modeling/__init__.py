@@ -1,1 +1,1 @@
-"""Models and losses: the padding-free encoder, RetroMAE's decoder, the contrastive loss. Nothing here knows the engine."""
+"""Backbones without padding, pooling, RetroMAE, vocabulary heads, export, LoRA. Knows neither data nor engine."""

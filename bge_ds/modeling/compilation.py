@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bge_ds.data.batches import PackedTexts, Run
+from bge_ds.kernels.packed import LengthRun, PackedTexts
 
 # Graphs that a piece of code may have; torch's limit is 8. There is one for each multiple of the bucket that occurs, with
 # and without gradients (GradCache has both), and for each kind of layer. Beyond, torch warns and runs further sizes plain.
@@ -50,7 +50,7 @@ def fill_up(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[Packe
         positions_T=torch.cat([texts.positions_T, torch.arange(missing, device=device) % longest]),
         cu_seqlens=torch.cat([texts.cu_seqlens, ends.clamp_max(tokens + missing)]),
         place_N=texts.place_N,
-        runs=[*texts.runs, *(run for run in (Run(whole, longest), Run(1, rest)) if run.texts and run.length)],
+        runs=[*texts.runs, *(run for run in (LengthRun(whole, longest), LengthRun(1, rest)) if run.texts and run.length)],
     )
     return filled, ids_T
 

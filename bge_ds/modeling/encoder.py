@@ -32,9 +32,9 @@ from transformers import (
     PretrainedConfig,
 )
 
-from bge_ds.data.batches import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.attention import WAYS, choose, varlen_attention, why_slow
-from bge_ds.kernels.dropout import use_fast_dropout
+from bge_ds.kernels.cpu.dropout import use_fast_dropout
+from bge_ds.kernels.packed import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.segment_mean import segment_mean
 from bge_ds.kernels.triton_support import at_least_fp32
 from bge_ds.modeling.compilation import fill_up

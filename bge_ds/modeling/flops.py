@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bge_ds.data.batches import Run
+from bge_ds.kernels.packed import LengthRun
 
 
 def linear_flops(module: nn.Module, rows: float) -> float:
@@ -26,7 +26,7 @@ def attention_flops(width: int, pairs: float) -> float:
     return 6 * 2.0 * width * pairs
 
 
-def backbone_flops(backbone: nn.Module, runs: list[Run]) -> float:
+def backbone_flops(backbone: nn.Module, runs: list[LengthRun]) -> float:
     """Forward and backward of an encoder over texts: (texts, length) each."""
     config = backbone.config
     total = linear_flops(backbone, sum(n * length for n, length in runs))

@@ -18,6 +18,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +28,17 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from bge_ds.data.batches import PackedTexts, PretrainBatch, Run, spans
 from bge_ds.kernels import masks
+from bge_ds.kernels.cpu.dropout import Dropout
 from bge_ds.kernels.decoder_attention import decoder_attention
-from bge_ds.kernels.dropout import Dropout
+from bge_ds.kernels.packed import LengthRun, PackedTexts, spans
 from bge_ds.kernels.segment_mean import spread
 from bge_ds.modeling.encoder import position_ids, run_backbone
 from bge_ds.modeling.flops import attention_flops, backbone_flops, linear_flops
-from bge_ds.modeling.vocabulary import (
-    Rotation,
-    VocabularyHead,
-    add_position,
-    check_kind,
-    embed,
-    rotate,
-    rotation,
-)
+from bge_ds.modeling.vocabulary import Rotation, VocabularyHead, add_position, check_kind, embed, rotate, rotation
+
+if TYPE_CHECKING:
+    from bge_ds.data.collate import PretrainBatch
 
 LOSSES = ("encoder", "decoder", "bow")
 DECODER_FILES = ("decoder.safetensors", "decoder.json")
@@ -79,8 +75,8 @@ class EnhancedDecoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, query_MD, keys_TD, words_T, key_N, cu_seqlens, runs: list[Run], share: float, turn_M: Rotation | None = None,
-        turn_T: Rotation | None = None,
+        self, query_MD, keys_TD, words_T, key_N, cu_seqlens, runs: list[LengthRun], share: float,
+        turn_M: Rotation | None = None, turn_T: Rotation | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """States M x D of the M inner tokens (first and last of each text left out), in row order.
 
@@ -141,7 +137,7 @@ class RetroMAE(nn.Module):
         self.decoder = None if settings.objective == "mlm" else EnhancedDecoder(model.config, kernels)
         self.head = VocabularyHead(model)
 
-    def flops(self, runs: list[Run]) -> float:
+    def flops(self, runs: list[LengthRun]) -> float:
         """Of forward and backward over texts, without what `flops_a_prediction` counts."""
         tokens, inner = sum(n * length for n, length in runs), sum(n * max(0, length - 2) for n, length in runs)
         total = backbone_flops(self.model.base_model, runs)
@@ -213,7 +209,7 @@ class RetroMAE(nn.Module):
         lengths_N = texts.cu_seqlens.diff()
         # A text of one token keeps it: it has no words to predict, and no maxima without a token.
         kept_N = (lengths_N - 1).clamp_min(1)
-        runs = [Run(n, max(1, length - 1)) for n, length in texts.runs]
+        runs = [LengthRun(n, max(1, length - 1)) for n, length in texts.runs]
         after_first = spans(texts.cu_seqlens[1:].long() - kept_N, kept_N, sum(n * length for n, length in runs))
         shorter = F.pad(kept_N.cumsum(0, dtype=torch.int32), (1, 0)), runs
         best_NV = self.head(prepared.hidden_TD.index_select(0, after_first), texts=shorter)

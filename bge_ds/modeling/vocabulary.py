@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from bge_ds.data.batches import Run
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from bge_ds.kernels.max_logits import max_logits
+from bge_ds.kernels.packed import LengthRun
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -116,7 +116,7 @@ class VocabularyHead(nn.Module):
 
     def forward(
         self, hidden_MD: torch.Tensor, target_M: torch.Tensor | None = None,
-        texts: tuple[torch.Tensor, list[Run]] | None = None,
+        texts: tuple[torch.Tensor, list[LengthRun]] | None = None,
     ):  # fmt: skip
         """With targets: (sum of cross entropies, correct predictions) over M positions.
 

@@ -15,7 +15,7 @@ import torch
 from helpers import REPO, SENTENCES
 
 from bge_ds import preprocess
-from bge_ds.data import shards
+from bge_ds.data.shards import shard_reader
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_opening_maps_nothing_and_a_row_one_shard(data_driver, tmp_path, tiny_be
     run.work.mkdir()
     small, large = driver.open_set(args, run, "here")
     assert small["size"].endswith("in 1 shards") and int(large["size"].split()[-2]) > 5
-    linked = shards.open_folder(run.work / "linked_500000")
+    linked = shard_reader.open_folder(run.work / "linked_500000")
     assert own.mapped_shards(linked) == 0
     linked.ids(0), linked.ids(len(linked) - 1)
     assert own.mapped_shards(linked) == 2

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds import evaluate, retrieval
+from bge_ds import evaluate
+from bge_ds.evaluation.during_training import retrieval
 
 PASSAGES = {"p1": "cats purr", "p2": "dogs bark", "p3": "fish swim"}
 QUERIES = {"q1": "what purrs", "q2": "what barks"}

@@ -18,15 +18,17 @@ import torch
 from hosts import ADDRESSES, INTERFACE, SEARCH, SSH_PORT, inside, quick
 from safetensors.torch import load_file
 
-from bge_ds import statuses
+from bge_ds.health import exit_codes
 
 # A rank that does something to itself, or to another process, at a chosen moment of its run.
 SCRIPT = """
 import json, os, signal, sys, time
 import torch
-from bge_ds import finetune, pretrain, run
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives, watch
+from bge_ds import finetune, pretrain
+from bge_ds.training import setup as run
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.distributed import collectives
+from bge_ds.health import failure_detector as watch
 
 flags, moment, victim, act = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 command = sys.argv[5]
@@ -96,7 +98,7 @@ def test_a_killed_rank_ends_the_run(tmp_path, setting, moment, victim):
         run.processes[victim].wait(150)
         died = time.monotonic()
         found = run.statuses(60)
-        assert found[victim] == -signal.SIGKILL and found[1 - victim] == statuses.LOST, run.everything()
+        assert found[victim] == -signal.SIGKILL and found[1 - victim] == exit_codes.LOST, run.everything()
         said = run.log(1 - victim)
         if moment == "join":
             assert ("rank 1 did not come" if victim else "rank 0 does not answer") in said or victim == 0
@@ -110,7 +112,7 @@ def test_a_killed_rank_ends_the_run(tmp_path, setting, moment, victim):
 def test_an_error_of_one_rank_ends_the_others_with_its_words(tmp_path, setting):
     """The rank that fails prints its traceback and ends with 1; the other, whose collective breaks, names it and its error."""
     with start(setting, tmp_path, moment="step", victim=1, act="raise") as run:
-        assert run.statuses(150) == [statuses.FAILED] * 2, run.everything()
+        assert run.statuses(150) == [exit_codes.FAILED] * 2, run.everything()
         assert "RuntimeError: out of luck" in run.log(1) and "Traceback" in run.log(1)
         assert "error: rank 1 (host " in run.log(0) and "failed: RuntimeError: out of luck" in run.log(0)
         assert "Traceback" not in run.log(0)
@@ -119,7 +121,7 @@ def test_an_error_of_one_rank_ends_the_others_with_its_words(tmp_path, setting):
 def test_a_mistake_that_all_find_is_said_once(tmp_path, setting):
     """Data that is not there: status 2 on all ranks, one line a host, no word of lost ranks."""
     with start(setting, tmp_path, train_data=str(tmp_path / "absent.jsonl")) as run:
-        assert run.statuses(150) == [statuses.MISTAKE] * 2, run.everything()
+        assert run.statuses(150) == [exit_codes.MISTAKE] * 2, run.everything()
         assert run.log(0).count("error: ") == 1 and "absent.jsonl" in run.log(0) and "error" not in run.log(1)
 
 
@@ -159,7 +161,7 @@ def assert_same_run(found, expected) -> None:
 def test_what_a_signal_stopped_goes_on_exactly(tmp_path, setting, undisturbed, command, act, to, workers):
     """A signal to either rank: both save at one step and end with 75, and the resumed run is the undisturbed one."""
     with start(setting, tmp_path, command, "step", to, act, dataloader_num_workers=workers) as run:
-        assert run.statuses(150) == [statuses.PREEMPTED] * 2, run.everything()
+        assert run.statuses(150) == [exit_codes.PREEMPTED] * 2, run.everything()
         (said,) = re.findall(rf"stopped by {act} to rank {to} \(host .*, pid \d+\) after step (\d+); saved", run.log(0))
         assert "stopped" not in run.log(1)
         assert 2 < int(said) < 9 and sorted(measured(tmp_path / "out")) == list(range(1, int(said) + 1))
@@ -173,7 +175,7 @@ def test_checkpoints_of_the_model_alone_cannot_be_gone_on_from(tmp_path, setting
     """With --save_only_model a signal ends the run as well, and it says that nothing was saved to go on from."""
     more = {"save_strategy": "steps", "save_steps": 500, "save_only_model": True}
     with start(setting, tmp_path, moment="step", victim=1, act="SIGTERM", **more) as run:
-        assert run.statuses(150) == [statuses.PREEMPTED] * 2, run.everything()
+        assert run.statuses(150) == [exit_codes.PREEMPTED] * 2, run.everything()
         assert "nothing to go on from was saved (--save_only_model)" in run.log(0)
     assert not list(tmp_path.glob("out/checkpoint-*"))
 

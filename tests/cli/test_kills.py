@@ -19,8 +19,8 @@ STEPS, SAVE_EVERY = 10, 3
 HOOK = """
 import os, signal, threading
 from pathlib import Path
-from bge_ds import run
-from bge_ds.distributed import checkpoint
+from bge_ds.training import setup as run
+from bge_ds.checkpoint import checkpoint
 
 rank, moment, step, delay = {plan}
 mark = Path({mark!r})

@@ -14,7 +14,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import startup
+from bge_ds.deepspeed_engine import launcher_module_flag
 
 BIN = Path(sys.executable).parent
 SCRIPTS = sorted([*(helpers.REPO / "launch").glob("*.sh"), helpers.REPO / ".ci/run"])
@@ -39,7 +39,7 @@ SCRIPTS = sorted([*(helpers.REPO / "launch").glob("*.sh"), helpers.REPO / ".ci/r
 )
 def test_only_the_launchers_own_m_is_found(line, position):
     """A `-m` before the script or module name is the launcher's; any later one is the user's and must stay as it is."""
-    assert startup.module_flag_position(line.split()) == position
+    assert launcher_module_flag.module_flag_position(line.split()) == position
 
 
 def test_every_launcher_option_with_a_value_is_known(monkeypatch):
@@ -52,7 +52,7 @@ def test_every_launcher_option_with_a_value_is_known(monkeypatch):
     options = [action for action in seen[0]._actions if action.option_strings]
     with_value = {name for action in options if action.nargs is None for name in action.option_strings}
     without = {name for action in options if action.nargs == 0 for name in action.option_strings}
-    known = {*startup.SHORT_WITH_VALUE, *startup.LONG_WITH_VALUE}
+    known = {*launcher_module_flag.SHORT_WITH_VALUE, *launcher_module_flag.LONG_WITH_VALUE}
     assert len(with_value) > 10
     assert with_value <= known
     assert not without & known
@@ -67,11 +67,11 @@ def test_other_programs_are_left_alone(tmp_path, monkeypatch):
     real.write_text("#!/usr/bin/env python3\nfrom deepspeed.launcher.runner import main\n")
     for program, expected in ((other, "-m"), (tmp_path / "absent/deepspeed", "-m"), (real, "--module")):
         monkeypatch.setattr(sys, "argv", [str(program), "-m", "x"])
-        startup.accept_dash_m()
+        launcher_module_flag.accept_dash_m()
         assert sys.argv == [str(program), expected, "x"]
     for arguments in ([], [""], None):
         monkeypatch.setattr(sys, "argv", arguments)
-        startup.accept_dash_m()  # an embedded or interactive Python; must not raise
+        launcher_module_flag.accept_dash_m()  # an embedded or interactive Python; must not raise
 
 
 TOY_MODULE = """
@@ -116,7 +116,7 @@ def test_a_wheel_carries_the_start_up_line_and_the_configs(tmp_path):
         line = archive.read("bge_ds_startup.pth").decode()
     configs = {f"bge_ds/ds_configs/{path.name}" for path in (helpers.REPO / "ds_configs").glob("*.json")}
     assert configs and configs <= set(names)
-    assert "bge_ds/startup.py" in names
+    assert "bge_ds/deepspeed_engine/launcher_module_flag.py" in names
     assert line.startswith("import ") and line.count("\n") == 1  # Python runs a *.pth line only if it begins so
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import digests, records, shards, sources, verification, workers
+from bge_ds.data.preprocess import input_files, validate, workers
+from bge_ds.data.shards import digests, integrity, shard_reader
 
 WHOLE = ["pretrain", "--input", "nowhere.jsonl", "--output", "o", "--tokenizer", "t"]
 GROUPS = [
@@ -49,10 +50,10 @@ def test_passages_are_stored_once_and_keep_their_places(tmp_path, minilm_path):
     """40 lines name 160 passages, 40 of them distinct; a text repeated in a line keeps its place, as the draw needs."""
     data = write(tmp_path / "a.jsonl", GROUPS)
     assert run("finetune", data, tmp_path / "s", minilm_path, "--passage_max_len", "16") == 0
-    opened = shards.open_folder(tmp_path / "s")
+    opened = shard_reader.open_folder(tmp_path / "s")
     assert opened.manifest["counts"]["passages"] == opened.num_passages == 40
     assert opened.manifest["counts"]["duplicates"] == 120 and len(opened) == 40
-    tokenizer = records.load_tokenizer(minilm_path)
+    tokenizer = validate.load_tokenizer(minilm_path)
     for row, line in enumerate(GROUPS):
         group = opened.group(row)
         assert tokenizer.decode(group.query, skip_special_tokens=True) == line["query"]
@@ -64,7 +65,7 @@ def test_passages_are_stored_once_and_keep_their_places(tmp_path, minilm_path):
 
 def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path):
     """Instructions stand before the text, a line's own prompt replaces the query's, lengths cut, scores stay."""
-    tokenizer = records.load_tokenizer(tiny_tokenizer_path)
+    tokenizer = validate.load_tokenizer(tiny_tokenizer_path)
     lines = [
         {"query": "fox", "pos": ["dog", "the lazy dog"], "neg": [], "pos_scores": [1, 0.25], "type": "sym"},
         {"query": "fox", "pos": ["vector space " * 20], "neg": ["space"], "neg_scores": [-1.5], "prompt": "dog: "},
@@ -73,7 +74,7 @@ def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path)
     more = ["--query_instruction_for_retrieval", "query: ", "--passage-instruction-for-retrieval", "passage: "]
     more += ["--query_max_len", "30", "--passage_max_len", "40"]
     assert run("finetune", write(tmp_path / "a.jsonl", lines), tmp_path / "s", tiny_tokenizer_path, *more) == 0
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     queries = [data.group(row).query.tolist() for row in range(3)]
     assert queries == tokenizer(["query: fox", "dog: fox", "fox"])["input_ids"]
     wanted = [f"passage: {text}" for text in ("dog", "the lazy dog", "vector space " * 20, "space")]
@@ -87,13 +88,13 @@ def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path)
     assert (manifest["query_max_len"], manifest["passage_max_len"]) == (30, 40)
     assert manifest["query_instruction_for_retrieval"] == "query: "
     assert manifest["counts"]["cut_texts"] == 1 and manifest["counts"]["groups_without_negatives"] == 2
-    assert manifest["tokenizer"]["fingerprint"] == records.fingerprint(tokenizer)
+    assert manifest["tokenizer"]["fingerprint"] == validate.fingerprint(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_output_does_not_depend_on_workers(tmp_path, tiny_tokenizer_path, monkeypatch, kind):
     """Every byte is the same for 1 and 3 workers, with many blocks and workers that forget passages."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(input_files, "BLOCK_BYTES", 300)
     monkeypatch.setattr(workers, "SEEN_LIMIT", 5)
     lines = GROUPS * 3
     if kind == "pretrain":
@@ -103,9 +104,9 @@ def test_output_does_not_depend_on_workers(tmp_path, tiny_tokenizer_path, monkey
         more = ["--num_proc", processes, "--shard_bytes", "2000"]
         assert run(kind, parts, tmp_path / name, tiny_tokenizer_path, *more) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
-    manifest = shards.read_manifest(tmp_path / "one")
+    manifest = shard_reader.read_manifest(tmp_path / "one")
     assert [source["rows"] for source in manifest["sources"]] == [[0, 50], [50, len(lines)]]
-    assert len(manifest["shards"]) > 2 and verification.verify_folder(tmp_path / "one") == []
+    assert len(manifest["shards"]) > 2 and integrity.verify_folder(tmp_path / "one") == []
 
 
 def test_inputs_of_several_forms_give_the_same_rows(tmp_path, tiny_tokenizer_path):
@@ -119,7 +120,7 @@ def test_inputs_of_several_forms_give_the_same_rows(tmp_path, tiny_tokenizer_pat
     found = set()
     for i, one in enumerate([*given, str(tmp_path / "d")]):
         assert run("finetune", one, tmp_path / f"s{i}", tiny_tokenizer_path) == 0
-        found.add(shards.open_folder(tmp_path / f"s{i}").fingerprint)
+        found.add(shard_reader.open_folder(tmp_path / f"s{i}").fingerprint)
     assert len(found) == 1
 
 
@@ -129,7 +130,7 @@ def test_real_data(tmp_path, shared_data, minilm_path):
     assert run("finetune", source, tmp_path / "s", minilm_path) == 0
     with gzip.open(source) as file:
         texts = {text for line in file for text in (lambda r: r["pos"] + r["neg"])(json.loads(line))}
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     assert (len(data), data.num_passages) == (1500, len(texts))
     assert len(set(data.hashes(np.arange(data.num_passages)).tolist())) == len(texts)
     assert preprocess.main(["verify", str(tmp_path / "s")]) == 0
@@ -165,7 +166,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, minilm_path, capsys,
 
 def test_the_first_bad_line_is_reported_whatever_the_workers(tmp_path, tiny_tokenizer_path, monkeypatch, capsys):
     """Blocks end in any order; the message must be that of the first bad line of the input."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(input_files, "BLOCK_BYTES", 200)
     rows = [*GROUPS[:30], b"{first\n", *GROUPS[:5], b"{second\n"]
     given = write(tmp_path / "a.jsonl", rows)
     assert run("finetune", given, tmp_path / "s", tiny_tokenizer_path, "--num_proc", "3") == 2
@@ -184,7 +185,7 @@ def test_skipping_counts_and_lists_the_lines(tmp_path, tiny_tokenizer_path, caps
     listed = [json.loads(line) for line in (tmp_path / "s" / "skipped.jsonl").read_text().splitlines()]
     assert len(listed) == 33 and listed[1]["line"] == 5 and '"pos"[2] is an empty text' in listed[1]["reason"]
     assert listed[-1] == {"file": given[1], "line": 0, "reason": "the file is empty"}
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     assert (len(data), data.num_passages, data.manifest["counts"]["skipped"]) == (40, 40, 33)
 
 
@@ -196,7 +197,7 @@ def test_overwriting_is_asked_for(tmp_path, tiny_tokenizer_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     write(tmp_path / "a.jsonl", GROUPS[:7])
     assert run("finetune", given, tmp_path / "s", tiny_tokenizer_path, "--overwrite") == 0
-    assert len(shards.open_folder(tmp_path / "s")) == 7
+    assert len(shard_reader.open_folder(tmp_path / "s")) == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "s"]
 
 
@@ -265,11 +266,11 @@ def test_words_of_a_segmenter_reach_the_shards(tmp_path, tiny_tokenizer_path, ca
     words = {}
     for name in ("none", "jieba"):
         assert run("pretrain", given, tmp_path / name, tiny_tokenizer_path, "--word_segmenter", name) == 0
-        data = shards.open_folder(tmp_path / name)
+        data = shard_reader.open_folder(tmp_path / name)
         assert data.manifest["word_segmenter"] == name
         words[name] = data.words(0)
     assert words["none"].tolist() == list(range(15)) and words["jieba"][-1] < 14
-    tokenizer, explicit = records.load_tokenizer(tiny_tokenizer_path), frozenset({"word_segmenter"})
+    tokenizer, explicit = validate.load_tokenizer(tiny_tokenizer_path), frozenset({"word_segmenter"})
     caches = {
         preprocess.prepare("pretrain", given, tokenizer, word_segmenter=name, cache_dir=str(tmp_path / "c")) for name in words
     }
@@ -286,7 +287,7 @@ def test_words_of_a_segmenter_reach_the_shards(tmp_path, tiny_tokenizer_path, ca
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer_path):
-    return records.load_tokenizer(tiny_tokenizer_path)
+    return validate.load_tokenizer(tiny_tokenizer_path)
 
 
 def test_json_lines_are_preprocessed_once(tmp_path, tokenizer):
@@ -297,7 +298,7 @@ def test_json_lines_are_preprocessed_once(tmp_path, tokenizer):
     assert preprocess.prepare("finetune", given, tokenizer, query_max_len=32, **how) == first
     assert re.match(r"warning: \d+ % of the tokens are unknown to ", said.pop(0))
     assert said == [f"preprocessed 40 groups into {first}", f"using the cache {first}"]
-    assert len(shards.open_folder(first)) == 40
+    assert len(shard_reader.open_folder(first)) == 40
     others = [
         preprocess.prepare("finetune", given, tokenizer, query_max_len=31, **how),
         preprocess.prepare("finetune", given, tokenizer, query_instruction="q: ", **how),
@@ -353,10 +354,10 @@ def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
     folder = preprocess.prepare("finetune", given, tokenizer, **how)
     (folder / "groups-00000-000000.arrow").write_bytes(b"")
     assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
-    assert "preprocessed" in said[-1] and verification.verify_folder(folder) == []
+    assert "preprocessed" in said[-1] and integrity.verify_folder(folder) == []
     flip(folder / "passages-00000-000000.arrow")
     assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
-    assert "preprocessed" in said[-1] and verification.verify_folder(folder) == []
+    assert "preprocessed" in said[-1] and integrity.verify_folder(folder) == []
 
 
 def test_processes_of_a_host_build_once(tmp_path, tokenizer, monkeypatch):
@@ -390,7 +391,7 @@ def test_several_entries_are_one_cache_or_one_each(tmp_path, tokenizer, tiny_tok
     shared = preprocess.prepare_all("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")
     assert shared == [preprocess.prepare("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")]
     apart = preprocess.prepare_all("pretrain", given, tokenizer, True, cache_dir=tmp_path / "cache")
-    assert len(set(apart)) == 3 and all(len(shards.open_folder(folder)) == 2 for folder in apart)
+    assert len(set(apart)) == 3 and all(len(shard_reader.open_folder(folder)) == 2 for folder in apart)
     assert run("pretrain", given[1], tmp_path / "s", tiny_tokenizer_path, "--max_seq_length", "512") == 0
     beside = preprocess.prepare_all("pretrain", [given[0], str(tmp_path / "s")], tokenizer, cache_dir=tmp_path / "cache")
     assert beside == [apart[0], tmp_path / "s"]
@@ -451,7 +452,7 @@ def test_shards_that_do_not_fit_are_refused_with_the_command_that_mends_it(made,
 def test_shards_of_another_tokenizer_are_refused(made, minilm_path):
     """Ids of another vocabulary are valid numbers and wrong words: only the fingerprint tells."""
     with pytest.raises(ValueError, match=r"was made with another tokenizer: .* this run's is"):
-        preprocess.prepare("finetune", str(made), records.load_tokenizer(minilm_path))
+        preprocess.prepare("finetune", str(made), validate.load_tokenizer(minilm_path))
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
@@ -468,7 +469,7 @@ def test_bad_lines_keep_their_order_whoever_finds_them(tmp_path, minilm_path, on
         assert f'{given}:3: "text" is an empty text to this tokenizer' in said.err and "oops" not in said.err
         return
     assert [line.split(":")[1] for line in said.out.splitlines() if line.startswith("skipped /")] == ["3", "5", "7"]
-    assert shards.read_manifest(tmp_path / "s")["counts"]["texts"] == 5
+    assert shard_reader.read_manifest(tmp_path / "s")["counts"]["texts"] == 5
 
 
 def test_the_command_needs_no_torch(tmp_path, minilm_path):
@@ -484,5 +485,5 @@ def test_the_command_needs_no_torch(tmp_path, minilm_path):
     assert done.returncode == 0, done.stderr
     assert "PyTorch" not in done.stderr
     assert preprocess.main([*argv, str(tmp_path / "t")]) == 0
-    found, wanted = (shards.read_manifest(tmp_path / name)["fingerprint"] for name in "st")
+    found, wanted = (shard_reader.read_manifest(tmp_path / name)["fingerprint"] for name in "st")
     assert found == wanted

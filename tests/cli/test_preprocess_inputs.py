@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_preprocess import GROUPS, contents, run, write
 
 from bge_ds import preprocess
-from bge_ds.data import records, shards, sources, verification
+from bge_ds.data.preprocess import input_files, validate
+from bge_ds.data.shards import integrity, shard_reader
 
 FULL = [line | {"pos_scores": [0.5], "neg_scores": [0.25, 1, 2], "type": "sym", "prompt": f"p{i % 2}: "}
         for i, line in enumerate(GROUPS)]  # fmt: skip
@@ -39,7 +40,7 @@ def write_all(folder, rows) -> list[str]:
 
 def rows_of(folder) -> list:
     """All that a reader gives of a folder, passages by their ids."""
-    data = shards.open_folder(folder)
+    data = shard_reader.open_folder(folder)
     found = []
     for row in range(len(data)):
         group = data.group(row)
@@ -104,7 +105,7 @@ def test_hub_sets_by_name(tmp_path, tiny_tokenizer_path, monkeypatch):
     name, how = f"hf://{tmp_path / 'set'}@train", ["--columns", "text=content", "--shard_bytes", "400"]
     assert run("pretrain", plain, tmp_path / "plain", tiny_tokenizer_path) == 0
     assert run("pretrain", name, tmp_path / "hub", tiny_tokenizer_path, *how) == 0
-    one, two = shards.open_folder(tmp_path / "plain"), shards.open_folder(tmp_path / "hub")
+    one, two = shard_reader.open_folder(tmp_path / "plain"), shard_reader.open_folder(tmp_path / "hub")
     assert [two.ids(row).tolist() for row in range(90)] == [one.ids(row).tolist() for row in range(90)]
     assert [source["rows"] for source in two.manifest["sources"]] == [[0, 50], [50, 90]]
     parts = [str(tmp_path / f"p{i}") for i in (1, 2)]
@@ -125,15 +126,15 @@ NAMED = [
 
 def test_groups_name_passages_of_a_corpus(tmp_path, minilm_path, monkeypatch):
     """A corpus is stored once, as it is; groups refer to it by row, over segments, processes and parts alike."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(input_files, "BLOCK_BYTES", 500)
     corpus = [write(tmp_path / "c1.jsonl", CORPUS[:35]), write(tmp_path / "c2.jsonl.gz", CORPUS[35:])]
     given = write(tmp_path / "a.jsonl", NAMED)
     how = ["--corpus", *corpus, "--shard_bytes", "600"]
     assert run("finetune", given, tmp_path / "s", minilm_path, *how, "--num_proc", "2") == 0
-    data = shards.open_folder(tmp_path / "s")
-    assert (len(data), data.num_passages) == (50, 60) and verification.verify_folder(tmp_path / "s") == []
+    data = shard_reader.open_folder(tmp_path / "s")
+    assert (len(data), data.num_passages) == (50, 60) and integrity.verify_folder(tmp_path / "s") == []
     assert [source["rows"] for source in data.manifest["corpus"]] == [[0, 35], [35, 60]]
-    tokenizer = records.load_tokenizer(minilm_path)
+    tokenizer = validate.load_tokenizer(minilm_path)
     for row, line in enumerate(NAMED):
         group = data.group(row)
         assert [f"d{p}" for p in group.pos] == line["pos_ids"] and [f"d{p}" for p in group.neg] == line["neg_ids"]
@@ -194,15 +195,15 @@ def test_any_group_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path
     """Any Unicode, no negatives, very long texts, any length, 16 and 32-bit ids: rows are the tokenizer's own."""
     folder = tmp_path_factory.mktemp("r")
     groups[-1]["neg"] = [*groups[-1]["neg"], "something to compare"]
-    tokenizer = records.load_tokenizer(tiny_tokenizer_path)
-    core = records.core(tokenizer)
+    tokenizer = validate.load_tokenizer(tiny_tokenizer_path)
+    core = validate.core(tokenizer)
     if wide:
         core = preprocess.replace(core, vocab_size=70000)
     job = preprocess.make_settings("finetune", query_max_len=lengths[0], passage_max_len=lengths[1]), core
-    source = sources.Source(folder / "a.jsonl")
+    source = input_files.Source(folder / "a.jsonl")
     write(source.path, groups)
     preprocess.build(folder / "s", [source], job, num_proc=1, shard_bytes=cut, say=lambda line: None)
-    data = shards.open_folder(folder / "s")
+    data = shard_reader.open_folder(folder / "s")
     assert len(data) == len(groups) and data.group(0).query.dtype == (np.int32 if wide else np.uint16)
 
     def ids(texts, length):
@@ -213,7 +214,7 @@ def test_any_group_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path
         assert [group.query.tolist()] == ids([(line.get("prompt") or "") + line["query"]], lengths[0])
         for name, rows in (("pos", group.pos), ("neg", group.neg)):
             assert [data.passage(p).tolist() for p in rows] == ids(line[name], lengths[1])
-            hashes = [records.xxhash.xxh3_64_intdigest(text.encode()) for text in line[name]]
+            hashes = [validate.xxhash.xxh3_64_intdigest(text.encode()) for text in line[name]]
             assert data.hashes(rows).tolist() == hashes
         assert data.notes(row) == (line.get("type"), line.get("prompt"))
 
@@ -223,15 +224,15 @@ def test_any_group_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path
 def test_any_text_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path, texts, length, wide):
     """Texts of pre-training: ids cut at any length, and a word for each, never falling."""
     folder = tmp_path_factory.mktemp("r")
-    tokenizer = records.load_tokenizer(tiny_tokenizer_path)
-    core = records.core(tokenizer)
+    tokenizer = validate.load_tokenizer(tiny_tokenizer_path)
+    core = validate.core(tokenizer)
     if wide:
         core = preprocess.replace(core, vocab_size=70000)
-    source = sources.Source(folder / "a.jsonl")
+    source = input_files.Source(folder / "a.jsonl")
     source.path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     job = preprocess.make_settings("pretrain", max_seq_length=length), core
     preprocess.build(folder / "s", [source], job, num_proc=1, shard_bytes=1500, say=lambda line: None)
-    data = shards.open_folder(folder / "s")
+    data = shard_reader.open_folder(folder / "s")
     wanted = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
     assert [data.ids(row).tolist() for row in range(len(data))] == wanted
     assert all(len(data.words(row)) == len(ids) and (np.diff(data.words(row)) >= 0).all() for row, ids in enumerate(wanted))

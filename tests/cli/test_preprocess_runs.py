@@ -15,7 +15,8 @@ import pytest
 from test_preprocess import GROUPS, contents, run, write
 
 from bge_ds import preprocess
-from bge_ds.data import shards, sources, verification
+from bge_ds.data.preprocess import input_files
+from bge_ds.data.shards import integrity, shard_reader
 
 TEXTS = [{"text": f"{text} {i}"} for i in range(30) for text in helpers.SENTENCES]
 
@@ -26,7 +27,7 @@ def lines_of(kind) -> list:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(input_files, "BLOCK_BYTES", 500)
 
 
 # --------------------------------------------------------------------------------------------------------- segments
@@ -36,12 +37,12 @@ def test_passages_are_found_in_their_own_segment(tmp_path, minilm_path, small_bl
     """References count within a segment on disk; the reader must add where its passages begin, for every segment."""
     given = [write(tmp_path / f"{name}.jsonl", part) for name, part in (("a", GROUPS), ("b", GROUPS[::-1]))]
     assert run("finetune", given, tmp_path / "s", minilm_path, "--shard_bytes", "900") == 0
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     entries = [entry for entry in data.manifest["shards"] if entry["table"] == "groups"]
     assert len(entries) > 6 and len(data) == 80
     counts = data.manifest["counts"]
     assert 40 < counts["passages"] == data.num_passages == 320 - counts["duplicates"]
-    tokenizer = preprocess.records.load_tokenizer(minilm_path)
+    tokenizer = preprocess.validate.load_tokenizer(minilm_path)
     for row, line in enumerate([*GROUPS, *GROUPS[::-1]]):
         group = data.group(row)
         for name, rows in (("pos", group.pos), ("neg", group.neg)):
@@ -73,7 +74,7 @@ def test_merged_parts_are_the_undivided_run(tmp_path, tiny_tokenizer_path, small
             assert preprocess.main(["merge", *map(str, parts[::-1]), "--output", str(whole)]) == 0
             for part in parts:
                 shutil.rmtree(part)
-        assert verification.verify_folder(whole) == []
+        assert integrity.verify_folder(whole) == []
         found.append(contents(whole))
     assert found[0] == found[1] == found[2]
     listed = [json.loads(line) for line in (whole / "skipped.jsonl").read_text().splitlines()]
@@ -110,7 +111,7 @@ def test_merging_the_wrong_parts_names_them(tmp_path, tiny_tokenizer_path, capsy
     assert preprocess.main(["merge", *names.values(), "--output", str(tmp_path / "m")]) == 2
     assert f"{damaged} is missing" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is one part of several: join them first"):
-        shards.open_folder(names[1])
+        shard_reader.open_folder(names[1])
 
 
 def test_what_only_the_whole_can_tell_is_told_at_the_merge(tmp_path, tiny_tokenizer_path, capsys):
@@ -242,19 +243,22 @@ def test_a_changed_input_is_another_job(tmp_path, tiny_tokenizer_path, monkeypat
         return finish
 
     with monkeypatch.context() as patch:
-        patch.setattr("bge_ds.data.segments.SegmentWriter.finish", stop_at(5))
+        patch.setattr("bge_ds.data.preprocess.segment_writer.SegmentWriter.finish", stop_at(5))
         assert run(*how) == 130
     (left,) = tmp_path.glob(".s.partial-*")
     assert len(list(left.glob("segments/rows-00000-*.json"))) == 5
     made: list[int] = []
     original = preprocess.build.__globals__["segments"].SegmentWriter.finish
     with monkeypatch.context() as patch:
-        patch.setattr("bge_ds.data.segments.SegmentWriter.finish", lambda self: (original(self), made.append(self.segment)))
+        patch.setattr(
+            "bge_ds.data.preprocess.segment_writer.SegmentWriter.finish",
+            lambda self: (original(self), made.append(self.segment)),
+        )
         assert run(*how) == 0
-    assert min(made) == 5 and len(shards.open_folder(tmp_path / "s")) == len(TEXTS)
+    assert min(made) == 5 and len(shard_reader.open_folder(tmp_path / "s")) == len(TEXTS)
     shutil.rmtree(tmp_path / "s")
     with monkeypatch.context() as patch:
-        patch.setattr("bge_ds.data.segments.SegmentWriter.finish", stop_at(5))
+        patch.setattr("bge_ds.data.preprocess.segment_writer.SegmentWriter.finish", stop_at(5))
         assert run(*how) == 130
     write(tmp_path / "a.jsonl", [{"text": "other " + line["text"]} for line in TEXTS])
     assert run(*how) == 0
@@ -285,8 +289,8 @@ def test_a_sample_is_the_first_lines_of_each_source(tmp_path, minilm_path, small
     """A quick look takes N lines of each input, blank ones not counted, and says so in the manifest."""
     given = [write(tmp_path / f"a{ending}", [b"\n", *GROUPS[:3], b"\n", *GROUPS[3:]]), write(tmp_path / "b.jsonl", GROUPS[:2])]
     assert run("finetune", given, tmp_path / "s", minilm_path, "--sample", "7", "--shard_bytes", "600") == 0
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     assert data.manifest["sample"] == 7 and [source["rows"] for source in data.manifest["sources"]] == [[0, 7], [7, 9]]
-    tokenizer = preprocess.records.load_tokenizer(minilm_path)
+    tokenizer = preprocess.validate.load_tokenizer(minilm_path)
     shown = [tokenizer.decode(data.group(row).query, skip_special_tokens=True) for row in range(9)]
     assert shown == [f"question {i}" for i in (*range(7), 0, 1)]

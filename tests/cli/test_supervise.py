@@ -192,7 +192,7 @@ UNLUCKY = """
 import os, signal, sys
 from pathlib import Path
 from bge_ds import finetune
-from bge_ds.distributed import watch
+from bge_ds.health import failure_detector as watch
 
 real = watch.last_step
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from bge_ds.metrics import slow_precision
+from bge_ds.training.metrics import slow_precision
 
 BIN = Path(sys.executable).parent
 

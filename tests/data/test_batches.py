@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, choose_groups, pack
-from bge_ds.data.order import mix64
+from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, choose_groups
+from bge_ds.data.sampling.sampler import mix64
+from bge_ds.kernels.packed import pack
 
 
 def test_pack_keeps_every_text():

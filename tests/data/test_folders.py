@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from bge_ds.data import folders, shards, writing
+from bge_ds.data.preprocess import output_folder
+from bge_ds.data.shards import shard_reader, shard_writer
 
 
 def write_shards(folder) -> dict:
     """A folder of shards without a row."""
     tokenizer = {"name": "t", "fingerprint": "f", "vocab_size": 300}
-    with folders.new_folder(folder) as partial:
+    with output_folder.new_folder(folder) as partial:
         manifest = {"kind": "pretrain", "tokenizer": tokenizer, "counts": {}, "sources": [], "shards": []}
-        return writing.write_manifest(partial, manifest)
+        return shard_writer.write_manifest(partial, manifest)
 
 
 def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
     """A run that fails may leave no folder that looks complete, and overwriting replaces only at the very end."""
-    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "s") as partial:
+    with pytest.raises(RuntimeError), output_folder.new_folder(tmp_path / "s") as partial:
         (partial / "texts-00000.arrow").write_bytes(b"half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     manifest = write_shards(tmp_path / "s")
-    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "s", overwrite=True):
+    with pytest.raises(RuntimeError), output_folder.new_folder(tmp_path / "s", overwrite=True):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
-    assert shards.open_folder(tmp_path / "s").fingerprint == manifest["fingerprint"]
+    assert shard_reader.open_folder(tmp_path / "s").fingerprint == manifest["fingerprint"]
 
 
 def test_a_killed_runs_folder_is_gone_on_with_by_the_same_job_alone(tmp_path):
@@ -34,22 +35,22 @@ def test_a_killed_runs_folder_is_gone_on_with_by_the_same_job_alone(tmp_path):
     left = tmp_path / ".s.partial-one"
     left.mkdir()
     (left / "texts-00000-000000.arrow").write_bytes(b"one")
-    with folders.new_folder(tmp_path / "s", job="two", say=said.append) as partial:
+    with output_folder.new_folder(tmp_path / "s", job="two", say=said.append) as partial:
         assert list(partial.iterdir()) == []
         assert left.exists() and "is what another job left unfinished" in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
     left.mkdir()
     (left / "texts-00000-000000.arrow").write_bytes(b"one")
-    with folders.new_folder(tmp_path / "s", overwrite=True, job="one") as partial:
+    with output_folder.new_folder(tmp_path / "s", overwrite=True, job="one") as partial:
         assert [path.name for path in partial.iterdir()] == ["texts-00000-000000.arrow"]
 
 
 def test_finished_segments_outlast_a_bad_line(tmp_path):
     """Hours of work must not go because of one line: --on_error skip goes on from what is finished."""
     said: list[str] = []
-    with pytest.raises(ValueError), folders.new_folder(tmp_path / "s", job="one", say=said.append) as partial:
-        (partial / folders.JOURNAL).mkdir()
-        (partial / folders.JOURNAL / "rows-00000-000003.json").write_bytes(b"{}")
+    with pytest.raises(ValueError), output_folder.new_folder(tmp_path / "s", job="one", say=said.append) as partial:
+        (partial / output_folder.JOURNAL).mkdir()
+        (partial / output_folder.JOURNAL / "rows-00000-000003.json").write_bytes(b"{}")
         (partial / "texts-00000-000003.arrow").write_bytes(b"x")
         raise ValueError
     assert said[0].startswith("1 finished segments are kept") and partial.exists()
@@ -58,9 +59,9 @@ def test_finished_segments_outlast_a_bad_line(tmp_path):
 def test_a_second_run_on_one_output_is_refused(tmp_path):
     """Two runs in one folder would overwrite each other's files; the second must end, whatever its job."""
     with (
-        folders.new_folder(tmp_path / "s", job="one"),
+        output_folder.new_folder(tmp_path / "s", job="one"),
         pytest.raises(ValueError, match="another process is writing it"),
-        folders.new_folder(tmp_path / "s", job="two"),
+        output_folder.new_folder(tmp_path / "s", job="two"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
@@ -70,8 +71,8 @@ def test_output_folders_that_would_lose_files_are_refused(tmp_path):
     """Overwriting deletes what it replaces, so a folder with anything but shards in it is never replaced."""
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match=r"is not empty \(it holds thesis\.txt\)"):
-        folders.check_output(tmp_path, overwrite=False)
+        output_folder.check_output(tmp_path, overwrite=False)
     with pytest.raises(ValueError, match=r"holds thesis\.txt, which is no part of shards"):
-        folders.check_output(tmp_path, overwrite=True)
+        output_folder.check_output(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
-        folders.check_output(tmp_path / "thesis.txt", overwrite=True)
+        output_folder.check_output(tmp_path / "thesis.txt", overwrite=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data.length_order import LengthOrder, deal
-from bge_ds.data.mixture import ByEpoch, SetBatches
-from bge_ds.data.order import Order
+from bge_ds.data.sampling.length_grouping import LengthOrder, deal
+from bge_ds.data.sampling.mixture import ByEpoch, SetBatches
+from bge_ds.data.sampling.sampler import Order
 
 LENGTHS = np.random.default_rng(1).integers(3, 500, 3000)
 

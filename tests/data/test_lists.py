@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_ds.data import lists
-from bge_ds.data.lists import Lists
+from bge_ds.data import ragged
+from bge_ds.data.ragged import Lists
 
 ARRAYS = st.lists(st.lists(st.integers(0, 99), max_size=9), min_size=1, max_size=9)
 
@@ -26,7 +26,7 @@ def same(found: Lists, wanted) -> None:
 def test_taking_and_joining_keep_each_array(rows, random, long):
     """Any choice of arrays, in any order and with repeats, by either way of copying; a value is found by its two numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lists, "_LONG", 0 if long else 128)
+        patch.setattr(ragged, "_LONG", 0 if long else 128)
         whole = Lists.of(arrays_of(rows))
         chosen = random.choices(range(len(rows)), k=2 * len(rows))
         same(whole.take(np.array(chosen)), [rows[i] for i in chosen])

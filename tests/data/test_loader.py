@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from bge_ds import preprocess
-from bge_ds.data import loader, shards
-from bge_ds.data.batches import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts, pack
-from bge_ds.data.order import Order, mix64
+from bge_ds.data import dataloader
+from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts
+from bge_ds.data.sampling.sampler import Order, mix64
+from bge_ds.data.shards import shard_reader
 from bge_ds.kernels import masks
+from bge_ds.kernels.packed import pack
 
 LENGTHS = {"pretrain": {"max_seq_length": 12}, "finetune": {"query_max_len": 8, "passage_max_len": 10}}
 COLLATE = {
@@ -57,9 +59,9 @@ def order_of(data) -> Order:
 
 
 def steps(folder, first=0, end=6, workers=0, context=None, rank=0, world=2, **more):
-    data = shards.open_folder(folder)
+    data = shard_reader.open_folder(folder)
     collate, options = COLLATE[data.manifest["kind"]]
-    return loader.steps(
+    return dataloader.steps(
         [folder], order_of(data), collate, first_step=first, end_step=end, accumulation=2, rank=rank, world=world,
         workers=workers, pin_memory=False, context=context, **options, **more,
     )  # fmt: skip
@@ -120,7 +122,7 @@ def one_by_one(data, epochs, rows, seed, distill):
 @pytest.mark.parametrize("distill", [False, True])
 def test_a_batch_is_its_texts_one_by_one(folder, distill):
     """Reading many rows at once must give the texts, hashes and places that reading them one after the other gives."""
-    data = shards.open_folder(folder)
+    data = shard_reader.open_folder(folder)
     collate, options = COLLATE[data.manifest["kind"]]
     if data.manifest["kind"] == "finetune":
         options = options | {"distill": distill}
@@ -177,7 +179,7 @@ ORPHAN = """
 import os, sys
 import torch
 from torch.utils.data import DataLoader
-from bge_ds.data.loader import _follow_rank
+from bge_ds.data.dataloader import _follow_rank
 
 class Large(torch.utils.data.Dataset):
     def __len__(self):
@@ -213,8 +215,8 @@ def test_workers_end_with_a_killed_rank():
 FAILING = """
 import sys
 from pathlib import Path
-from bge_ds.data import batches, loader
-from bge_ds.data.order import Order
+from bge_ds.data import collate as batches, dataloader as loader
+from bge_ds.data.sampling.sampler import Order
 
 folder = Path(sys.argv[1])
 order = Order(seed=3, spans=((0, 60),), global_batch=8)
@@ -228,7 +230,7 @@ raise RuntimeError("the step failed")
 
 def test_a_failed_run_ends_although_it_has_workers(folder):
     """An error amid the steps ends the process with its words: workers ignore the SIGTERM by which Python would end them."""
-    if shards.open_folder(folder).manifest["kind"] == "finetune":
+    if shard_reader.open_folder(folder).manifest["kind"] == "finetune":
         pytest.skip("the same for both kinds")
     command = [sys.executable, "-c", FAILING, str(folder)]
     done = subprocess.run(

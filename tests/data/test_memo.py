@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data import memo, records
+from bge_ds.data.preprocess import token_cache, validate
 
 LETTERS = st.sampled_from(
     [*"aEx.,-#?!0", "é", "e\u0301", "\u0301", "ß", "Σ", "ς", "İ", "中", "文字", "가", "ก็", "\u200b", "\u00ad"]
@@ -21,8 +21,8 @@ TEXTS = st.lists(st.lists(WORDS, max_size=12).map("".join), min_size=1, max_size
 
 def encoders(folder):
     """One that remembers, and one that tokenizes whole texts."""
-    core = records.core(records.load_tokenizer(folder))
-    with_memo, without = records.Encoder(core), records.Encoder(core)
+    core = validate.core(validate.load_tokenizer(folder))
+    with_memo, without = validate.Encoder(core), validate.Encoder(core)
     assert with_memo._memo is not None
     without._memo = None
     return with_memo, without
@@ -55,7 +55,7 @@ def test_real_texts_by_a_real_tokenizer(minilm_path):
 
 def test_what_is_remembered_is_bounded(tiny_tokenizer_path, monkeypatch):
     """When the memory is full it keeps what came often, and what it gives stays the same."""
-    monkeypatch.setattr(memo, "CHARACTERS", 60)
+    monkeypatch.setattr(token_cache, "CHARACTERS", 60)
     ours, theirs = encoders(tiny_tokenizer_path)
     for i in range(20):
         texts = [f"fox{i} jumps over{i % 3} dogs", f"the end{i}"]
@@ -76,12 +76,12 @@ def test_what_is_remembered_is_bounded(tiny_tokenizer_path, monkeypatch):
 )
 def test_only_tokenizers_that_end_at_spaces_are_remembered(tmp_path, kind, change, local):
     """A tokenizer that sees across a space, or may, is asked for whole texts."""
-    core = records.core(records.load_tokenizer(helpers.make_tokenizer(kind, tmp_path)))
-    assert memo.is_local(orjson.dumps(orjson.loads(core.json) | change).decode()) is local
+    core = validate.core(validate.load_tokenizer(helpers.make_tokenizer(kind, tmp_path)))
+    assert token_cache.is_local(orjson.dumps(orjson.loads(core.json) | change).decode()) is local
 
 
 def test_an_added_token_with_a_space_needs_whole_texts(tmp_path):
-    tokenizer = records.load_tokenizer(helpers.make_tokenizer("wordpiece", tmp_path))
+    tokenizer = validate.load_tokenizer(helpers.make_tokenizer("wordpiece", tmp_path))
     tokenizer.add_tokens(["quick fox"])
-    core = records.core(tokenizer)
-    assert not memo.is_local(core.json) and records.Encoder(core)._memo is None
+    core = validate.core(tokenizer)
+    assert not token_cache.is_local(core.json) and validate.Encoder(core)._memo is None

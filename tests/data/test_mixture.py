@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data.mixture import CYCLE, ByEpoch, ByWeight, Cycle, Mixture, SetBatches, counts_of, floor_sums, golden_step
-from bge_ds.data.order import Order
+from bge_ds.data.sampling.mixture import (
+    CYCLE,
+    ByEpoch,
+    ByWeight,
+    Cycle,
+    Mixture,
+    SetBatches,
+    counts_of,
+    floor_sums,
+    golden_step,
+)
+from bge_ds.data.sampling.sampler import Order
 
 counts_and_offset = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 sizes_of_sets = st.lists(st.integers(1, 60), min_size=2, max_size=5)

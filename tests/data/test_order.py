@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data.order import Order, mix64, permute
+from bge_ds.data.sampling.sampler import Order, mix64, permute
 
 
 @given(size=st.integers(1, 10_000), key=st.integers(0, 2**63))

@@ -14,7 +14,7 @@ import orjson
 import pytest
 from transformers import AutoTokenizer
 
-from bge_ds.data import encoding, records
+from bge_ds.data.preprocess import tokenize, validate
 
 LONG = "retrieval models embed questions and passages into one vector space, " * 40
 
@@ -22,7 +22,7 @@ LONG = "retrieval models embed questions and passages into one vector space, " *
 @pytest.fixture(scope="module", params=["wordpiece", "bytes", "unigram"])
 def tokenizer(request, tmp_path_factory):
     folder = helpers.make_tokenizer(request.param, tmp_path_factory.mktemp(request.param))
-    return records.load_tokenizer(folder)
+    return validate.load_tokenizer(folder)
 
 
 def ids_and_words(encoder, texts: list[str], length: int) -> tuple[list[list[int]], list[np.ndarray], list[bool]]:
@@ -36,8 +36,8 @@ def ids_and_words(encoder, texts: list[str], length: int) -> tuple[list[list[int
 
 def pieces_by_word(tokenizer, text: str, length: int = 512) -> list[list[str]]:
     """The tokens of a text, those of one word together, special tokens left out."""
-    core = records.core(tokenizer)
-    (ids,), (words,), _ = ids_and_words(records.Encoder(core), [text], length)
+    core = validate.core(tokenizer)
+    (ids,), (words,), _ = ids_and_words(validate.Encoder(core), [text], length)
     assert len(ids) == len(words)
     groups: dict[int, list[str]] = {}
     for token, word in zip(tokenizer.convert_ids_to_tokens(ids), words.tolist(), strict=True):
@@ -62,8 +62,8 @@ def test_baked_in_truncation_and_padding_change_nothing(minilm_path):
     """all-MiniLM's tokenizer.json cuts and pads to 128: a text of 300 tokens must keep them, a short one gain none."""
     raw = AutoTokenizer.from_pretrained(minilm_path)
     assert raw.backend_tokenizer.truncation["max_length"] == 128 and raw.backend_tokenizer.padding["length"] == 128
-    for tokenizer in (raw, records.load_tokenizer(minilm_path)):
-        (long, short), cuts = records.Encoder(records.core(tokenizer)).ids([LONG, "hi"], 300)
+    for tokenizer in (raw, validate.load_tokenizer(minilm_path)):
+        (long, short), cuts = validate.Encoder(validate.core(tokenizer)).ids([LONG, "hi"], 300)
         assert (len(long), len(short), cuts) == (300, 3, [True, False])
         assert long[0] == short[0] == 101 and long[-1] == short[-1] == 102
     assert raw.backend_tokenizer.truncation is not None, "core() changed a tokenizer that it was lent"
@@ -71,7 +71,7 @@ def test_baked_in_truncation_and_padding_change_nothing(minilm_path):
 
 def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
     """Rows equal what transformers itself gives with truncation, so training and serving see the same inputs."""
-    encoder = records.Encoder(records.core(tokenizer))
+    encoder = validate.Encoder(validate.core(tokenizer))
     texts = [*helpers.SENTENCES, LONG, "a", "北京 hello <mask> [MASK]"]
     for length in (3, 16, 64, 2048):
         wanted = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
@@ -83,7 +83,7 @@ def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
 
 def test_instruction_is_a_plain_prefix(tokenizer):
     """No separator is added: ids are those of the two strings put together, specials inside the length."""
-    rows, cuts = records.Encoder(records.core(tokenizer)).ids(["fox jumps", LONG], 20, "question: ")
+    rows, cuts = validate.Encoder(validate.core(tokenizer)).ids(["fox jumps", LONG], 20, "question: ")
     assert rows[0] == tokenizer("question: fox jumps")["input_ids"] and cuts == [False, True]
     assert rows[1] == tokenizer("question: " + LONG, truncation=True, max_length=20)["input_ids"]
 
@@ -92,14 +92,14 @@ def test_instruction_is_a_plain_prefix(tokenizer):
 @pytest.mark.parametrize("prefix", ["", "query: "])
 def test_a_text_without_a_token_of_its_own_is_empty(minilm_path, text, prefix):
     """Zero-width characters and special tokens say nothing; an instruction before them must not hide that."""
-    encoder = records.Encoder(records.core(records.load_tokenizer(minilm_path)))
+    encoder = validate.Encoder(validate.core(validate.load_tokenizer(minilm_path)))
     rows, _ = encoder.ids([text, "fine", "!", "中"], 16, prefix)
     assert rows[0] == [] and all(rows[1:])
 
 
 def test_lengths_without_room_are_refused(tokenizer):
     """A length that the specials and the instruction fill would train on the instruction alone."""
-    encoder = records.Encoder(records.core(tokenizer))
+    encoder = validate.Encoder(validate.core(tokenizer))
     encoder.check_room(3, "query_max_len")
     with pytest.raises(ValueError, match=r"query_max_len 2 leaves no room for text: special tokens take 2 .* give 3"):
         encoder.check_room(2, "query_max_len")
@@ -112,34 +112,34 @@ def test_lengths_without_room_are_refused(tokenizer):
 
 def test_fingerprint_survives_saving_and_calling(tokenizer, tmp_path):
     """Shards made with the base model's tokenizer serve the model trained from it, which saved the tokenizer again."""
-    before = records.fingerprint(tokenizer)
+    before = validate.fingerprint(tokenizer)
     tokenizer(["a b c"], truncation=True, max_length=4, padding="max_length")
-    assert records.fingerprint(tokenizer) == before
+    assert validate.fingerprint(tokenizer) == before
     tokenizer.save_pretrained(tmp_path)
-    assert records.fingerprint(records.load_tokenizer(tmp_path)) == before
+    assert validate.fingerprint(validate.load_tokenizer(tmp_path)) == before
 
 
 def test_fingerprint_tells_tokenizers_apart(tokenizer, minilm_path):
     """One more token, another normaliser: the ids differ, so the fingerprint must."""
-    known = records.fingerprint(tokenizer)
-    assert known != records.fingerprint(records.load_tokenizer(minilm_path))
+    known = validate.fingerprint(tokenizer)
+    assert known != validate.fingerprint(validate.load_tokenizer(minilm_path))
     parts = orjson.loads(tokenizer.backend_tokenizer.to_str())
     parts["normalizer"] = {"type": "Lowercase"}
-    other = type(tokenizer)(tokenizer_object=records.Tokenizer.from_str(orjson.dumps(parts).decode()))
-    assert records.fingerprint(other) != known
+    other = type(tokenizer)(tokenizer_object=validate.Tokenizer.from_str(orjson.dumps(parts).decode()))
+    assert validate.fingerprint(other) != known
 
 
 def test_slow_and_absent_tokenizers_are_refused(tmp_path, monkeypatch):
     """A slow tokenizer knows no word ids: saying so is better than whole words that silently become tokens."""
     with pytest.raises(ValueError, match=r"tokenizer .*nowhere cannot be loaded: .*give a folder or a hub name"):
-        records.load_tokenizer(tmp_path / "nowhere")
+        validate.load_tokenizer(tmp_path / "nowhere")
 
     class Slow:
         is_fast = False
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Slow())
     with pytest.raises(ValueError, match="tokenizer x: Slow has no fast version"):
-        records.load_tokenizer("x")
+        validate.load_tokenizer("x")
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -161,13 +161,13 @@ def test_a_chinese_character_is_a_word(tokenizer):
 
 def test_chinese_sentences_part_at_every_character_boundary_between_tokens(minilm_path):
     """WordPiece gives a token to each character: as many words as characters, punctuation included."""
-    tokenizer = records.load_tokenizer(minilm_path)
+    tokenizer = validate.load_tokenizer(minilm_path)
     assert len(pieces_by_word(tokenizer, "北京是中国的首都，人口很多。")) == 14
 
 
 def test_bytes_of_one_character_stay_together(tmp_path):
     """Byte-level BPE may cut a character into three tokens: hiding one of them alone would hide nothing."""
-    tokenizer = records.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
+    tokenizer = validate.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
     words = pieces_by_word(tokenizer, "龘龘x")
     assert [len(word) for word in words] == [3, 3, 1]
 
@@ -176,7 +176,7 @@ def test_spaces_part_words_where_the_tokenizer_has_no_pre_tokenizer(tmp_path):
     """Some SentencePiece conversions call the whole text one piece; then white space tells the words."""
     from tokenizers import pre_tokenizers
 
-    tokenizer = records.load_tokenizer(helpers.make_tokenizer("unigram", tmp_path))
+    tokenizer = validate.load_tokenizer(helpers.make_tokenizer("unigram", tmp_path))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     assert set(tokenizer.backend_tokenizer.encode("fox over", add_special_tokens=False).word_ids) == {0}
     words = plain(pieces_by_word(tokenizer, "the quick fox, exactly 北京"))
@@ -185,7 +185,7 @@ def test_spaces_part_words_where_the_tokenizer_has_no_pre_tokenizer(tmp_path):
 
 def segmented(tokenizer, text: str, length: int = 512) -> list[str]:
     """The pieces of each word, joined, where jieba tells the words; the special tokens at the ends left out."""
-    encoder = records.Encoder(records.core(tokenizer), "jieba")
+    encoder = validate.Encoder(validate.core(tokenizer), "jieba")
     (ids,), (words,), _ = ids_and_words(encoder, [text], length)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     found = [[] for _ in range(words[-1] + 1)]
@@ -197,7 +197,7 @@ def segmented(tokenizer, text: str, length: int = 512) -> list[str]:
 def test_a_segmenter_tells_the_words_of_chinese(minilm_path):
     """Tokens of one word that jieba finds are masked together; Latin words, digits and punctuation are as without it."""
     pytest.importorskip("jieba")
-    tokenizer = records.load_tokenizer(minilm_path)
+    tokenizer = validate.load_tokenizer(minilm_path)
     found = segmented(tokenizer, "他来到北京大学，unbelievable thunderstorms 2026 北京")
     assert "北京大学" in "".join(found) and found[-1] == "北京" and "，" in found
     assert [word for word in found if word.isascii() and word.isalpha()] == ["unbelievable", "thunderstorms"]
@@ -207,8 +207,8 @@ def test_a_segmenter_tells_the_words_of_chinese(minilm_path):
 def test_segmented_words_do_not_depend_on_the_cut(minilm_path):
     """Only the stretch that the last token lies in is looked at, and it whole: a shorter length gives the same words."""
     pytest.importorskip("jieba")
-    tokenizer = records.load_tokenizer(minilm_path)
-    encoder = records.Encoder(records.core(tokenizer), "jieba")
+    tokenizer = validate.load_tokenizer(minilm_path)
+    encoder = validate.Encoder(validate.core(tokenizer), "jieba")
     text = "中华人民共和国的首都是北京。研究生命的起源，很有意思。" * 3
     _, (whole,), _ = ids_and_words(encoder, [text], 512)
     for length in range(3, 40):
@@ -219,8 +219,8 @@ def test_segmented_words_do_not_depend_on_the_cut(minilm_path):
 def test_bytes_of_a_segmented_character_stay_together(tmp_path):
     """Byte-level tokens of one character begin no word, and no token is cut where a word ends."""
     pytest.importorskip("jieba")
-    tokenizer = records.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
-    encoder = records.Encoder(records.core(tokenizer), "jieba")
+    tokenizer = validate.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
+    encoder = validate.Encoder(validate.core(tokenizer), "jieba")
     (ids,), (words,), _ = ids_and_words(encoder, ["北京是中国的首都"], 512)
     assert (np.diff(words) >= 0).all() and (np.diff(words) <= 1).all() and len(ids) == len(words)
     assert words[-1] + 1 < 2 + 8
@@ -230,19 +230,19 @@ def test_a_missing_segmenter_is_named_with_the_remedy(minilm_path, monkeypatch):
     """Shards without the words asked for would be silent: the run ends, with the command that installs it."""
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ValueError, match=r"needs jieba, which is not installed: pip install jieba"):
-        records.Encoder(records.core(records.load_tokenizer(minilm_path)), "jieba")
+        validate.Encoder(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
 
 
 def test_a_batch_gives_what_each_text_gives_alone(tokenizer, monkeypatch):
     """Texts are encoded many at a time: neighbours, silent ones among them, and where a batch ends change no row."""
     unusual = ["</s>", "[SEP]", "\u200b", "北京 quick是", "กรุงเทพ hello", "a<mask>b [MASK]c", "e\u0301 ﾃｽﾄ 東京"]
     texts = [*helpers.SENTENCES, *unusual, LONG, "!", *unusual[::-1], LONG]
-    encoder = records.Encoder(records.core(tokenizer))
+    encoder = validate.Encoder(validate.core(tokenizer))
     alone = [ids_and_words(encoder, [text], 40) for text in texts]
     prefixes = (["", "query: ", "[SEP]"] * 8)[: len(texts)]
     alone_ids = [encoder.ids([text], 40, prefix) for text, prefix in zip(texts, prefixes, strict=True)]
     for size in (1, 3, 5, 256):
-        monkeypatch.setattr(encoding, "BATCH", size)
+        monkeypatch.setattr(tokenize, "BATCH", size)
         rows, words, cuts = ids_and_words(encoder, texts, 40)
         assert rows == [row for (row,), _, _ in alone] and cuts == [cut for *_, (cut,) in alone]
         assert [found.tolist() for found in words] == [wanted.tolist() for _, (wanted,), _ in alone]
@@ -255,7 +255,7 @@ def test_encoding_starts_no_thread():
     script = """
 import os, sys
 from pathlib import Path
-from bge_ds.data import records
+from bge_ds.data.preprocess import validate as records
 encoder = records.Encoder(records.core(records.load_tokenizer(sys.argv[1])))
 before = os.listdir("/proc/self/task")
 encoder.encode(["the quick brown fox"] * 2000, 64), encoder.ids(["the quick brown fox"] * 2000, 64, "query: ")
@@ -280,7 +280,7 @@ def test_a_segmenters_dictionary_waits_for_the_first_text_that_needs_it(minilm_p
     made = []
     tokenizer = jieba.Tokenizer
     monkeypatch.setattr(jieba, "Tokenizer", lambda: made.append(1) or tokenizer())
-    encoder = records.Encoder(records.core(records.load_tokenizer(minilm_path)), "jieba")
+    encoder = validate.Encoder(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
     encoder.encode(["plain words, é"], 64)
     assert made == []
     encoder.encode(["北京大学"], 64), encoder.encode(["北京大学"], 64)
@@ -325,17 +325,17 @@ GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
 def test_bad_lines_say_what_is_wrong(line, message):
     """A person must be able to mend the line from the message alone."""
     with pytest.raises(ValueError, match=message):
-        records.parse_line(line, "finetune")
+        validate.parse_line(line, "finetune")
 
 
 def test_pretrain_lines_need_a_text():
     """The two kinds are told apart: fine-tuning data given to pre-training is an error, not an empty run."""
-    assert records.parse_line(b'{"text": "t", "id": 3}', "pretrain")["text"] == "t"
+    assert validate.parse_line(b'{"text": "t", "id": 3}', "pretrain")["text"] == "t"
     with pytest.raises(ValueError, match="\"text\" is missing; the line has 'query', 'pos', 'neg'"):
-        records.parse_line(orjson.dumps(GOOD), "pretrain")
+        validate.parse_line(orjson.dumps(GOOD), "pretrain")
 
 
 def test_negatives_may_be_absent():
     """Without negatives of its own a query has the batch's: the key may be missing, null or empty."""
     for line in ({"query": "q", "pos": ["p"]}, GOOD | {"neg": None}, GOOD | {"neg": []}):
-        assert records.parse_line(orjson.dumps(line), "finetune")["neg"] == []
+        assert validate.parse_line(orjson.dumps(line), "finetune")["neg"] == []

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import folders, mapped, shards, verification, writing
+from bge_ds.data.preprocess import output_folder
+from bge_ds.data.shards import integrity, memory_map, shard_reader, shard_writer
 
 MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
 
@@ -23,24 +24,24 @@ def texts(count: int) -> list[np.ndarray]:
     return [rng.integers(0, 300, size=1 + row % 13) for row in range(count)]
 
 
-def write_pretrain(folder, rows, segment_rows=1000, batch_bytes=writing.BATCH_BYTES):
+def write_pretrain(folder, rows, segment_rows=1000, batch_bytes=shard_writer.BATCH_BYTES):
     """Rows of ids, with each id's position as its word, a few at a time as preprocessing does."""
-    schema = shards.schemas("pretrain", 300, 512)["texts"]
-    with folders.new_folder(folder) as partial, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "BATCH_BYTES", batch_bytes)
+    schema = shard_reader.schemas("pretrain", 300, 512)["texts"]
+    with output_folder.new_folder(folder) as partial, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "BATCH_BYTES", batch_bytes)
         made = []
         for first in range(0, len(rows), segment_rows):
-            writer = writing.TableWriter(partial, "texts", schema, 0, first // segment_rows)
+            table = shard_writer.TableWriter(partial, "texts", schema, 0, first // segment_rows)
             for start in range(first, min(first + segment_rows, len(rows)), 5):
                 part = rows[start : min(start + 5, first + segment_rows)]
                 lengths = np.array([len(ids) for ids in part])
                 values = (np.concatenate(part), np.concatenate([np.arange(n) for n in lengths]))
                 types = [kind.value_type for kind in schema.types]
-                writer.write([shards.list_array(v, lengths, t) for v, t in zip(values, types, strict=True)])
-            made += writer.close()
+                table.write([shard_reader.list_array(v, lengths, t) for v, t in zip(values, types, strict=True)])
+            made += table.close()
         manifest = {"kind": "pretrain", "tokenizer": MADE_WITH, "max_seq_length": 512, "counts": {"texts": len(rows)}}
         manifest |= {"sources": [{"path": "a", "rows": [0, len(rows)]}], "shards": made}
-        return writing.write_manifest(partial, manifest)
+        return shard_writer.write_manifest(partial, manifest)
 
 
 @pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(5, 1), (70, 500), (1000, 1), (1000, 1 << 20)])
@@ -49,7 +50,7 @@ def test_rows_come_back_over_shard_borders(tmp_path, segment_rows, batch_bytes):
     rows = texts(203)
     manifest = write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
     assert len(manifest["shards"]) == {5: 41, 70: 3, 1000: 1}[segment_rows]
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     assert len(data) == 203 and sum(entry["rows"] for entry in manifest["shards"]) == 203
     for row in [202, 0, *range(203)]:
         assert data.ids(row).dtype == np.uint16
@@ -63,7 +64,7 @@ def test_rows_come_back_over_shard_borders(tmp_path, segment_rows, batch_bytes):
 def test_a_row_is_a_view_of_the_mapped_file(tmp_path):
     """A read must not copy: the row is read-only, owns no memory, and two reads give the same address."""
     write_pretrain(tmp_path / "s", texts(20))
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     row = data.ids(9)
     assert not row.flags.owndata and not row.flags.writeable
     assert row.__array_interface__["data"][0] == data.ids(9).__array_interface__["data"][0]
@@ -76,7 +77,7 @@ def test_lengths_of_many_rows_at_once(tmp_path, segment_rows, batch_bytes):
     """Lengths come from offsets, over all borders, in the order asked: a wrong one would overfill a batch cut by tokens."""
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     asked = np.random.default_rng(0).integers(0, 203, 500)
     found = data.lengths(asked)
     assert found.dtype == np.int64 and found.tolist() == [len(rows[row]) for row in asked]
@@ -94,8 +95,8 @@ def test_opening_reads_no_rows(tmp_path, monkeypatch):
         raise AssertionError("a shard's batches were read at opening")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mapped.Table, "_load", refuse)
-        data = shards.open_folder(tmp_path / "s")
+        patch.setattr(memory_map.Table, "_load", refuse)
+        data = shard_reader.open_folder(tmp_path / "s")
         assert len(data) == 203
         with pytest.raises(AssertionError):
             data.ids(0)
@@ -106,31 +107,31 @@ def test_a_pickled_reader_opens_the_folder_again(tmp_path):
     """A spawned loader worker gets the reader by pickle: it carries the path, not the data."""
     rows = texts(50)
     write_pretrain(tmp_path / "s", rows)
-    sent = pickle.dumps(shards.open_folder(tmp_path / "s"))
+    sent = pickle.dumps(shard_reader.open_folder(tmp_path / "s"))
     assert len(sent) < 500
     np.testing.assert_array_equal(pickle.loads(sent).ids(49), rows[49])
-    lengths = pickle.loads(pickle.dumps(shards.open_folder(tmp_path / "s").lengths))  # what a `TokenOrder` carries
+    lengths = pickle.loads(pickle.dumps(shard_reader.open_folder(tmp_path / "s").lengths))  # what a `TokenOrder` carries
     assert lengths(np.array([49])).tolist() == [len(rows[49])]
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(1 << 16, pa.uint16()), ((1 << 16) + 1, pa.int32())])
 def test_id_type_holds_the_largest_id(limit, wanted):
     """uint16 ends at 65,535: one vocabulary entry more must take int32, or ids would wrap around."""
-    assert shards.id_type(limit) == wanted
+    assert shard_reader.id_type(limit) == wanted
     values = np.array([limit - 1])
-    assert shards.list_array(values, np.array([1]), wanted).to_pylist() == [[limit - 1]]
+    assert shard_reader.list_array(values, np.array([1]), wanted).to_pylist() == [[limit - 1]]
 
 
 def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path):
     """A flipped bit in a buffer changes a token and nothing else: only the hash shows it."""
     write_pretrain(tmp_path / "s", texts(203), 70)
-    assert verification.verify_folder(tmp_path / "s") == []
+    assert integrity.verify_folder(tmp_path / "s") == []
     path = tmp_path / "s" / "texts-00000-000001.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    shards.open_folder(tmp_path / "s")
-    (problem,) = verification.verify_folder(tmp_path / "s")
+    shard_reader.open_folder(tmp_path / "s")
+    (problem,) = integrity.verify_folder(tmp_path / "s")
     assert "texts-00000-000001.arrow: corrupted shard, hash" in problem
 
 
@@ -141,10 +142,10 @@ def test_verify_finds_any_flipped_byte(tmp_path):
     whole = path.read_bytes()
     for at in [*range(0, len(whole), 13), len(whole) - 1]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
-        (problem,) = verification.verify_folder(tmp_path / "s")
+        (problem,) = integrity.verify_folder(tmp_path / "s")
         assert "texts-00000-000001.arrow: corrupted shard" in problem
     path.write_bytes(whole)
-    assert verification.verify_folder(tmp_path / "s") == []
+    assert integrity.verify_folder(tmp_path / "s") == []
 
 
 @pytest.mark.parametrize(
@@ -163,20 +164,20 @@ def test_verify_names_what_is_damaged(tmp_path, how, message, capsys):
     assert preprocess.main(["verify", str(tmp_path / "s")]) == 2
     assert re.search(message, capsys.readouterr().err)
     if isinstance(how, str):
-        assert any("texts-00000-000000" in problem for problem in verification.verify_folder(tmp_path / "s"))
+        assert any("texts-00000-000000" in problem for problem in integrity.verify_folder(tmp_path / "s"))
 
 
 def test_a_shard_of_other_columns_is_named_though_its_hash_is_right(tmp_path):
     """A shard of another schema version under a manifest that was mended by hand: named, and no row of it is read."""
     write_pretrain(tmp_path / "s", texts(40), 20)
     damage(tmp_path / "s", "columns")
-    path = tmp_path / "s" / shards.MANIFEST
+    path = tmp_path / "s" / shard_reader.MANIFEST
     known = orjson.loads(path.read_bytes())
-    known["shards"][0]["hash"] = shards.hash_file(tmp_path / "s" / "texts-00000-000000.arrow").hexdigest()
+    known["shards"][0]["hash"] = shard_reader.hash_file(tmp_path / "s" / "texts-00000-000000.arrow").hexdigest()
     path.write_bytes(orjson.dumps(known))
-    assert any("texts-00000-000000.arrow: its columns are" in problem for problem in verification.verify_folder(tmp_path / "s"))
+    assert any("texts-00000-000000.arrow: its columns are" in problem for problem in integrity.verify_folder(tmp_path / "s"))
     with pytest.raises(ValueError, match=r"texts-00000-000000\.arrow: its columns are"):
-        shards.open_folder(tmp_path / "s").ids(0)
+        shard_reader.open_folder(tmp_path / "s").ids(0)
 
 
 @pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(70, 500), (1000, 1 << 20)])
@@ -184,19 +185,19 @@ def test_lengths_are_counted_without_reading_values(tmp_path, monkeypatch, segme
     """The counts over all shards and record batches are those of the rows, and come from offsets alone."""
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
-    data = shards.open_folder(tmp_path / "s")
-    monkeypatch.setattr(mapped._Shard, "column", None)  # through which values are read
+    data = shard_reader.open_folder(tmp_path / "s")
+    monkeypatch.setattr(memory_map._Shard, "column", None)  # through which values are read
     assert data.length_counts("texts", "ids").tolist() == np.bincount([len(ids) for ids in rows]).tolist()
 
 
 def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
     """The fingerprint covers the manifest's own claims; a shard left from elsewhere is no part of the data."""
     write_pretrain(tmp_path / "s", texts(20))
-    path = tmp_path / "s" / shards.MANIFEST
+    path = tmp_path / "s" / shard_reader.MANIFEST
     manifest = orjson.loads(path.read_bytes())
     path.write_bytes(orjson.dumps(manifest | {"max_seq_length": 128}))
     (tmp_path / "s" / "texts-00009.arrow").write_bytes(b"x")
-    edited, stray = verification.verify_folder(tmp_path / "s")
+    edited, stray = integrity.verify_folder(tmp_path / "s")
     assert "it was edited" in edited and "texts-00009.arrow: the manifest does not name this shard" in stray
 
 
@@ -205,13 +206,13 @@ def test_fingerprint_ignores_names_and_keeps_content(tmp_path):
     one = write_pretrain(tmp_path / "a", texts(20))
     renamed = one | {"sources": [{"path": "b", "rows": [0, 20]}], "bge_ds_version": "9"}
     renamed["tokenizer"] = one["tokenizer"] | {"name": "elsewhere"}
-    assert shards.fingerprint(renamed) == one["fingerprint"]
+    assert shard_reader.fingerprint(renamed) == one["fingerprint"]
     assert write_pretrain(tmp_path / "c", texts(21))["fingerprint"] != one["fingerprint"]
-    assert shards.fingerprint(one | {"tokenizer": MADE_WITH | {"fingerprint": "g"}}) != one["fingerprint"]
+    assert shard_reader.fingerprint(one | {"tokenizer": MADE_WITH | {"fingerprint": "g"}}) != one["fingerprint"]
 
 
 def damage(folder, how):
-    shard, manifest = folder / "texts-00000-000000.arrow", folder / shards.MANIFEST
+    shard, manifest = folder / "texts-00000-000000.arrow", folder / shard_reader.MANIFEST
     if how == "missing":
         shard.unlink()
     elif how == "cut":
@@ -251,21 +252,21 @@ def test_opening_damaged_shards_names_the_culprit(tmp_path, how, message):
     write_pretrain(tmp_path / "s", texts(20))
     damage(tmp_path / "s", how)
     if how in ("schema", "columns"):
-        data = shards.open_folder(tmp_path / "s")
-        assert verification.verify_folder(tmp_path / "s")
+        data = shard_reader.open_folder(tmp_path / "s")
+        assert integrity.verify_folder(tmp_path / "s")
         with pytest.raises(ValueError, match=message):
             data.ids(0)
     else:
         with pytest.raises(ValueError, match=message):
-            shards.open_folder(tmp_path / "s")
+            shard_reader.open_folder(tmp_path / "s")
 
 
 def test_maps_are_let_go_while_their_rows_are_kept(tmp_path, monkeypatch):
     """Thousands of shards may not keep thousands of files open or maps alive; a row that is held stays valid all the same."""
-    monkeypatch.setattr(mapped, "MAPPED", 3)
+    monkeypatch.setattr(memory_map, "MAPPED", 3)
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, 5)
-    data = shards.open_folder(tmp_path / "s")
+    data = shard_reader.open_folder(tmp_path / "s")
     held = [data.ids(row) for row in range(203)]
     assert len(data._tables["texts"]._shards) == 3
     for found, wanted in zip(held, rows, strict=True):
@@ -278,19 +279,19 @@ def test_maps_are_let_go_while_their_rows_are_kept(tmp_path, monkeypatch):
 
 def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
     """Absent scores are None, not an empty list: a group without negatives can still have scores of its own."""
-    fields = shards.schemas("finetune", 70000)
-    with folders.new_folder(tmp_path / "s") as partial:
-        writers = {name: writing.TableWriter(partial, name, schema, 3, 7) for name, schema in fields.items()}
+    fields = shard_reader.schemas("finetune", 70000)
+    with output_folder.new_folder(tmp_path / "s") as partial:
+        writers = {name: shard_writer.TableWriter(partial, name, schema, 3, 7) for name, schema in fields.items()}
         lengths = np.array([2, 1, 3])
-        ids = shards.list_array(np.array([1, 69999, 3, 4, 5, 6]), lengths, pa.int32())
+        ids = shard_reader.list_array(np.array([1, 69999, 3, 4, 5, 6]), lengths, pa.int32())
         writers["passages"].write([ids, pa.array(np.array([2**64 - 1, 8, 9], np.uint64))])
         rows = [[[5], [6, 7]], [[0, 2], [1]], [[1, 2], []], [[0.5, 1.0], None], [None, []]]
         rows += [["sym", None], [None, "p: "]]
         writers["groups"].write([pa.array(v, t) for v, t in zip(rows, fields["groups"].types, strict=True)])
         made = [entry for writer in writers.values() for entry in writer.close()]
         manifest = {"kind": "finetune", "tokenizer": MADE_WITH | {"vocab_size": 70000}, "counts": {}, "sources": []}
-        writing.write_manifest(partial, manifest | {"shards": made})
-    data = shards.open_folder(tmp_path / "s")
+        shard_writer.write_manifest(partial, manifest | {"shards": made})
+    data = shard_reader.open_folder(tmp_path / "s")
     assert (tmp_path / "s" / "groups-00003-000007.arrow").exists()
     first, second = data.group(0), data.group(1)
     assert (first.query.tolist(), first.pos.tolist(), first.neg.tolist()) == ([5], [0, 2], [1, 2])

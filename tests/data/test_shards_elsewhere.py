@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data import shards
+from bge_ds.data.shards import shard_reader
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def open_by(library: str, path) -> list[dict]:
 @pytest.mark.parametrize("library", ["datasets", "pyarrow"])
 def test_others_read_the_same_rows(folder, library):
     """What docs/data.md promises: every passage, hash and group, by the files that the manifest lists."""
-    data = shards.open_folder(folder)
+    data = shard_reader.open_folder(folder)
     files = {entry["table"]: folder / entry["file"] for entry in data.manifest["shards"]}
     passages, groups = open_by(library, files["passages"]), open_by(library, files["groups"])
     assert [row["ids"] for row in passages] == [data.passage(row).tolist() for row in range(data.num_passages)]

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data import records, sources, tables
+from bge_ds.data.preprocess import input_files, table_files, validate
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
 
@@ -27,7 +27,7 @@ def pack(ending: str, data: bytes) -> bytes:
 def lines_of(path, block_bytes: int) -> list[tuple[int, bytes]]:
     """(number, line) of all lines, as preprocessing counts them."""
     found = []
-    for block in sources.read_blocks(sources.Source(path), 0, block_bytes):
+    for block in input_files.read_blocks(input_files.Source(path), 0, block_bytes):
         assert block.data
         rows = block.data.split(b"\n")
         found += [(number, row) for number, row in enumerate(rows, block.first) if row]
@@ -52,7 +52,7 @@ def test_progress_adds_up_to_the_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
         data = pack(name, b'{"text": "x"}\n' * 500)
         (tmp_path / name).write_bytes(data)
-        blocks = list(sources.read_blocks(sources.Source(tmp_path / name), 0, 512))
+        blocks = list(input_files.read_blocks(input_files.Source(tmp_path / name), 0, 512))
         assert sum(block.advance for block in blocks) == len(data) and len(blocks) > 1
 
 
@@ -69,7 +69,7 @@ def test_broken_streams_are_named(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            list(sources.read_blocks(sources.Source(tmp_path / name), 0))
+            list(input_files.read_blocks(input_files.Source(tmp_path / name), 0))
 
 
 def test_sources_of_folders_and_globs(tmp_path):
@@ -77,15 +77,15 @@ def test_sources_of_folders_and_globs(tmp_path):
     for name in ("b.jsonl", "a.json", "c.jsonl.gz", ".git"):
         (tmp_path / name).write_bytes(b"x")
     names = lambda found: [source.path.name for source in found]  # noqa: E731
-    assert names(sources.find_sources([str(tmp_path)])) == ["a.json", "b.jsonl", "c.jsonl.gz"]
-    assert names(sources.find_sources([str(tmp_path / "*.jsonl*")])) == ["b.jsonl", "c.jsonl.gz"]
+    assert names(input_files.find_sources([str(tmp_path)])) == ["a.json", "b.jsonl", "c.jsonl.gz"]
+    assert names(input_files.find_sources([str(tmp_path / "*.jsonl*")])) == ["b.jsonl", "c.jsonl.gz"]
     (tmp_path / "notes.txt").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"unknown kind of file: .*notes\.txt\. Read are \.json, .* --skip_unknown"):
-        sources.find_sources([str(tmp_path)])
-    assert len(sources.find_sources([str(tmp_path)], skip_unknown=True)) == 3
+        input_files.find_sources([str(tmp_path)])
+    assert len(input_files.find_sources([str(tmp_path)], skip_unknown=True)) == 3
     for absent in ("none.jsonl", "*.none"):
         with pytest.raises(ValueError, match=r"no file .*none"):
-            sources.find_sources([str(tmp_path / absent)])
+            input_files.find_sources([str(tmp_path / absent)])
 
 
 def test_datasets_folders_are_read_by_row(tmp_path):
@@ -94,16 +94,16 @@ def test_datasets_folders_are_read_by_row(tmp_path):
     rows = [GOOD, GOOD | {"query": "另一个", "neg": []}]
     made = datasets.Dataset.from_list(rows).add_column("extra", [b"\xff", b"\xfe"])
     made.save_to_disk(tmp_path / "all" / "d")
-    (source,) = sources.find_sources([str(tmp_path / "all")])
+    (source,) = input_files.find_sources([str(tmp_path / "all")])
     assert source.is_dataset and source.path.name == "d"
-    block, *ends = sources.read_segments(source, 0, 1 << 20, columns=records.KEYS["finetune"])
+    block, *ends = input_files.read_segments(source, 0, 1 << 20, columns=validate.KEYS["finetune"])
     assert block.first == 0 and block.advance == source.num_bytes()
     assert [(end.ends, end.segment) for end in ends] == [("segment", 0), ("source", 1)]
-    parsed = [records.check(row, "finetune") for row in tables.unpack(block.data)]
+    parsed = [validate.check(row, "finetune") for row in table_files.unpack(block.data)]
     assert parsed == rows
     datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="is a DatasetDict of several splits: name the folder of one"):
-        sources.find_sources([str(tmp_path / "splits")])
+        input_files.find_sources([str(tmp_path / "splits")])
 
 
 # --------------------------------------------------------------------------------------------------------- segments
@@ -113,7 +113,7 @@ def by_segment(source, cut, wanted=lambda k: True, block_bytes=0, columns=("text
     """(segment -> its blank-free lines with their numbers in the source, number of segments)."""
     found: dict[int, list] = {}
     segments, open_segment = None, None
-    for block in sources.read_segments(source, 0, cut, wanted, columns=columns, block_bytes=block_bytes):
+    for block in input_files.read_segments(source, 0, cut, wanted, columns=columns, block_bytes=block_bytes):
         assert segments is None, "a block after the end of the source"
         if block.ends == "source":
             segments = block.segment
@@ -125,8 +125,8 @@ def by_segment(source, cut, wanted=lambda k: True, block_bytes=0, columns=("text
             open_segment = block.segment
             before = block.before
             if before is None:
-                before = sources.lines_before(source, block.segment, cut, columns)
-            lines = tables.unpack(block.data) if block.is_arrow else block.data.split(b"\n")
+                before = input_files.lines_before(source, block.segment, cut, columns)
+            lines = table_files.unpack(block.data) if block.is_arrow else block.data.split(b"\n")
             kept = [(before + number + source.first_number, line) for number, line in enumerate(lines, block.first) if line]
             found.setdefault(block.segment, []).extend(kept)
     assert open_segment is None and list(found) == sorted(found)
@@ -147,7 +147,7 @@ def test_every_line_is_in_one_segment(tmp_path_factory, lines, ended, cut, block
     text = "\n".join(lines).encode() + (b"\n" if ended else b"")
     path = tmp_path_factory.mktemp("s") / f"a{ending}"
     path.write_bytes(pack(ending, text))
-    source = sources.Source(path)
+    source = input_files.Source(path)
     whole, count = by_segment(source, cut, block_bytes=block_bytes)
     assert sorted(whole) == list(range(count))
     wanted = [(number, line.encode()) for number, line in enumerate(lines, 1) if line]
@@ -172,8 +172,8 @@ def write_tables(folder, rows) -> list:
     with pa.ipc.new_stream(str(folder / "stream.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=9)
     datasets.Dataset.from_list(rows).save_to_disk(folder / "d", num_shards=2)
-    return [sources.Source(folder / name) for name in ("a.parquet", "file.arrow", "stream.arrow")] + [
-        sources.Source(folder / "d", is_dataset=True)
+    return [input_files.Source(folder / name) for name in ("a.parquet", "file.arrow", "stream.arrow")] + [
+        input_files.Source(folder / "d", is_dataset=True)
     ]
 
 
@@ -216,13 +216,13 @@ def hub(tmp_path, monkeypatch):
 
 def test_hub_sets_are_streamed_shard_by_shard(hub):
     """Each of the hub's files is a source of its own, so that parts and kills work for it too; `train` is the default."""
-    found = sources.find_sources([hub, f"{hub}@test"])
+    found = input_files.find_sources([hub, f"{hub}@test"])
     assert [source.name for source in found] == [f"{hub}@train#0", f"{hub}@train#1", f"{hub}@test#0"]
     rows = [by_segment(source, 200, columns=("content",)) for source in found]
     texts = [json.loads(line)["content"] for whole, _ in rows for segment in whole.values() for _, line in segment]
     assert texts == [f"text {i}" for i in (*range(50), *range(3))] and rows[0][1] > 2
     assert rows[0][0][0][0] == (0, b'{"content":"text 0"}')
     with pytest.raises(ValueError, match=r"no split 'dev': it has (train, test|test, train); the form is hf://NAME"):
-        sources.find_sources([f"{hub}@dev"])
+        input_files.find_sources([f"{hub}@dev"])
     with pytest.raises(ValueError, match=r"hf://.*nowhere: datasets cannot load it: .* the form is"):
-        sources.find_sources([f"{hub}/nowhere"])
+        input_files.find_sources([f"{hub}/nowhere"])

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data import loader
-from bge_ds.data.order import Order
-from bge_ds.data.token_order import TokenOrder, pack
+from bge_ds.data import dataloader
+from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.token_batching import TokenOrder, pack
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 211)
 LONGEST, BUDGET = 40, 100
@@ -125,9 +125,9 @@ def test_only_needed_chunks_are_counted():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_asks_for_a_rank_s_bins(tmp_path, workers, monkeypatch):
     """Loader workers, each with its own place in the line, give the steps in order: the bins of this rank and no other."""
-    monkeypatch.setattr(loader.shards, "open_folders", lambda folders: None)
+    monkeypatch.setattr(dataloader.shard_reader, "open_folders", lambda folders: None)
     order = token_order(step_bins=6)
-    found = loader.steps(
+    found = dataloader.steps(
         [tmp_path], order, lambda shards, epochs, rows: (epochs, rows), first_step=5, end_step=12, accumulation=3, rank=1,
         world=2, workers=workers, pin_memory=False, context="fork",
     )  # fmt: skip

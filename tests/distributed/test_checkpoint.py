@@ -13,7 +13,7 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.distributed import checkpoint, disk, state
+from bge_ds.checkpoint import checkpoint, filesystem, optimizer_state
 
 
 class Engine:
@@ -50,9 +50,9 @@ def names(folder) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_lock_outlives_its_test():
     yield
-    for file in disk._held.values():
+    for file in filesystem._held.values():
         file.close()
-    disk._held.clear()
+    filesystem._held.clear()
 
 
 def make(folder, step, whole=True):
@@ -282,8 +282,8 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     """The bytes of all ranks and of the model are held against the free ones."""
     engine = Engine()
-    content = state.entries(list(state.pieces(engine)))
-    needed = state.size_of(content) + 4 * 8
+    content = optimizer_state.entries(list(optimizer_state.pieces(engine)))
+    needed = optimizer_state.size_of(content) + 4 * 8
     usage = type(shutil.disk_usage(tmp_path))
     exported = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 0, needed - 1))
@@ -300,7 +300,7 @@ def test_what_a_kill_left_is_tidied(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / "best.json.partial").write_text("{")
-    disk.tidy(tmp_path)
+    filesystem.tidy(tmp_path)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "mine.old"]
     assert (tmp_path / "checkpoint-2" / "file").read_text() == "checkpoint-2.old"
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "checkpoint-1"
@@ -309,7 +309,7 @@ def test_what_a_kill_left_is_tidied(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bge_ds.distributed import disk
+from bge_ds.checkpoint import filesystem as disk
 disk.hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -325,11 +325,11 @@ def test_one_run_a_folder(tmp_path):
         try:
             assert other.stdout.readline() == "held\n"
             with pytest.raises(ValueError, match=rf"another run writes there \(host .*, process {other.pid}, since "):
-                disk.hold(tmp_path, patience_s=0.5)
+                filesystem.hold(tmp_path, patience_s=0.5)
         finally:
             other.kill()
-    disk.hold(tmp_path)
-    disk.hold(tmp_path)  # the same run again
+    filesystem.hold(tmp_path)
+    filesystem.hold(tmp_path)  # the same run again
     assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
 
 
@@ -355,7 +355,7 @@ def test_merge_folder_makes_it_loadable_last(tmp_path, monkeypatch):
         return replace(self, target)
 
     monkeypatch.setattr(type(new), "replace", noted)
-    disk.merge_folder(new, final, last=("modules.json", "config.json"))
+    filesystem.merge_folder(new, final, last=("modules.json", "config.json"))
     assert order[-2:] == ["modules.json", "config.json"] and not new.exists()
     assert {p.read_text() for p in final.rglob("*") if p.is_file()} == {"new"}
 

@@ -18,8 +18,9 @@ RANK_SCRIPT = """
 import json, sys
 sys.stderr = sys.stdout
 from torch._dynamo.utils import counters
-from bge_ds import finetune, pretrain, run
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds import finetune, pretrain
+from bge_ds.training import setup as run
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
 
 leave, collectives.leave = collectives.leave, lambda: None

@@ -10,7 +10,7 @@ import time
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from bge_ds.distributed import compiling
+from bge_ds.deepspeed_engine import op_builds
 
 HOLDING = """
 import sys, time
@@ -21,7 +21,7 @@ time.sleep(60)
 """
 TAKING = """
 import sys, time
-from bge_ds.distributed import compiling
+from bge_ds.deepspeed_engine import op_builds as compiling
 with compiling.turn("cpu_adam"):
     print("in", time.monotonic(), flush=True)
     time.sleep(1)
@@ -40,12 +40,12 @@ def mark(tmp_path, monkeypatch):
 def test_the_mark_of_a_killed_process_goes_that_of_a_living_one_stays(mark, caplog):
     with subprocess.Popen([sys.executable, "-c", HOLDING, str(mark)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with compiling.turn("cpu_adam"):
+        with op_builds.turn("cpu_adam"):
             assert mark.exists()
         assert not caplog.text
         process.kill()
     assert mark.exists()
-    with compiling.turn("cpu_adam"):
+    with op_builds.turn("cpu_adam"):
         assert FileBaton(str(mark)).try_acquire()  # torch compiles, and waits for nobody
     assert f"{mark} was left by a process that died" in caplog.text
 
@@ -60,6 +60,6 @@ def test_ranks_take_turns(mark):
 
 
 def test_nothing_is_written_where_nothing_can_be_compiled(mark, monkeypatch):
-    monkeypatch.setattr(compiling.os, "access", lambda path, mode: False)
-    with compiling.turn("cpu_adam"):
+    monkeypatch.setattr(op_builds.os, "access", lambda path, mode: False)
+    with op_builds.turn("cpu_adam"):
         assert not any(mark.parent.iterdir())

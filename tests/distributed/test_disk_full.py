@@ -9,14 +9,14 @@ import subprocess
 import helpers
 import pytest
 
-from bge_ds import run
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.distributed import checkpoint
+from bge_ds.checkpoint import checkpoint
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.training import setup
 
 RANK_SCRIPT = """
 import json, os, shutil, sys
 from bge_ds import finetune
-from bge_ds.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.distributed import collectives
 flags, honest = json.loads(sys.argv[1]), shutil.disk_usage
 for name, usage in (("seen", honest), ("unseen", lambda path: type(honest(path))(1 << 40, 0, 1 << 40))):
@@ -76,4 +76,4 @@ def test_a_read_only_folder_is_refused_at_once(small_disks):
     for output, named in ((disk / "run", disk / "run"), (disk / "new" / "run", disk)):
         args = FinetuneArguments.build(model_name_or_path="model", train_data="groups.jsonl", output_dir=str(output))
         with pytest.raises(ValueError, match=f"--output_dir {output}: {named} is read-only to this user; give a folder"):
-            run.set_up(args)
+            setup.set_up(args)

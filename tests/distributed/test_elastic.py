@@ -9,14 +9,15 @@ import helpers
 import numpy as np
 import pytest
 
-from bge_ds import resuming
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import checkpoint, collectives
+from bge_ds.checkpoint import checkpoint
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.distributed import collectives
+from bge_ds.training import resume
 
 RANK_SCRIPT = """
 import json, sys
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 for command, flags in json.loads(sys.argv[1]):
     kind = FinetuneArguments if command == "finetune" else PretrainArguments
     try:
@@ -137,8 +138,8 @@ def fit(monkeypatch, ranks, kind=FinetuneArguments, before=2, asked=6, total=12,
     args = kind.build(output_dir="o", train_data="d", model_name_or_path="m", **flags)
     content = {"ranks": before, "agreement": {product: total}, "asked": {flag: asked}}
     taken = checkpoint.Taken(SimpleNamespace(__str__=lambda self: "c"), content, [])
-    resuming.fit_batch(args, taken)
-    return getattr(args, flag), taken, resuming.asked_batch(args, taken)
+    resume.fit_batch(args, taken)
+    return getattr(args, flag), taken, resume.asked_batch(args, taken)
 
 
 def test_the_same_command_is_understood_on_any_number_of_ranks(monkeypatch):

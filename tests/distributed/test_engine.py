@@ -8,8 +8,8 @@ import helpers
 import pytest
 from transformers import BertModel
 
-from bge_ds.distributed.config import auto_values, memory_estimate, merge_config, read_config
-from bge_ds.distributed.engine import parameter_groups
+from bge_ds.deepspeed_engine.ds_config import auto_values, memory_estimate, merge_config, read_config
+from bge_ds.deepspeed_engine.engine import parameter_groups
 
 SHIPPED = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
@@ -130,7 +130,7 @@ def test_auto_is_no_sharding_on_one_rank():
 MASTERS = """
 import sys, torch
 from torch import nn
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 engines.start(use_cpu=True)
 model = nn.Linear(16, 16)
 config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
@@ -156,7 +156,7 @@ def test_saved_weights_are_the_fp32_masters(stage):
 BUFFERS = """
 import torch
 from torch import nn
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 engines.start(use_cpu=True)
 for stage in range(4):
     model = nn.Linear(16, 16)
@@ -180,7 +180,7 @@ def test_buffers_keep_their_precision():
 ADAM = """
 import torch
 from torch import nn
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 engines.start(use_cpu=True)
 weights = []
 for optim in ("adamw_torch", "adamw_torch_fused", "adamw_deepspeed"):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds import evaluate, evaluation, retrieval
-from bge_ds.data.batches import pack, split
-from bge_ds.distributed import checkpoint, disk
-from bge_ds.metrics import Meter, RunLog
+from bge_ds import evaluate
+from bge_ds.checkpoint import checkpoint, filesystem
+from bge_ds.evaluation import during_training, retrieval
+from bge_ds.kernels.packed import pack, split
 from bge_ds.modeling.encoder import Encoder
+from bge_ds.training.metrics import Meter, RunLog
 
 WORDS = " ".join(helpers.SENTENCES).split()
 
@@ -23,8 +24,8 @@ SHARE_SCRIPT = """
 import json, os, sys
 import torch
 from pathlib import Path
-from bge_ds import evaluation, retrieval
-from bge_ds.data import records
+from bge_ds.evaluation import during_training as evaluation, retrieval
+from bge_ds.data.preprocess import validate as records
 from bge_ds.modeling.encoder import Encoder
 
 if int(os.environ["WORLD_SIZE"]) > 1:
@@ -48,8 +49,9 @@ Path(out, os.environ["RANK"]).write_text(json.dumps([values, rows.tolist(), len(
 # Each item of the list is a run; with `peak`, the mean nDCG@10 is replaced: it rises up to that step and is low after it.
 TRAIN_SCRIPT = """
 import json, sys
-from bge_ds import evaluation, finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.evaluation import during_training as evaluation
+from bge_ds import finetune, pretrain
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 
 call = evaluation.Evaluator.__call__
 for command, peak, done, flags in json.loads(sys.argv[1]):
@@ -229,11 +231,11 @@ class Talk:
 
 
 def evaluation_of(tmp_path, **flags):
-    from bge_ds.arguments import FinetuneArguments
+    from bge_ds.config.arguments import FinetuneArguments
 
     given = {"output_dir": str(tmp_path / "new"), "train_data": "d", "model_name_or_path": "m", "eval_data": ["e"]}
     args = FinetuneArguments.build(**given, **flags)
-    return evaluation.Evaluation(args, None, None, None, Talk(), "eval_nDCG@10")
+    return during_training.Evaluation(args, None, None, None, Talk(), "eval_nDCG@10")
 
 
 def test_the_best_so_far_is_that_of_the_resumed_checkpoint(tmp_path):
@@ -244,7 +246,7 @@ def test_the_best_so_far_is_that_of_the_resumed_checkpoint(tmp_path):
         (4, {"step": 2, "metric": "eval_nDCG@10", "value": 0.5}),
     ):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        disk.write_json(tmp_path / f"checkpoint-{step}" / "state.json", {"step": step, "best": best})
+        filesystem.write_json(tmp_path / f"checkpoint-{step}" / "state.json", {"step": step, "best": best})
     resumed = evaluation_of(tmp_path, load_best_model_at_end=True)
     resumed.resume(tmp_path / "checkpoint-4")
     assert resumed.best_folder == tmp_path / "checkpoint-2"
@@ -265,15 +267,15 @@ def test_the_best_so_far_is_that_of_the_resumed_checkpoint(tmp_path):
 
 def test_names_of_the_metric(tmp_path, setting):
     """With or without `eval_`, of one set or of the mean; another name is refused with the ones there are."""
-    from bge_ds.arguments import FinetuneArguments
+    from bge_ds.config.arguments import FinetuneArguments
 
     given = {"output_dir": "o", "train_data": "d", "model_name_or_path": "m", "eval_data": [str(setting / "set")]}
     names = {None: "eval_nDCG@10", "set_MRR@10": "eval_set_MRR@10", "eval_Recall@100": "eval_Recall@100"}
     for name, full in names.items():
         args = FinetuneArguments.build(**given, metric_for_best_model=name)
-        assert evaluation.metric_of(args, evaluation.open_sets(args)) == full
+        assert during_training.metric_of(args, during_training.open_sets(args)) == full
     with pytest.raises(ValueError, match=r"--metric_for_best_model loss is none of what is measured: eval_nDCG@10"):
-        evaluation.open_sets(FinetuneArguments.build(**given, metric_for_best_model="loss"))
+        during_training.open_sets(FinetuneArguments.build(**given, metric_for_best_model="loss"))
 
 
 def test_the_line_of_an_evaluation(tmp_path, capsys):
@@ -302,19 +304,19 @@ def test_evaluations_are_no_training_time():
 
 def test_tokenizing_leaves_the_tokenizer_as_it_was(setting):
     """The cut of an evaluation must not be saved with the model; a text without tokens still has a vector."""
-    from bge_ds.data import records
+    from bge_ds.data.preprocess import validate
 
-    tokenizer = records.load_tokenizer(str(setting / "model"))
+    tokenizer = validate.load_tokenizer(str(setting / "model"))
     before = tokenizer.backend_tokenizer.to_str()
     rows = retrieval.tokenize(tokenizer, ["the quick brown fox " * 9, ""], 7)
     assert [len(row) for row in rows] == [7, 2] and tokenizer.backend_tokenizer.to_str() == before
-    packed = evaluation.TokenRows(rows, len(tokenizer))
+    packed = during_training.TokenRows(rows, len(tokenizer))
     assert packed.ids.dtype.itemsize == 1 and [row.tolist() for row in packed] == rows
 
 
 def test_pieces_hold_every_row_once():
     """Rows by length, at most the tokens asked for, a longer row by itself."""
-    rows = evaluation.TokenRows([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], 9)
+    rows = during_training.TokenRows([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], 9)
     texts, _ = pack(list(rows))
     pieces = split(texts, rows.bounds(12))
     assert [piece.cu_seqlens.diff().tolist() for piece in pieces] == [[1, 2, 5], [7], [7], [9], [30]]
@@ -324,7 +326,9 @@ def test_vectors_of_a_share_are_the_encoders(setting):
     """Each unit's vectors come in the order of its texts, as the encoder gives them."""
     rng = np.random.default_rng(1)
     texts = [rng.integers(5, 90, 3 + int(n)).tolist() for n in rng.permutation(40)]
-    share = evaluation.Share(map(str, range(40)), 40, lambda unit: [texts[int(t)] for t in unit], 200, 60, torch.device("cpu"))
+    share = during_training.Share(
+        map(str, range(40)), 40, lambda unit: [texts[int(t)] for t in unit], 200, 60, torch.device("cpu")
+    )
     model = Encoder.load(str(setting / "model")).eval()
     with torch.no_grad():
         vectors_ND = share.encode_all(model)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from bge_ds.data.batches import chunk_bounds, pack, split, split_further
-from bge_ds.distributed import gradcache
+from bge_ds.kernels.packed import chunk_bounds, pack, split, split_further
+from bge_ds.losses import grad_cache
 
 
 @pytest.mark.parametrize("sizes", [[10], [4, 6], [1] * 10, [3, 0, 7]])
@@ -33,7 +33,7 @@ def test_pieces_give_the_gradient_of_the_whole(sizes):
     def loss(v, s):
         return torch.logsumexp(v @ v.T * s, 1).mean()
 
-    value = gradcache.backward(embed, sizes, loss, lambda part: part.backward())
+    value = grad_cache.backward(embed, sizes, loss, lambda part: part.backward())
     found = [p.grad.clone() for p in (model.weight, model.bias, scale)]
     expected = loss(model(x).tanh(), scale)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -60,7 +60,7 @@ def test_cuts_hold_every_text_once():
 SIXTEEN_BITS = """
 import sys, torch
 from torch import nn
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 import deepspeed
 stage = int(sys.argv[1])
 engines.start(use_cpu=True)
@@ -114,8 +114,8 @@ REPLAY = """
 import sys
 import torch
 from bge_ds import finetune
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.distributed import gradcache
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.losses import grad_cache as gradcache
 
 model, data, out = sys.argv[1:]
 original, seen, replayed = gradcache.backward, {}, []

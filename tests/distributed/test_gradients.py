@@ -16,10 +16,12 @@ from contrastive_reference import reference_loss
 from transformers import AutoModelForMaskedLM
 
 from bge_ds import finetune, preprocess
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.data import batches, records, shards
-from bge_ds.data.order import Order
-from bge_ds.data.token_order import TokenOrder
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.data import collate
+from bge_ds.data.preprocess import validate
+from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.shards import shard_reader
 from bge_ds.modeling.encoder import Encoder, load_backbone, pool, run_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 
@@ -53,11 +55,14 @@ RANK_SCRIPT = """
 import json, sys
 import numpy as np, torch
 from transformers import AutoModelForMaskedLM
-from bge_ds import finetune, ordering, pretrain, run
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.data import batches, shards
-from bge_ds.distributed import collectives, engine as engines
-from bge_ds.modeling import contrastive
+from bge_ds import finetune, pretrain
+from bge_ds.training import data_order as ordering, setup as run
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.data import collate as batches
+from bge_ds.data.shards import shard_reader as shards
+from bge_ds.distributed import collectives
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.losses import contrastive
 from bge_ds.modeling.encoder import Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 import deepspeed
@@ -148,7 +153,7 @@ def data(tmp_path_factory, tiny_bert_path):
     (base / "texts.jsonl").write_text(
         "".join(json.dumps({"text": text(n)}) + "\n" for n in (1, 3, 9, 30, 12, 9, 2, 20, 5, 8, 1, 17))
     )
-    tokenizer = records.load_tokenizer(str(tiny_bert_path))
+    tokenizer = validate.load_tokenizer(str(tiny_bert_path))
     quiet = {"cache_dir": str(base / "cache"), "say": lambda _: None}
     groups = [
         preprocess.prepare("finetune", str(base / f"{name}.jsonl"), tokenizer, query_max_len=16, passage_max_len=40, **quiet)
@@ -164,10 +169,10 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     args = FinetuneArguments.build(output_dir="unused", train_data="unused", model_name_or_path="unused", **flags)
     model = Encoder.load(str(model_path), "mean", attention="sdpa")
     model.backbone.double()
-    opened = shards.open_folder(folder)
+    opened = shard_reader.open_folder(folder)
     order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), GROUPS)
     epochs, rows = order.step_rows(0)
-    batch = batches.collate_groups(
+    batch = collate.collate_groups(
         opened,
         epochs,
         rows,
@@ -207,14 +212,14 @@ def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bo
     generator = torch.Generator().manual_seed(3)
     for p in model.decoder.parameters() if model.decoder else ():
         p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
-    opened = shards.open_folder(folder)
+    opened = shard_reader.open_folder(folder)
     order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), 12)
     epochs, rows = order.step_rows(0)
     if tokens:
         bins = TokenOrder(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
         assert len({len(rows) for _, rows in bins}) > 1  # micro batches of equal counts would hide a mean of means
         epochs, rows = (np.concatenate(parts) for parts in zip(*bins, strict=True))
-    batch = batches.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40, encoder_share=0.3)
+    batch = collate.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40, encoder_share=0.3)
     sums = model(batch)
     masked = len(batch.masked_M)
     predicted = batch.texts.tokens - 2 * len(rows)

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 RANK_SCRIPT = """
 import json, sys
 from bge_ds import finetune
-from bge_ds.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments
 
 runs = json.loads(sys.argv[1])
 for flags in runs:

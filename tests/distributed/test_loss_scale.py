@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import json, sys
 import deepspeed, torch
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 
 stage, accumulation, passes, half = json.loads(sys.argv[1])
 engines.start(use_cpu=True)

@@ -14,16 +14,16 @@ import strict_backend
 import torch
 import torch.distributed as dist
 
-from bge_ds import metrics
-from bge_ds.distributed import collectives, timing
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.distributed import collectives, communication_profile
+from bge_ds.training import metrics
 
 RANK_SCRIPT = """
 import json, sys
 from pathlib import Path
 import strict_backend
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
 
 strict_backend.install()
@@ -174,7 +174,7 @@ def read_meter(device: torch.device):
 
 
 def read_pace(device: torch.device):
-    pace = timing.Pace(device)
+    pace = communication_profile.Pace(device)
     pace.ranks, pace.hosts = 2, ["a", "b"]
     pace.begin()
     pace.end(7)
@@ -244,7 +244,7 @@ def test_the_device_is_set_before_the_group_is_made(monkeypatch):
     monkeypatch.setattr(deepspeed, "get_accelerator", Accelerator)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda *args, **given: order.append(("deepspeed",)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(engines.watch, "store", lambda: types.SimpleNamespace(set_timeout=lambda timeout: None))
+    monkeypatch.setattr(engines.failure_detector, "store", lambda: types.SimpleNamespace(set_timeout=lambda timeout: None))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **given: order.append(("group", backend, str(given["device_id"])))

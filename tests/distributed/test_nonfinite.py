@@ -10,18 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bge_ds import statuses
-from bge_ds.distributed import checkpoint
+from bge_ds.checkpoint import checkpoint
+from bge_ds.health import exit_codes
 
 # Each run of `flags["runs"]`: its arguments, the steps whose first micro batch has NaN in the embeddings of one rank, and
 # the steps left out, in which nothing is computed at all. The exit status of each rank's run is printed.
 RANK_SCRIPT = """
 import json, sys
 import torch
-from bge_ds import finetune, pretrain, run
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds import finetune, pretrain
+from bge_ds.training import setup as run
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 
 now, last = {"step": 0, "micro": 0}, []
 seed_step, take_step, build, backward = run.seed_step, engines.take_step, run.build_engine, finetune.backward
@@ -130,7 +131,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, setting, name):
     plan = {"name": name, "args": args, "poisoned": [3, 5, 6, 7, 8], "left_out": []}
     script = RANK_SCRIPT.replace("import json, sys", "import json, sys; sys.stderr = sys.stdout", 1)
     out = helpers.run_ranks(script, 2, json.dumps([plan]))
-    assert out.count(f"status {statuses.DIVERGED}") == 2, out
+    assert out.count(f"status {exit_codes.DIVERGED}") == 2, out
     assert f"the last checkpoint is {tmp_path / 'out' / 'checkpoint-4'}" in out
     # The vectors of the poisoned rank reach the other's loss where they are its negatives.
     assert f"the loss of rank {'0, 1' if name == 'finetune' else '1'} is not finite" in out
@@ -164,7 +165,7 @@ def test_steps_in_a_row_count_across_a_resume(tmp_path, setting):
     plans = [{"name": "finetune", "args": args, "poisoned": [4, 5], "left_out": []} for args in (first, second)]
     script = RANK_SCRIPT.replace("import json, sys", "import json, sys; sys.stderr = sys.stdout", 1)
     out = helpers.run_ranks(script, 2, json.dumps(plans))
-    assert out.count(f"status {statuses.DIVERGED}") == 4, out
+    assert out.count(f"status {exit_codes.DIVERGED}") == 4, out
     assert out.count("step 5: 2 steps in a row were skipped as not finite") == 2  # once a run
     assert out.count("step 4: skipped") == 1 and f"resumed from {resume} at step 4" in out
 

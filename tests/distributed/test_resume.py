@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from bge_ds.distributed import checkpoint
+from bge_ds.checkpoint import checkpoint
 
 # Both commands, each once to the end and once from the checkpoint in the middle, in one group of ranks. `finish` of the
 # whole runs also notes the live model's vectors, which the test holds against sentence-transformers'.
@@ -19,7 +19,7 @@ RANK_SCRIPT = """
 import json, sys
 import numpy as np
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
 
 folder, flags = sys.argv[1], json.loads(sys.argv[2])

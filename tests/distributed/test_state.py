@@ -8,15 +8,16 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.distributed import state
+from bge_ds.checkpoint import optimizer_state
 
 RANK_SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
 from torch import nn
-from bge_ds.distributed import collectives, state
-from bge_ds.distributed import engine as engines
+from bge_ds.distributed import collectives
+from bge_ds.checkpoint import optimizer_state as state
+from bge_ds.deepspeed_engine import engine as engines
 
 engines.start(use_cpu=True)
 
@@ -90,8 +91,8 @@ BF16 = [f"{stage}-bf16-torch-no" for stage in range(4)]
 
 def whole(folder) -> dict[str, torch.Tensor]:
     """Every parameter's values of every key, put together from the files of all ranks, and the counts."""
-    files = state.Files(folder)
-    shapes = json.loads((folder / state.ENGINE).read_text())["parameters"]
+    files = optimizer_state.Files(folder)
+    shapes = json.loads((folder / optimizer_state.ENGINE).read_text())["parameters"]
     content = {}
     for name, keys in files.stretches.items():
         for key in keys:
@@ -138,9 +139,9 @@ def compare(source, again) -> None:
 def test_shares_cover_all_once():
     """Where every rank holds everything, each element is written by one rank, in parts of nearly equal size."""
     tensors = [torch.zeros(n) for n in (10, 1, 7, 0, 5)]
-    found = [state.Piece(str(i), 0, t.numel(), t, 0, None, whole=True) for i, t in enumerate(tensors)]
+    found = [optimizer_state.Piece(str(i), 0, t.numel(), t, 0, None, whole=True) for i, t in enumerate(tensors)]
     for world in (1, 2, 3, 50):
-        shares = [state.share(found, rank, world) for rank in range(world)]
+        shares = [optimizer_state.share(found, rank, world) for rank in range(world)]
         assert {sum(piece.numel for piece in share) for share in shares} <= {23 // world, -(-23 // world)}
         for piece in (piece for share in shares for piece in share):
             piece.of(piece.holder).add_(1)
@@ -148,4 +149,4 @@ def test_shares_cover_all_once():
         for tensor in tensors:
             tensor.zero_()
     own = [piece._replace(whole=False) for piece in found]
-    assert state.share(own, 1, 3) == own
+    assert optimizer_state.share(own, 1, 3) == own

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from bge_ds.distributed.stopping import CommonStep
+from bge_ds.health.preemption import CommonStep
 
 
 def test_one_rank_stops_after_the_step_it_is_at():

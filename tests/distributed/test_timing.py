@@ -10,13 +10,14 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.distributed import timing
-from bge_ds.distributed.config import read_config, traffic_estimate
+from bge_ds.deepspeed_engine.ds_config import read_config, traffic_estimate
+from bge_ds.distributed import communication_profile
 
 SLEEPER = """
 import sys, time
 import torch
-from bge_ds.distributed import collectives, engine as engines, timing
+from bge_ds.distributed import collectives, communication_profile as timing
+from bge_ds.deepspeed_engine import engine as engines
 
 device = engines.start(use_cpu=True)
 model = torch.nn.Linear(8, 8)
@@ -48,7 +49,7 @@ def test_the_rank_that_others_wait_for_is_named(stage):
     DeepSpeed's collectives at any stage. What happens between steps counts for nobody."""
     found, said = json.loads(helpers.run_ranks(SLEEPER, 2, stage).strip().splitlines()[-1])
     assert found["slowest_rank"] == 1 and found["slowest_rank_seconds"] >= 1
-    assert found["median_rank_seconds"] < found["slowest_rank_seconds"] / timing.SLOW  # of two, the lower
+    assert found["median_rank_seconds"] < found["slowest_rank_seconds"] / communication_profile.SLOW  # of two, the lower
     step = 10 / found["tokens_per_second_lowest"]
     assert 0.9 < 2 * step * found["communication_share"] < 1.5 * step  # rank 0 waits the second, rank 1 does not
     assert found["tokens_per_second_highest"] == pytest.approx(2 * found["tokens_per_second_lowest"], rel=0.2)
@@ -59,8 +60,8 @@ def test_the_rank_that_others_wait_for_is_named(stage):
 def test_waiting_for_the_loader_is_its_share_of_the_step(monkeypatch):
     """From the step's beginning to its batch; a loader that is too slow shows as such, and nothing of the one before counts."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    pace = timing.Pace(torch.device("cpu"))
+    monkeypatch.setattr(communication_profile, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    pace = communication_profile.Pace(torch.device("cpu"))
 
     def steps(*waits: float) -> float:
         for wait in waits:
@@ -78,14 +79,14 @@ def test_waiting_for_the_loader_is_its_share_of_the_step(monkeypatch):
 
 def test_nothing_is_counted_between_steps():
     """A call outside of a step leaves no trace, one inside is counted with what its kind moves; alone, nothing moves."""
-    pace = timing.Pace(torch.device("cpu"))
-    timing.call("all_reduce", lambda tensor: None, torch.zeros(100))
+    pace = communication_profile.Pace(torch.device("cpu"))
+    communication_profile.call("all_reduce", lambda tensor: None, torch.zeros(100))
     pace.begin()
-    timing.call("all_gather", lambda out, own: None, torch.zeros(100), torch.zeros(50))
+    communication_profile.call("all_gather", lambda out, own: None, torch.zeros(100), torch.zeros(50))
     pace.end(7)
     moved, calls = pace.traffic()
     assert calls == {"all_gather": 1} and moved == {"all_gather": 0}
-    assert timing.moved("all_reduce", 400, 4) == 600 and timing.moved("all_gather", 400, 4) == 300
+    assert communication_profile.moved("all_reduce", 400, 4) == 600 and communication_profile.moved("all_gather", 400, 4) == 300
     assert pace.read()["tokens_per_second_per_rank"] > 0 and pace.steps == 0
 
 

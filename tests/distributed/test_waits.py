@@ -27,8 +27,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives, timing
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.distributed import collectives, communication_profile as timing
 
 OPERATIONS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "is_nonzero"}
 READS = {"tolist", "numpy", "cpu", "__array__", "cuda"}

@@ -17,13 +17,12 @@ import helpers
 import pytest
 import ranks as runs
 
-from bge_ds import statuses
-from bge_ds.distributed import links, watch
+from bge_ds.health import connections, exit_codes, failure_detector
 
 # Ranks that step without talking to each other, so that nothing but the watch holds them together.
 SCRIPT = """
 import json, os, socket, sys, time
-from bge_ds.distributed import watch
+from bge_ds.health import failure_detector as watch
 rank, mode, seconds = int(os.environ["RANK"]), sys.argv[1], float(sys.argv[2])
 print("imported", flush=True)
 if mode == "late" and rank == 1:
@@ -80,7 +79,7 @@ def test_a_killed_rank_ends_the_others_at_once(tmp_path, victim):
         run.processes[victim].kill()
         found = run.statuses(20)
         assert time.monotonic() - killed < 20
-        assert found == [-signal.SIGKILL if rank == victim else statuses.LOST for rank in range(3)], run.everything()
+        assert found == [-signal.SIGKILL if rank == victim else exit_codes.LOST for rank in range(3)], run.everything()
         named = f"error: rank {victim} (host {socket.gethostname()}, pid {run.processes[victim].pid}) ended without a word"
         logs = [run.log(rank) for rank in range(3) if rank != victim]
         assert [log.count(named) for log in logs].count(1) == 1 and "".join(logs).count("error:") == 1, run.everything()
@@ -95,25 +94,25 @@ def test_a_silent_rank_ends_the_run(tmp_path, victim):
         os.kill(run.processes[victim].pid, signal.SIGSTOP)
         stopped = time.monotonic()
         other = run.processes[1 - victim]
-        assert other.wait(60) == statuses.LOST
-        assert time.monotonic() - stopped > watch.SILENCE_S - watch.BEAT_S - 1
+        assert other.wait(60) == exit_codes.LOST
+        assert time.monotonic() - stopped > failure_detector.SILENCE_S - failure_detector.BEAT_S - 1
         assert f"rank {victim} " in run.log(1 - victim) and "silent for 30 s" in run.log(1 - victim)
         # It finds itself alone as soon as it runs again.
         os.kill(run.processes[victim].pid, signal.SIGCONT)
-        assert run.processes[victim].wait(20) == statuses.LOST, run.everything()
+        assert run.processes[victim].wait(20) == exit_codes.LOST, run.everything()
 
 
 def test_ranks_that_never_come_are_named(tmp_path):
     """After --join_timeout rank 0 names those that have not joined, and all that wait end as LOST."""
     with start(tmp_path, 3, "steps", join_s=6, leave_out=(2,)) as run:
-        assert run.statuses(60) == [statuses.LOST] * 2
+        assert run.statuses(60) == [exit_codes.LOST] * 2
         assert "rank 2 did not come after 6 s (--join_timeout)" in run.log(0), run.everything()
 
 
 def test_a_rank_zero_that_never_comes_is_named_with_its_address(tmp_path):
     """Ranks that find nobody at MASTER_ADDR:MASTER_PORT say so and end as LOST; the first of a host prints."""
     with start(tmp_path, 2, "steps", join_s=6, leave_out=(0,), LOCAL_RANK="0") as run:
-        assert run.statuses(60) == [statuses.LOST]
+        assert run.statuses(60) == [exit_codes.LOST]
         assert f"rank 0 does not answer at 127.0.0.1:{run.port} after 6 s" in run.log(1), run.everything()
 
 
@@ -122,7 +121,7 @@ def test_a_rank_that_dies_before_it_joins(tmp_path):
     with start(tmp_path, 2, "late", join_s=6) as run:
         run.wait_for("imported", 1)
         run.processes[1].kill()
-        assert run.statuses(60) == [statuses.LOST, -signal.SIGKILL]
+        assert run.statuses(60) == [exit_codes.LOST, -signal.SIGKILL]
         assert "rank 1 did not come" in run.log(0)
 
 
@@ -145,7 +144,7 @@ def test_a_port_that_another_program_has_by_now(tmp_path):
 def test_the_mistake_of_one_rank_ends_all_with_its_status(tmp_path):
     """The ranks that did not find it name the rank and its mistake, once a host, and end with 2 as it does."""
     with start(tmp_path, 3, "one-mistake") as run:
-        assert run.statuses(30) == [statuses.MISTAKE] * 3, run.everything()
+        assert run.statuses(30) == [exit_codes.MISTAKE] * 3, run.everything()
         said = f"error: rank 1 (host {socket.gethostname()}, pid {run.processes[1].pid}) failed: the data is wrong"
         assert "".join(run.log(rank) for rank in range(3)).count(said) == 1, run.everything()
 
@@ -153,7 +152,7 @@ def test_the_mistake_of_one_rank_ends_all_with_its_status(tmp_path):
 def test_a_mistake_that_all_ranks_find_is_no_loss(tmp_path):
     """Each ends with 2 by itself, and the watch adds nothing to what they have said."""
     with start(tmp_path, 2, "mistake", step_s=0.2) as run:
-        assert run.statuses(30) == [statuses.MISTAKE] * 2
+        assert run.statuses(30) == [exit_codes.MISTAKE] * 2
         assert "error" not in run.log(0) + run.log(1), run.everything()
 
 
@@ -167,7 +166,7 @@ def test_a_signal_stops_all_ranks_at_one_step(tmp_path, number, to):
         for rank, later in ((0, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)):
             run.wait_for("stopped", rank)
             os.kill(run.processes[rank].pid, later)
-        assert run.statuses(30) == [statuses.PREEMPTED] * 3, run.everything()
+        assert run.statuses(30) == [exit_codes.PREEMPTED] * 3, run.everything()
         last = [re.findall(r"step (\d+)", run.log(rank))[-1] for rank in range(3)]
         assert len(set(last)) == 1, last
         assert all(f"stopped by {signal.Signals(number).name} to rank {to} " in run.log(rank) for rank in range(3))
@@ -179,7 +178,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path, ranks):
     with start(tmp_path, ranks, "startup") as run:
         run.wait_for("joined", ranks - 1)
         os.kill(run.processes[ranks - 1].pid, signal.SIGUSR1)
-        assert run.statuses(15) == [statuses.PREEMPTED] * ranks
+        assert run.statuses(15) == [exit_codes.PREEMPTED] * ranks
         assert "before the first step; nothing was to be saved" in run.log(0), run.everything()
 
 
@@ -191,7 +190,7 @@ def test_sigterm_of_a_launcher_whose_other_rank_died_is_no_preemption(tmp_path):
         time.sleep(2)  # rank 0 waits for the other
         run.processes[1].kill()
         run.processes[0].terminate()
-        assert run.statuses(15)[0] == statuses.LOST
+        assert run.statuses(15)[0] == exit_codes.LOST
         assert "one may have died" in run.log(0)
 
 
@@ -200,21 +199,21 @@ def test_one_rank_stops_at_its_current_step(tmp_path):
     with start(tmp_path, 1, "steps", step_s=0.5) as run:
         run.wait_for("step 2")
         run.processes[0].terminate()
-        assert run.statuses(15) == [statuses.PREEMPTED]
+        assert run.statuses(15) == [exit_codes.PREEMPTED]
         assert int(re.findall(r"step (\d+)", run.log(0))[-1]) in (3, 4)
 
 
 def test_a_stranger_is_no_rank():
     """Who connects without the run's secret is dropped, and no loss; the handlers of the signals are put back afterwards."""
-    before = [signal.getsignal(number) for number in watch.SIGNALS]
+    before = [signal.getsignal(number) for number in failure_detector.SIGNALS]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(helpers.free_port()))
     for text in (
         b'{"kind": "hello", "secret": "x", "rank": 1, "name": "n", "pid": 1, "local": 0}\n',
         b"GET / HTTP/1.0\r\n\r\n",
     ):
-        guard = watch._Watch(0, 1, 5)
+        guard = failure_detector._Watch(0, 1, 5)
         guard.start()
-        listener = links.listen(1)
+        listener = connections.listen(1)
         guard._order(lambda guard=guard, listener=listener: guard._open(listener))
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=10) as sock:
             sock.sendall(text)
@@ -222,7 +221,7 @@ def test_a_stranger_is_no_rank():
                 assert b"beat" in data
         guard.leave(keep_ignoring=False)  # waits for the thread
         assert guard.links == []
-    assert [signal.getsignal(number) for number in watch.SIGNALS] == before
+    assert [signal.getsignal(number) for number in failure_detector.SIGNALS] == before
 
 
 def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
@@ -230,7 +229,7 @@ def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match="no MASTER_ADDR: give the address of rank 0's host"):
-        links.meeting_point()
+        connections.meeting_point()
 
 
 def test_the_hosts_of_ranks_that_never_came(tmp_path):

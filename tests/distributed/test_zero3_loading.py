@@ -14,7 +14,7 @@ import sys
 import deepspeed, torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from bge_ds.distributed import collectives
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.modeling.encoder import load_backbone
 
 engines.start(use_cpu=True)
@@ -71,8 +71,8 @@ def test_values_are_those_of_whole_loading(tmp_path):
 TRAIN_SCRIPT = """
 import contextlib, json, sys
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import engine as engines
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.deepspeed_engine import engine as engines
 
 for flags in json.loads(sys.argv[1]):
     sharded = flags.pop("sharded")
@@ -134,7 +134,7 @@ MEMORY_SCRIPT = """
 import contextlib, re, sys, threading, time
 import torch
 from bge_ds.distributed import collectives
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.modeling.encoder import Encoder
 
 def own_bytes():

@@ -6,9 +6,9 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.data import batches
-from bge_ds.distributed import engine as engines
+from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.doctor import sizing
+from bge_ds.kernels import packed
 from bge_ds.modeling.encoder import Encoder
 
 
@@ -37,7 +37,7 @@ def test_activations_are_those_of_a_real_pass(bert, length):
             storages[storage.data_ptr()] = storage
         return tensor
 
-    texts, _ = batches.pack(helpers.random_texts([length] * 20))
+    texts, _ = packed.pack(helpers.random_texts([length] * 20))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.train()(texts)
     real = sum(storage.nbytes() for storage in storages.values())

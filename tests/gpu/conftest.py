@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 
 DEVICE = os.environ.get("BGE_DS_TEST_DEVICE", "cuda")
 COMMANDS = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
@@ -29,7 +29,7 @@ _broken_by: list[str] = []
 REFERENCE = """
 import json, sys
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments, PretrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 
 for command, flags in json.loads(sys.argv[1]).items():
     train, kind = (finetune.train, FinetuneArguments) if command == "finetune" else (pretrain.train, PretrainArguments)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from bge_ds import preprocess
-from bge_ds.data import batches, loader
-from bge_ds.data.batches import collate_texts, pack
-from bge_ds.data.order import Order, mix64
-from bge_ds.kernels import linear_logsumexp, masks, max_logits, products
+from bge_ds.data import dataloader
+from bge_ds.data.collate import collate_texts
+from bge_ds.data.sampling.sampler import Order, mix64
+from bge_ds.kernels import linear_logsumexp, masks, matmul, max_logits, packed
 from bge_ds.kernels.attention import varlen_attention
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
+from bge_ds.kernels.packed import pack
 from bge_ds.modeling.encoder import Encoder
 
 pytestmark = [
@@ -141,7 +142,7 @@ def test_contrastive_log_sum_exp_on_the_gpu(monkeypatch, narrow, tolerance):
     for theirs, mine in zip(*results, strict=True):
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
     if narrow is not None:
-        assert products._sums_in_fp32("cuda", narrow), "16-bit products are made in 16 bits and converted, or in fp32: slow"
+        assert matmul._sums_in_fp32("cuda", narrow), "16-bit products are made in 16 bits and converted, or in fp32: slow"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
@@ -150,7 +151,7 @@ def test_max_logits_on_the_gpu(monkeypatch, dtype, tolerance):
     monkeypatch.setattr(max_logits, "_GPU_BYTES", 40 * 1001 * dtype.itemsize)
     lengths = [1, 5, 5, 12, 30]
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    runs = [batches.Run(1, 1), batches.Run(2, 5), batches.Run(1, 12), batches.Run(1, 30)]
+    runs = [packed.LengthRun(1, 1), packed.LengthRun(2, 5), packed.LengthRun(1, 12), packed.LengthRun(1, 30)]
     x, w, b = (torch.randn(shape).to(dtype) for shape in ((sum(lengths), 64), (1001, 64), (1001,)))
     # The last token of each text is by far the largest: rounding moves no maximum to another token.
     w, last = w.abs(), starts[1:].long() - 1
@@ -181,7 +182,7 @@ def test_a_loader_s_batches_are_pinned(tmp_path, tiny_tokenizer_path):
     (tmp_path / "a.jsonl").write_text(rows)
     argv = ["pretrain", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "s"), "--tokenizer"]
     assert preprocess.main([*argv, str(tiny_tokenizer_path)]) == 0
-    found = loader.steps(
+    found = dataloader.steps(
         [tmp_path / "s"], Order(0, ((0, 6),), 2), collate_texts, first_step=0, end_step=3, accumulation=1, rank=0, world=1,
         workers=1, pin_memory=True, seed=0, max_seq_length=32, encoder_share=0.3,
     )  # fmt: skip

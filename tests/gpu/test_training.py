@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bge_ds import evaluate
-from bge_ds.data.batches import chunk_bounds, pack, split
-from bge_ds.distributed import gradcache
+from bge_ds.kernels.packed import chunk_bounds, pack, split
+from bge_ds.losses import grad_cache
 from bge_ds.modeling.compilation import compile_layers
 from bge_ds.modeling.encoder import Encoder
 
@@ -171,7 +171,7 @@ def test_a_piece_embedded_again_has_its_dropout(setting, device, model, compiled
         return torch.logsumexp(vectors_ND @ vectors_ND.T * scale, 1).mean()
 
     sizes = [last - first for first, last in pairwise(bounds)]
-    gradcache.backward(embed, sizes, loss, lambda part: part.backward())
+    grad_cache.backward(embed, sizes, loss, lambda part: part.backward())
     found = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     encoder.zero_grad()
     loss(torch.cat([embed(k)[0] for k in range(len(sizes))]), scale).backward()

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bge_ds.data.batches import Run
 from bge_ds.kernels import attention, triton_support
 from bge_ds.kernels.attention import choose, varlen_attention, why_slow
+from bge_ds.kernels.packed import LengthRun
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
 
-RUNS = [Run(2, 1), Run(3, 5), Run(1, 9)]
-LONG_RUNS = [*RUNS, Run(2, 600)]  # more than two blocks of queries where a window cuts
+RUNS = [LengthRun(2, 1), LengthRun(3, 5), LengthRun(1, 9)]
+LONG_RUNS = [*RUNS, LengthRun(2, 600)]  # more than two blocks of queries where a window cuts
 
 
 def reference(q, k, v, scale, causal, window=None, runs=RUNS):

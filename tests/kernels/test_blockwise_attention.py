@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bge_ds.data.batches import Run
-from bge_ds.kernels import blockwise_attention as module
 from bge_ds.kernels.attention import varlen_attention
-from bge_ds.kernels.dropout import Masks
+from bge_ds.kernels.cpu import blockwise_attention as module
+from bge_ds.kernels.cpu.dropout import Masks
+from bge_ds.kernels.packed import LengthRun
 
-RUNS = [Run(2, 1), Run(3, 5), Run(1, 9)]
+RUNS = [LengthRun(2, 1), LengthRun(3, 5), LengthRun(1, 9)]
 CU_SEQLENS = torch.tensor([0, 1, 2, 7, 12, 17, 26], dtype=torch.int32)
 
 
@@ -72,7 +72,7 @@ def test_sixteen_bit_attention_is_computed_in_fp32(monkeypatch, block):
 
 def test_the_blocks_of_a_long_text_are_small():
     """A text of 8,192 tokens with 12 heads is cut into blocks of its rows, none above the bound; short texts go together."""
-    for block in module._blocks([Run(300, 20), Run(2, 512), Run(1, 8192)], 12, 1):
+    for block in module._blocks([LengthRun(300, 20), LengthRun(2, 512), LengthRun(1, 8192)], 12, 1):
         rows = block.rows.stop - block.rows.start
         heads = max(part.stop - part.start for part in block.heads)
         assert block.texts * heads * rows * block.length <= module._BLOCK_ELEMENTS

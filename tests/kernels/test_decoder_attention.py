@@ -17,15 +17,16 @@ import pytest
 import torch
 from test_blockwise_attention import kept_masks
 
-from bge_ds.data.batches import Run
-from bge_ds.data.order import mix64
-from bge_ds.kernels import blockwise_attention, masks, triton_support
+from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import decoder_attention as module
+from bge_ds.kernels import masks, triton_support
+from bge_ds.kernels.cpu import blockwise_attention
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
+from bge_ds.kernels.packed import LengthRun
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
 PATH = "fused" if interpreter.INTERPRETED else "torch"
-RUNS = [Run(1, 1), Run(2, 2), Run(2, 3), Run(2, 20), Run(1, 65), Run(1, 150)]
+RUNS = [LengthRun(1, 1), LengthRun(2, 2), LengthRun(2, 3), LengthRun(2, 20), LengthRun(1, 65), LengthRun(1, 150)]
 
 
 class Row:
@@ -93,13 +94,13 @@ def test_equals_the_loops(dtype, tolerance):
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
 def test_shares_at_their_ends(share):
     """Nothing hidden, nearly all, all but the sentence vector and the closing token: the formula, and no NaN."""
-    row = Row([Run(1, 3), Run(1, 40)], dtype=torch.float32)
+    row = Row([LengthRun(1, 3), LengthRun(1, 40)], dtype=torch.float32)
     row.assert_same(row.attend(share), 2e-6, share=share)
 
 
 def test_strides_are_respected():
     """Views into a wider tensor and a gradient that is one number repeated give what their copies give."""
-    row = Row([Run(2, 20)], dtype=torch.float32, width=8)
+    row = Row([LengthRun(2, 20)], dtype=torch.float32, width=8)
     wide = [torch.cat([x, x], -1).detach().transpose(0, 1).contiguous() for x in row.qkv]
     views = [x.transpose(0, 1)[..., 8:].requires_grad_() for x in wide]
     results = []
@@ -113,7 +114,7 @@ def test_strides_are_respected():
 
 def test_texts_without_inner_tokens():
     """A batch of texts of one and two tokens has no row: an empty output, and gradients of zero rather than none."""
-    row = Row([Run(2, 1), Run(1, 2)], dtype=torch.float32)
+    row = Row([LengthRun(2, 1), LengthRun(1, 2)], dtype=torch.float32)
     out = row.attend()
     gradients = torch.autograd.grad(out.sum(), row.qkv)
     assert out.shape == (0, 2, 20) and not any(g.any() for g in gradients)
@@ -121,7 +122,7 @@ def test_texts_without_inner_tokens():
 
 def test_dropout_averages_to_the_attention_without():
     """Unbiased, another draw each call, and the share asked for: values of one show the sum of the weights kept."""
-    row = Row([Run(3, 40)], heads=4, width=4, dtype=torch.float32)
+    row = Row([LengthRun(3, 40)], heads=4, width=4, dtype=torch.float32)
     q, k, _ = row.qkv
     row.qkv = [q.detach() * 0, k, torch.ones_like(k)]
     torch.manual_seed(0)
@@ -139,7 +140,7 @@ def test_dropout_averages_to_the_attention_without():
 
 def test_the_seed_decides_the_dropout():
     """torch.manual_seed repeats the output bit for bit."""
-    row = Row([Run(2, 20)], dtype=torch.float32)
+    row = Row([LengthRun(2, 20)], dtype=torch.float32)
     torch.manual_seed(1)
     first, second = row.attend(dropout=0.5), row.attend(dropout=0.5)
     torch.manual_seed(1)
@@ -152,7 +153,7 @@ def test_the_backward_has_the_forwards_dropout():
     With values that name the keys (the identity), a row's output is its dropped weights.
     """
     length = 80
-    row = Row([Run(1, length)], width=length, dtype=torch.float32)
+    row = Row([LengthRun(1, length)], width=length, dtype=torch.float32)
     q, k, v = row.qkv
     identity = torch.eye(length)[:, None].expand(length, 2, length)
     torch.manual_seed(5)
@@ -172,7 +173,7 @@ def test_any_block_gives_the_formula(monkeypatch, block):
     """In blocks of texts, heads and rows, with and without dropout, given the masks that were drawn (fp64)."""
     monkeypatch.setattr(blockwise_attention, "_BLOCK_ELEMENTS", block)
     monkeypatch.setattr(module, "_CPU_MASKS", 0)
-    runs = [Run(2, 2), Run(2, 3), Run(3, 12), Run(1, 33)]
+    runs = [LengthRun(2, 2), LengthRun(2, 3), LengthRun(3, 12), LengthRun(1, 33)]
     row = Row(runs, width=5)
     row.assert_same(row.attend(), 1e-12)
     torch.manual_seed(3)
@@ -185,13 +186,13 @@ def test_memory_of_a_long_text(dropout):
     """4,096 tokens with 12 heads, forward and backward, add less than 200 MB to a process; their scores are 805 MB."""
     script = f"""
 import resource, torch
-from bge_ds.data.batches import Run
+from bge_ds.kernels.packed import LengthRun
 from bge_ds.kernels.decoder_attention import decoder_attention
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 def go(tokens):
     q, k, v = (torch.randn(n, 12, 4, requires_grad=True) for n in (tokens - 2, tokens, tokens))
     words, keys, ends = torch.arange(tokens), torch.tensor([7]), torch.tensor([0, tokens], dtype=torch.int32)
-    decoder_attention(q, k, v, words, keys, ends, [Run(1, tokens)], share=0.5, dropout={dropout}).sum().backward()
+    decoder_attention(q, k, v, words, keys, ends, [LengthRun(1, tokens)], share=0.5, dropout={dropout}).sum().backward()
     assert q.grad.isfinite().all() and k.grad.any()
 go(64)
 before = peak()
@@ -217,7 +218,7 @@ def test_the_choice(monkeypatch):
     with pytest.raises(ValueError, match=r"--kernels fused: .*; the device is 'cpu'; use auto or torch"):
         choose("fused", "cpu")
     with pytest.raises(ValueError, match="the device is 'cpu'"):
-        Row([Run(1, 3)]).attend(kernels="fused")
+        Row([LengthRun(1, 3)]).attend(kernels="fused")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("fused", "cpu") == "fused" and choose("auto", "cpu") == "torch"
 
@@ -226,11 +227,11 @@ def test_the_choice(monkeypatch):
 def test_fused_kernels_refuse_what_they_cannot():
     """fp64, wide heads, and bf16 in the interpreter (which multiplies its bits as integers) are errors, not results."""
     with pytest.raises(ValueError, match="float64 with 20 features a head; the fused kernels take float32, bfloat16, float16"):
-        Row([Run(1, 3)]).attend()
+        Row([LengthRun(1, 3)]).attend()
     with pytest.raises(ValueError, match="at most 256"):
-        Row([Run(1, 3)], width=257, dtype=torch.float32).attend()
+        Row([LengthRun(1, 3)], width=257, dtype=torch.float32).attend()
     with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
-        Row([Run(1, 3)], dtype=torch.bfloat16).attend()
+        Row([LengthRun(1, 3)], dtype=torch.bfloat16).attend()
 
 
 @interpreter.runs_again

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bge_ds.kernels.dropout import Dropout, use_fast_dropout
+from bge_ds.kernels.cpu.dropout import Dropout, use_fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -11,10 +11,10 @@ import pytest
 import torch
 from test_attention import reference
 
-from bge_ds.data.batches import Run
 from bge_ds.kernels.attention import varlen_attention
+from bge_ds.kernels.packed import LengthRun
 
-RUNS = [Run(1, 1), Run(1, 2), Run(2, 3), Run(2, 5), Run(1, 64), Run(1, 65), Run(1, 150)]
+RUNS = [LengthRun(1, 1), LengthRun(1, 2), LengthRun(2, 3), LengthRun(2, 5), *(LengthRun(1, n) for n in (64, 65, 150))]
 
 
 class Row:
@@ -58,19 +58,19 @@ def test_equals_the_formula(key_heads, window, causal):
 @pytest.mark.parametrize("head_dim", [20, 32, 64, 80, 128, 256])
 def test_any_head_size(head_dim):
     """Heads of 20 to 256 features, one group of all heads; tiles are wider than a head that is no power of two."""
-    Row([Run(2, 3), Run(1, 70)], key_heads=1, head_dim=head_dim).assert_same(4e-6, causal=head_dim % 64 == 0)
+    Row([LengthRun(2, 3), LengthRun(1, 70)], key_heads=1, head_dim=head_dim).assert_same(4e-6, causal=head_dim % 64 == 0)
 
 
 @interpreter.only
 def test_sixteen_bits():
     """fp16 inputs: products in 16 bits, sums in fp32."""
-    Row([Run(2, 5), Run(1, 70)], dtype=torch.float16, head_dim=32).assert_same(4e-3, window=9)
+    Row([LengthRun(2, 5), LengthRun(1, 70)], dtype=torch.float16, head_dim=32).assert_same(4e-3, window=9)
 
 
 @interpreter.only
 def test_a_text_out_of_order():
     """A last text shorter than those before it: places come from cu_seqlens, not from the order by length."""
-    Row([Run(1, 70), Run(2, 9), Run(1, 33)]).assert_same(2e-6)
+    Row([LengthRun(1, 70), LengthRun(2, 9), LengthRun(1, 33)]).assert_same(2e-6)
 
 
 @interpreter.only
@@ -81,7 +81,7 @@ def test_dropout_and_its_replay():
     second call, with the same seed and other values, are held against.
     """
     length = 64
-    row = Row([Run(1, length)], key_heads=2, head_dim=length)
+    row = Row([LengthRun(1, length)], key_heads=2, head_dim=length)
     q, k, v = row.qkv
     row.qkv = [q, k, torch.eye(length)[:, None].expand(length, 2, length).contiguous()]
     torch.manual_seed(5)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_linear_cross_entropy import inputs
 
 from bge_ds.kernels import linear_cross_entropy as module
-from bge_ds.kernels import products
+from bge_ds.kernels import matmul
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -55,7 +55,7 @@ def test_memory_behind_the_rows_is_never_looked_at(monkeypatch):
     from bge_ds.kernels import cross_entropy_triton
 
     def poisoned(*args):
-        held = products.room(*args)
+        held = matmul.room(*args)
         assert held.stride(0) % 64 == 0 and held.stride(0) > held.shape[1]
         held._base.fill_(float("nan"))
         return held
@@ -103,7 +103,7 @@ def test_on_meta(dtype):
     loss, _ = linear_cross_entropy(x, w, torch.empty(5000, dtype=torch.int64, device="meta"), b)
     loss.backward()
     assert loss.dtype == torch.float32 and [t.grad.dtype for t in (x, w, b)] == [dtype] * 3
-    assert products._sums_in_fp32("meta", torch.bfloat16) or torch.__version__ < "2.12"  # a fault of 2.11 on meta alone
+    assert matmul._sums_in_fp32("meta", torch.bfloat16) or torch.__version__ < "2.12"  # a fault of 2.11 on meta alone
 
 
 def test_blocks_of_a_gpu():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds.data.order import mix64
+from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import masks
 
 

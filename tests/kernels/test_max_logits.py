@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bge_ds.data.batches import Run
+from bge_ds.kernels import matmul
 from bge_ds.kernels import max_logits as module
-from bge_ds.kernels import products
 from bge_ds.kernels.max_logits import max_logits
+from bge_ds.kernels.packed import LengthRun
 
-RUNS = [Run(2, 1), Run(1, 2), Run(1, 3), Run(5, 4), Run(1, 13)]
+RUNS = [LengthRun(2, 1), LengthRun(1, 2), LengthRun(1, 3), LengthRun(5, 4), LengthRun(1, 13)]
 LENGTHS = [length for n, length in RUNS for _ in range(n)]
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 # The GPU's way takes no fp64; its products of 8 features and sums over 44 rows are fp32.
@@ -139,9 +139,9 @@ def test_calls_do_not_depend_on_lengths(monkeypatch):
     """As a GPU would run it, on meta: texts of many lengths cost the calls of texts of few, one kernel each way a chunk."""
     from bge_ds.kernels import max_logits_triton
 
-    added_at_once = products._sums_in_fp32("meta", torch.bfloat16)  # asked once a process: not one of the calls
+    added_at_once = matmul._sums_in_fp32("meta", torch.bfloat16)  # asked once a process: not one of the calls
     found = []
-    for runs in (RUNS, [Run(len(LENGTHS) - 1, 4), Run(1, sum(LENGTHS) - 4 * len(LENGTHS) + 4)]):
+    for runs in (RUNS, [LengthRun(len(LENGTHS) - 1, 4), LengthRun(1, sum(LENGTHS) - 4 * len(LENGTHS) + 4)]):
         calls = Calls()
         monkeypatch.setattr(max_logits_triton, "launch", lambda kernel, *_, c=calls, **__: c.names.append(kernel.__name__))
         shapes = ((sum(LENGTHS), 8), (37, 8), (37,))

@@ -8,11 +8,11 @@ import interpreter
 import pytest
 import torch
 
-from bge_ds.data.batches import Run
+from bge_ds.kernels.packed import LengthRun
 from bge_ds.kernels.segment_mean import segment_mean, spread
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
-RUNS = [Run(2, 1), Run(3, 5), Run(1, 33), Run(1, 70)]
+RUNS = [LengthRun(2, 1), LengthRun(3, 5), LengthRun(1, 33), LengthRun(1, 70)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3)])

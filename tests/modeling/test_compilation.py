@@ -11,7 +11,7 @@ import torch
 from test_encoder import CASES, assert_same_gradients, make_model
 from torch._dynamo.utils import counters
 
-from bge_ds.data.batches import pack
+from bge_ds.kernels.packed import pack
 from bge_ds.modeling import compilation
 from bge_ds.modeling.encoder import Encoder
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from contrastive_reference import reference_loss
 
 from bge_ds.kernels import linear_logsumexp as logsumexp_module
-from bge_ds.modeling import contrastive
-from bge_ds.modeling.contrastive import Candidates, Objective, Temperature
+from bge_ds.losses import contrastive
+from bge_ds.losses.contrastive import Candidates, Objective, Temperature
 
 OBJECTIVES = {
     "plain": Objective(),

@@ -8,18 +8,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.models.qwen3 import modeling_qwen3
 
-from bge_ds.data.batches import pack
-from bge_ds.data.records import load_tokenizer
+from bge_ds.data.preprocess.validate import load_tokenizer
+from bge_ds.kernels.packed import pack
 from bge_ds.modeling import encoder as encoder_module
-from bge_ds.modeling.encoder import (
-    FAMILIES,
-    Encoder,
-    can_run_unpadded,
-    check_lengths,
-    longest_text,
-    say_how,
-    sees_only_before,
-)
+from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, longest_text, say_how, sees_only_before
 from bge_ds.modeling.export import save_model
 
 # fp32 sums in another order: observed 4e-7 on the output.

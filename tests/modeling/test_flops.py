@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
-from bge_ds.data.batches import pack
+from bge_ds.kernels.packed import pack
 from bge_ds.modeling.encoder import Encoder
 from bge_ds.modeling.flops import attention_flops, backbone_flops
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.data.batches import pack
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.kernels.packed import pack
 from bge_ds.modeling import lora
 from bge_ds.modeling.encoder import Encoder
 

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM
 
 from bge_ds import finetune, pretrain
-from bge_ds.arguments import FinetuneArguments
-from bge_ds.data.batches import ContrastiveBatch, chunk_bounds, pack
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.data.collate import ContrastiveBatch
+from bge_ds.kernels.packed import chunk_bounds, pack
+from bge_ds.losses.contrastive import Temperature
 from bge_ds.modeling.compilation import fill_up
-from bge_ds.modeling.contrastive import Temperature
 from bge_ds.modeling.encoder import FAMILIES, Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 

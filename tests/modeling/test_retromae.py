@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForMaskedLM, ElectraForMaskedLM
 
-from bge_ds.data.batches import PretrainBatch, choose_masked, pack
-from bge_ds.data.order import mix64
+from bge_ds.data.collate import PretrainBatch, choose_masked
+from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import masks
+from bge_ds.kernels.packed import pack
 from bge_ds.modeling import vocabulary
 from bge_ds.modeling.encoder import load_backbone
 from bge_ds.modeling.retromae import EnhancedDecoder, RetroMAE, RetroMAESettings, load_decoder, save_decoder
@@ -240,7 +241,7 @@ def test_decoder_starts_random_and_small():
 
 def test_a_head_from_scratch_starts_at_the_token_frequencies():
     """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible."""
-    from bge_ds.data.lists import Lists
+    from bge_ds.data.ragged import Lists
     from bge_ds.pretrain import start_at_frequencies
 
     class Rows(list):

@@ -1,0 +1,1 @@
+"""Saving, finding, checking and restoring checkpoints; optimizer state by parameter. Builds no models."""

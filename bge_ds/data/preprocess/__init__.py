@@ -1,0 +1,1 @@
+"""From lines of text to Arrow shards: inputs, validation, tokenizing, workers, merging. Knows no ranks, no torch."""

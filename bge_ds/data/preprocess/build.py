@@ -1,0 +1,233 @@
+"""Inputs -> a folder of shards, segment by segment, so that it can be shared out, killed and gone on with.
+
+Memory holds some blocks and one segment's passages, whatever the input. Each segment that is finished has a record
+(`segments.py`); a run of the same job does only what has none, and the manifest is made of the records alone
+(`parts.py`). So the bytes of the result depend on the input and the settings, not on processes, parts or kills.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+from tqdm import tqdm
+
+from bge_ds import __version__
+from bge_ds.data.preprocess import corpus_index, input_files, merge, output_folder, segment_writer, validate
+from bge_ds.data.preprocess.input_files import Block, Source
+from bge_ds.data.preprocess.workers import Job, Settings, run_blocks
+from bge_ds.data.shards import shard_reader
+
+SHOWN = 20  # skipped lines that are listed on the screen
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which segments a run makes, and of how much of the input. All of it by default."""
+
+    part: int = 1  # counts from 1
+    of: int = 1
+    sample: int = 0  # the first lines of each source alone; 0: all
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.part <= self.of:
+            raise ValueError(f"--partition {self.part}/{self.of}: give i/n with i from 1 to n, e.g. 1/{max(1, self.of)}")
+        if self.sample and self.of > 1:
+            raise ValueError("--sample is a quick look, --partition shares out a whole input: give one of them")
+
+    def takes(self, source: int, segment: int) -> bool:
+        return (source + segment) % self.of == self.part - 1
+
+
+def build(
+    output: Path,
+    inputs: list[Source],
+    job: Job,
+    *,
+    num_proc: int = 0,
+    shard_bytes: int = shard_reader.SHARD_BYTES,
+    overwrite: bool = False,
+    corpus_inputs: list[Source] | None = None,
+    share: Share | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Preprocesses inputs into the folder `output`, which appears when all is written. Returns the manifest.
+
+    `num_proc` 0 means one process for each core this one may use; `shard_bytes` is a segment's bytes of the input. With
+    a share of several parts the result is a part for `parts.merge`, and what is returned is what it is of. A killed run
+    is gone on with by the same call. Raises ValueError that names file and line."""
+    settings, tokenizer = job
+    settings.check(validate.Encoder(tokenizer, settings.word_segmenter))
+    share = share or Share()
+    if not num_proc:
+        num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    run = _Run(inputs, corpus_inputs or [], settings, tokenizer, shard_bytes, share, num_proc)
+    run.refuse_empty()
+    with output_folder.new_folder(output, overwrite, run.job_hash(), say) as folder:
+        if not (folder / shard_reader.MANIFEST).exists() and not (share.of > 1 and (folder / shard_reader.PART).exists()):
+            run.write(folder, say)
+            part = run.part(folder)
+            if share.of == 1:
+                merge.assemble(folder, [folder], part)
+            else:
+                corpus_index.remove_index(folder / segment_writer.JOURNAL)
+                merge.write_part(folder, part)
+        result = merge.finish(folder) if share.of == 1 else part_of(folder)
+    if share.of == 1:
+        tell(output, result, tokenizer.name, say)
+    return result
+
+
+def part_of(folder: Path) -> dict[str, Any]:
+    """What a finished part is of."""
+    return orjson.loads((folder / shard_reader.PART).read_bytes())
+
+
+def tell(output: Path, manifest: dict[str, Any], tokenizer: str, say: Callable[[str], None]) -> None:
+    """Says which lines were skipped, and whether the tokenizer knows the language."""
+    for line in merge.shown_skipped(output, SHOWN):
+        say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
+    counts = manifest["counts"]
+    if counts["skipped"]:
+        say(f"skipped {counts['skipped']} lines in all, listed in {output / shard_reader.SKIPPED}")
+    if counts["unknown_tokens"] > counts["tokens"] / 10:
+        percent = 100 * counts["unknown_tokens"] / counts["tokens"]
+        say(f"warning: {percent:.0f} % of the tokens are unknown to {tokenizer}: is it made for this language?")
+
+
+@dataclass
+class _Run:
+    """One call of `build`: what goes in, and the steps to the records of all its segments."""
+
+    inputs: list[Source]
+    corpus: list[Source]
+    settings: Settings
+    tokenizer: validate.TokenizerCore
+    cut: int
+    share: Share
+    num_proc: int
+
+    def refuse_empty(self) -> None:
+        """Raises ValueError for an empty file now, where the end of a long run would bring it up."""
+        for source in [*self.corpus, *(self.inputs if self.settings.on_error == "raise" else [])]:
+            if not source.hub and not source.is_table and source.num_bytes() == 0:
+                raise ValueError(f"{source.name}: the file is empty: it holds no line")
+
+    def plan(self) -> list[Any]:
+        """All that decides the rows and their places, but for the bytes of the inputs."""
+        settings = asdict(self.settings)
+        return [shard_reader.SCHEMA_VERSION, __version__, settings, self.tokenizer.fingerprint, self.cut, self.share.sample]
+
+    def job_hash(self) -> str:
+        """Tells whether what a killed run left can be gone on with: the same job on inputs that nobody touched."""
+        plan = self.plan()
+        plan[2] |= {"on_error": ""}  # a segment without a bad line is the same under both
+        inputs = [[source.identity() for source in group] for group in (self.inputs, self.corpus)]
+        return xxhash.xxh3_128_hexdigest(orjson.dumps([plan, inputs, self.share.part, self.share.of]))
+
+    def part(self, folder: Path) -> dict[str, Any]:
+        """What `parts.merge` needs to know of a run beside its records."""
+        core = self.tokenizer
+        named = {name: getattr(core, name) for name in ("name", "fingerprint", "vocab_size")}
+        named |= {"prefix_ids": list(core.prefix_ids), "suffix_ids": list(core.suffix_ids)}
+        header = {"kind": self.settings.kind, "bge_ds_version": __version__, "tokenizer": named, **self.settings.named()}
+        if self.share.sample:
+            header["sample"] = self.share.sample
+        listed = {
+            stage: [
+                {"path": source.name, "first_number": source.first_number}
+                | {"segments": segment_writer.count_segments(folder, stage, number)}
+                for number, source in enumerate(group)
+            ]
+            for stage, group in (("rows", self.inputs), ("corpus", self.corpus))
+        }
+        # Times are left out: hosts may have copies of the inputs.
+        sizes = [[source.name, source.num_bytes()] for source in (*self.inputs, *self.corpus)]
+        return {
+            "schema_version": shard_reader.SCHEMA_VERSION,
+            "part": self.share.part,
+            "of": self.share.of,
+            "plan": xxhash.xxh3_128_hexdigest(orjson.dumps([self.plan(), sizes])),
+            "on_error": self.settings.on_error,
+            "header": header,
+            "sources": listed["rows"],
+            "corpus": listed["corpus"],
+        }
+
+    def write(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Makes all segments of this run's share that have no record yet."""
+        (folder / segment_writer.JOURNAL).mkdir(exist_ok=True)
+        if known := sum(1 for _ in (folder / segment_writer.JOURNAL).glob("*-*-*.json")):
+            say(f"going on with {known} finished segments in {folder}")
+        stages = [("rows", self.inputs, self.settings, None)]
+        if self.corpus:
+            journal = folder / segment_writer.JOURNAL
+            # Groups refer to a corpus by rows, so no line of it may be passed over.
+            entries = replace(self.settings.at_stage("corpus"), on_error="raise")
+            stages = [("corpus", self.corpus, entries, None)]
+            stages += [("rows", self.inputs, self.settings.at_stage("by_id"), journal)]
+        size = sum(source.num_bytes() for _, group, _, _ in stages for source in group)
+        with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="preprocess", disable=None) as bar:
+            for stage, group, settings, index in stages:
+                if index is not None and not (index / corpus_index.ENTRIES).exists():
+                    corpus_index.build_index(index, self.corpus, self.cut, stages[0][2].columns)
+                blocks = itertools.chain.from_iterable(
+                    self._blocks(folder, stage, number, source, settings) for number, source in enumerate(group)
+                )
+                results = run_blocks(blocks, (settings, self.tokenizer), self.num_proc, index)
+                with contextlib.closing(results):
+                    self._take(folder, stage, group, settings, results, bar)
+
+    def _blocks(self, folder: Path, stage: str, number: int, source: Source, settings: Settings) -> Iterator[Block]:
+        done = segment_writer.finished(folder, stage, number, clean=settings.on_error == "raise")
+        count = segment_writer.count_segments(folder, stage, number)
+        mine = partial(self.share.takes, number)
+        if count is not None and all(k in done for k in range(count) if mine(k)):
+            return
+        sample = self.share.sample if stage == "rows" else 0
+        wanted = mine if sample else lambda k: mine(k) and k not in done
+        blocks = input_files.read_segments(source, number, self.cut, wanted, columns=settings.input_columns())
+        yield from input_files.first_lines(blocks, sample) if sample else blocks
+
+    def _take(
+        self,
+        folder: Path,
+        stage: str,
+        group: list[Source],
+        settings: Settings,
+        results: Iterable[tuple[Block, dict[str, Any]]],
+        bar: Any,
+    ) -> None:
+        """Writes what the workers send, which comes in the order of the input."""
+        writer: segment_writer.SegmentWriter | None = None
+        try:
+            for block, result in results:
+                if block.ends == "source":
+                    segment_writer.end_source(folder, stage, block.source, block.segment)
+                    continue
+                if writer is None:
+                    writer = segment_writer.SegmentWriter(folder, block.source, block.segment, settings, self.tokenizer)
+                assert (writer.source, writer.segment) == (block.source, block.segment)
+                if block.ends:
+                    writer.finish()
+                    writer = None
+                    continue
+                if result["bad"] and settings.on_error == "raise":
+                    self._refuse(group[block.source], block, result["bad"][0], settings)
+                writer.add(result)
+                bar.update(block.advance)
+        finally:
+            if writer is not None:
+                writer.abort()
+
+    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: Settings) -> None:
+        before = block.before
+        if before is None:
+            before = input_files.lines_before(source, block.segment, self.cut, settings.input_columns())
+        raise ValueError(f"{source.name}:{before + bad[0] + source.first_number}: {bad[1]}")

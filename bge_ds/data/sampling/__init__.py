@@ -1,0 +1,1 @@
+"""(seed, epoch, step) -> rows, as pure functions. Knows neither Arrow nor torch."""

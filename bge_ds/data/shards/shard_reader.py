@@ -1,0 +1,280 @@
+"""Arrow shards: how tokenised rows lie on disk, and the memory-mapped reader that training runs on.
+
+A folder holds `manifest.json` and one or two tables, each cut into Arrow IPC files `TABLE-SOURCE-SEGMENT.arrow`:
+
+    pretrain   texts     ids: list<uint16|int32>, words: list<uint16|int32>, the word of each token (0, 1, 2, ...)
+    finetune   passages  ids: list<uint16|int32>, hash: uint64, xxh3_64 of the raw text: finds equal texts on any rank
+               groups    query: list<uint16|int32>, pos and neg: list<int64> rows of `passages`,
+                         pos_scores and neg_scores: list<float32> or null, type and prompt: string or null
+
+A segment is a stretch of one input (`sources.py`), and its files are complete in themselves: `pos` and `neg` count from
+the first row of the segment's own passages, among which each text is stored once. So writing needs memory for one
+segment, and files are put together without touching them; the reader adds where a segment's passages begin. With a
+corpus (`--corpus`) the passages are the corpus's, and `pos` and `neg` are rows of the whole table.
+
+`ids` hold the special tokens and are cut to the length that the manifest names. Buffers are not compressed, so that a
+row is a slice of the mapped file: a shard is mapped when a row of it is first asked for, and all processes of a host
+share the pages. The price is disk space, halved by uint16 ids where the vocabulary allows it.
+
+The manifest is written last, into a folder that gets its final name by one rename: a folder with a manifest is whole.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import xxhash
+
+from bge_ds.data.ragged import Lists
+from bge_ds.data.shards.joined import Joined
+from bge_ds.data.shards.memory_map import Table
+
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+PART = "part.json"  # in place of the manifest, in a part that waits to be merged
+TABLES = {"pretrain": ("texts",), "finetune": ("passages", "groups")}
+SHARD_BYTES = 256 << 20  # of the input, a segment
+
+
+def id_type(limit: int) -> pa.DataType:
+    """The Arrow type for values in [0, limit): uint16 where they fit, else int32."""
+    return pa.uint16() if limit <= 1 << 16 else pa.int32()
+
+
+def schemas(kind: str, vocab_size: int, max_seq_length: int = 0) -> dict[str, pa.Schema]:
+    """Table name -> Arrow schema, for a kind ("pretrain" or "finetune") and the vocabulary that its ids come from."""
+    ids = pa.list_(id_type(vocab_size))
+    if kind == "pretrain":
+        return {"texts": pa.schema([("ids", ids), ("words", pa.list_(id_type(max_seq_length)))])}
+    rows, scores = pa.list_(pa.int64()), pa.list_(pa.float32())
+    groups = [("query", ids), ("pos", rows), ("neg", rows), ("pos_scores", scores), ("neg_scores", scores)]
+    return {
+        "passages": pa.schema([("ids", ids), ("hash", pa.uint64())]),
+        "groups": pa.schema([*groups, ("type", pa.string()), ("prompt", pa.string())]),
+    }
+
+
+def list_array(values: np.ndarray, lengths: np.ndarray, value_type: pa.DataType) -> pa.ListArray:
+    """A list column from all rows' values end to end, and each row's length."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    values = values.astype(value_type.to_pandas_dtype(), copy=False)
+    return pa.ListArray.from_arrays(plain_array(offsets), plain_array(values))
+
+
+def plain_array(values: np.ndarray) -> pa.Array:
+    """Numbers as an Arrow array that shares their memory. `pyarrow.array` would import pandas, half a second."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def hash_file(path: Path, digest: "xxhash.xxh3_128 | None" = None) -> "xxhash.xxh3_128":
+    """Feeds a file's bytes to an xxh3_128 digest (a new one by default) and returns the digest."""
+    digest = xxhash.xxh3_128() if digest is None else digest
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash over all in a manifest that decides what a row holds: folders of one fingerprint train alike."""
+    # Left out: the version and all names, which may change while every row stays the same.
+    content = {key: value for key, value in manifest.items() if key not in ("fingerprint", "bge_ds_version")}
+    content["tokenizer"] = manifest["tokenizer"] | {"name": None}
+    for key in {"sources", "corpus"} & content.keys():
+        content[key] = [source["rows"] for source in manifest[key]]
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class Group(NamedTuple):
+    """One line of fine-tuning data: a query's ids, and rows of passages with a teacher's score (float32) each, or None."""
+
+    query: np.ndarray
+    pos: np.ndarray
+    neg: np.ndarray
+    pos_scores: np.ndarray | None
+    neg_scores: np.ndarray | None
+
+
+class _Shards:
+    """What both kinds share. Pickling (a spawned loader worker) carries the path only."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        fields = schemas(manifest["kind"], manifest["tokenizer"]["vocab_size"], manifest.get("max_seq_length", 0))
+        self._tables = {name: Table(folder, name, schema, manifest["shards"]) for name, schema in fields.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_folder, (self.folder,)
+
+    @property
+    def folders(self) -> list[Path]:
+        """What `open_folders` opens this reader from."""
+        return [self.folder]
+
+    def length_counts(self, table: str, column: str) -> np.ndarray:
+        """How many rows of a table have each number of values in a list column, int64: element n counts those of n values.
+
+        From the offsets, a record batch at a time: no value is read."""
+        return self._tables[table].length_counts(column)
+
+
+class PretrainShards(_Shards):
+    """Texts as token ids and word numbers."""
+
+    def __len__(self) -> int:
+        return self._tables["texts"].rows
+
+    def texts(self, rows_N: np.ndarray) -> tuple[Lists, Lists]:
+        """(token ids, special ones included, uint16 or int32; the word that each token belongs to) of texts, copied.
+
+        Word numbers never fall, and each special token is a word of its own."""
+        found = self._tables["texts"].find(rows_N)
+        return found.lists("ids"), found.lists("words")
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of one text, as a read-only view of its shard."""
+        return self._tables["texts"].find(np.array([row])).views("ids")[0]
+
+    def words(self, row: int) -> np.ndarray:
+        """The word that each token of one text belongs to, as a read-only view."""
+        return self._tables["texts"].find(np.array([row])).views("words")[0]
+
+    def lengths(self, rows_K: np.ndarray) -> np.ndarray:
+        """Tokens of each text, special ones included, int64, shape (K,)."""
+        return self._tables["texts"].find(rows_K).lengths("ids")
+
+
+class FinetuneShards(_Shards):
+    """Groups of a query, its positives and its negatives; each distinct passage of a segment is stored once."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        super().__init__(folder, manifest)
+        groups, passages = self._tables["groups"], self._tables["passages"]
+        own = {(e["source"], e["segment"]): start for e, start in zip(passages.entries, passages.starts, strict=True)}
+        places = [(entry["source"], entry["segment"]) for entry in groups.entries]
+        if "corpus" not in manifest and (lost := [place for place in places if place not in own]):
+            raise ValueError(f"{folder / MANIFEST}: no passages for groups of source, segment {lost[0]}: preprocess again")
+        # Where the passages of each shard of groups begin; those of a corpus are numbered through.
+        self._first_passage = np.array([0 if "corpus" in manifest else own[place] for place in places], np.int64)
+
+    def __len__(self) -> int:
+        return self._tables["groups"].rows
+
+    @property
+    def num_passages(self) -> int:
+        return self._tables["passages"].rows
+
+    def queries(self, rows_B: np.ndarray) -> Lists:
+        """Token ids of each group's query, special tokens included, copied."""
+        return self._tables["groups"].find(rows_B).lists("query")
+
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+        """(positives, negatives) of each group: int64 rows of the passage table, copied. Negatives may be none."""
+        found = self._tables["groups"].find(rows_B)
+        pos, neg = found.lists("pos"), found.lists("neg")
+        if self._first_passage.any():
+            first_B = self._first_passage_of(rows_B)
+            for listed in (pos, neg):
+                listed.values[...] += np.repeat(first_B, listed.lengths)
+        return pos, neg
+
+    def scores(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+        """The teacher's scores (float32) of each group's positives and negatives; an empty array where there are none."""
+        found = self._tables["groups"].find(rows_B)
+        return found.lists("pos_scores"), found.lists("neg_scores")
+
+    def group(self, row: int) -> Group:
+        """The group of one input line."""
+        table, rows = self._tables["groups"], np.array([row])
+        absent = [table.value(name, row) is None for name in ("pos_scores", "neg_scores")]
+        scores = (None if none else of.values for none, of in zip(absent, self.scores(rows), strict=True))
+        return Group(self.queries(rows).values, *(listed.values for listed in self.passage_rows(rows)), *scores)
+
+    def _first_passage_of(self, rows_B: np.ndarray) -> np.ndarray:
+        return self._first_passage[np.searchsorted(self._tables["groups"].starts, rows_B, side="right") - 1]
+
+    def lengths(self, rows_K: np.ndarray, query_max_len: int, passage_max_len: int) -> np.ndarray:
+        """Tokens of each group's query and first positive, each cut to its length, int64, shape (K,).
+
+        A stand-in for what a visit computes, whose passages are drawn anew each time; nothing but offsets and rows is read.
+        """
+        groups = self._tables["groups"].find(rows_K)
+        passages_K = groups.firsts("pos") + self._first_passage_of(rows_K)
+        queries_K, positives_K = groups.lengths("query"), self._tables["passages"].find(passages_K).lengths("ids")
+        return np.minimum(queries_K, query_max_len) + np.minimum(positives_K, passage_max_len)
+
+    def notes(self, row: int) -> tuple[str | None, str | None]:
+        """(type, prompt) of a group: None where its line gave none."""
+        return self._tables["groups"].value("type", row), self._tables["groups"].value("prompt", row)
+
+    def first_without_scores(self) -> int | None:
+        """The first group that has no teacher's scores for its positives or its negatives; None: all groups have them."""
+        table = self._tables["groups"]
+        for k, first in enumerate(table.starts.tolist()):
+            shard = table.shard(k)
+            for start, batch in zip(shard.starts_B.tolist(), shard.batches, strict=True):
+                columns = [batch.column(name) for name in ("pos_scores", "neg_scores")]
+                nulls = [column.is_null().to_numpy(zero_copy_only=False).argmax() for column in columns if column.null_count]
+                if nulls:
+                    return first + start + int(min(nulls))
+        return None
+
+    def passages(self, prows_K: np.ndarray) -> Lists:
+        """Token ids of passages, special tokens included, copied."""
+        return self._tables["passages"].find(prows_K).lists("ids")
+
+    def passage(self, prow: int) -> np.ndarray:
+        """Token ids of one passage, as a read-only view of its shard."""
+        return self._tables["passages"].find(np.array([prow])).views("ids")[0]
+
+    def hashes(self, prows: np.ndarray) -> np.ndarray:
+        """Content hashes of passages, uint64, of the shape of `prows`; equal raw texts have equal hashes."""
+        rows = np.asarray(prows, np.int64).ravel()
+        return self._tables["passages"].find(rows).numbers("hash").reshape(np.shape(prows))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of shards. Raises ValueError where there is none, or none that this version can read."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file() and (Path(folder) / PART).is_file():
+        raise ValueError(f"{folder} is one part of several: join them first (python -m bge_ds.preprocess merge)")
+    if not path.is_file():
+        raise ValueError(f"{folder} is no folder of shards: no {MANIFEST} in it (python -m bge_ds.preprocess makes it)")
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}): preprocess again") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema version {version}; this bge_ds reads {SCHEMA_VERSION}: preprocess again")
+    if missing := sorted({"kind", "tokenizer", "counts", "sources", "shards", "fingerprint"} - manifest.keys()):
+        raise ValueError(f"{path}: {missing[0]} is missing: preprocess again")
+    if manifest["kind"] not in TABLES:
+        raise ValueError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(TABLES)}")
+    return manifest
+
+
+def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
+    """Opens a folder of shards. Checks the schema version and each shard's size; maps nothing yet.
+
+    Raises ValueError that names the shard which is missing or cut short; one of other columns or rows is named when
+    a row of it is first asked for."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    return (PretrainShards if manifest["kind"] == "pretrain" else FinetuneShards)(folder, manifest)
+
+
+def open_folders(folders: Sequence[str | Path]) -> PretrainShards | FinetuneShards | Joined:
+    """One reader over folders of one kind and tokenizer, as if made as one. Raises ValueError where they do not fit."""
+    readers = [open_folder(folder) for folder in folders]
+    return readers[0] if len(readers) == 1 else Joined(readers, open_folders)

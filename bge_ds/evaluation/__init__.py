@@ -1,0 +1,1 @@
+"""BEIR folders, exact search, retrieval measures, and evaluation while training. Knows no losses."""

@@ -1,0 +1,1 @@
+"""Failure detection, preemption and exit codes. Knows no models and no checkpoints."""

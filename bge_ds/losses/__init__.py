@@ -1,0 +1,1 @@
+"""The contrastive loss, its gather across ranks, and GradCache. Knows no engine."""

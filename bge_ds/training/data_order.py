@@ -1,0 +1,199 @@
+"""From the arguments and the opened shards to a run's order, and the table that says what it takes of each set.
+
+A set is an entry of --train_data where several are given, else each input file. --same_dataset_within_batch tells files
+apart in any case: an entry's share is then divided over its files by their rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from bge_ds.config.arguments import TrainArguments
+from bge_ds.config.validation import check_token_budget
+from bge_ds.data.sampling.length_grouping import WINDOW, LengthOrder
+from bge_ds.data.sampling.mixture import ByEpoch, ByWeight, Mixture, SetBatches, counts_of
+from bge_ds.data.sampling.sampler import Line, Order, mix64
+from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.distributed import collectives
+
+_SHOWN = 24  # sets in the table
+
+
+def split_weights(entries: list[str]) -> tuple[list[str], list[float] | None]:
+    """The paths of --train_data and their weights; None: no entry has one.
+
+    What follows the last '=' of an entry is its weight, unless the whole entry is a path that exists. Raises ValueError for a
+    weight that is no number above 0, and where some entries have one and others not.
+    """
+    paths, weights = [], []
+    for entry in entries:
+        path, sign, weight = entry.rpartition("=")
+        if not sign or Path(entry).exists():
+            paths.append(entry)
+            continue
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not (0 < value < math.inf and path):
+            raise ValueError(f"--train_data {entry}: {weight!r} is no weight; give PATH=NUMBER, the number above 0")
+        paths.append(path)
+        weights.append(value)
+    if weights and len(weights) < len(paths):
+        bare = next(entry for entry in entries if entry in paths)
+        raise ValueError(f"--train_data {bare} has no weight and other entries have one; give each PATH=WEIGHT, or none")
+    if weights and len(weights) == 1:
+        raise ValueError(f"--train_data {entries[0]}: the weight of a single entry has no effect; give its path alone")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"--train_data {' '.join(entries)}: a path stands twice; keep one, with the weight of both")
+    return paths, weights or None
+
+
+@dataclass(frozen=True)
+class Set:
+    """What the order takes as one set. kept: rows after the cut to max_example_num_per_dataset. share: relative, or None."""
+
+    name: str
+    spans: tuple[tuple[int, int], ...]
+    kept: int
+    skipped: int | None  # bad lines left out when the shards were made; None: not known by file
+    share: float | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(end - start for start, end in self.spans)
+
+
+def sets_of(args: TrainArguments, data) -> list[Set]:
+    """The sets of a run, those without rows left out. Raises ValueError where the mixture asked for means nothing."""
+    paths, weights = split_weights(args.train_data)
+    temperature, same = args.mixing_temperature, getattr(args, "same_dataset_within_batch", False)
+    if weights and temperature is not None:
+        raise ValueError("--mixing_temperature and the weights of --train_data exclude each other: both are shares; keep one")
+    files = _files(data, getattr(args, "max_example_num_per_dataset", None))
+    if len(data.folders) > 1 and (weights or temperature is not None):  # each entry has a folder of its own
+        sets = [_as_one(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
+        if empty := [of.name for of in sets if not of.kept]:
+            raise ValueError(f"--train_data {empty[0]} holds no rows, so it cannot have a share; leave it out")
+    else:
+        sets = [file for _, file in files if file.kept]
+    if weights:
+        sets = [replace(of, share=weight) for of, weight in zip(sets, weights, strict=True)]
+    elif temperature is not None:
+        sets = [replace(of, share=of.kept ** (1 / temperature)) for of in sets]
+    if same:
+        by_span = {file.spans[0]: file for _, file in files if file.kept}
+        sets = [file for of in sets for file in _apart(of, [by_span[span] for span in of.spans if span in by_span])]
+    for flag, given in (("same_dataset_within_batch", same), ("mixing_temperature", temperature is not None)):
+        if given and len(sets) < 2:
+            raise ValueError(f"--{flag} has no effect: {' '.join(paths)} is a single set; give several, or drop --{flag}")
+    return sets
+
+
+def _files(data, most: int | None) -> list[tuple[int, Set]]:
+    """(number of its folder, the file as a set) of each input file."""
+    found = []
+    for source in data.manifest["sources"]:
+        rows = source["rows"][1] - source["rows"][0]
+        kept = rows if most is None else min(rows, most)
+        found.append((source.get("folder", 0), Set(source["path"], (tuple(source["rows"]),), kept, source.get("skipped"))))
+    return found
+
+
+def _as_one(name: str, files: list[Set]) -> Set:
+    skipped = None if any(file.skipped is None for file in files) else sum(file.skipped for file in files)
+    return Set(name, tuple(span for file in files for span in file.spans), sum(file.kept for file in files), skipped)
+
+
+def _apart(of: Set, files: list[Set]) -> list[Set]:
+    """The files of a set, each with its part by rows of the set's share."""
+    return [replace(file, share=None if of.share is None else of.share * file.kept / of.kept) for file in files]
+
+
+def make_order(args: TrainArguments, data) -> Line | TokenOrder:
+    """What each step takes of the shards `data`: a number of texts, or of tokens where --per_device_train_tokens is given."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    micro_batches = args.gradient_accumulation_steps * collectives.world_size()
+    batch = args.per_device_train_batch_size * micro_batches
+    sets = sets_of(args, data)
+    same, weighted = getattr(args, "same_dataset_within_batch", False), sets[0].share is not None
+    one = partial(
+        Order,
+        global_batch=batch,
+        max_per_span=getattr(args, "max_example_num_per_dataset", None),
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+    group = partial(LengthOrder, lengths=lengths_of(args, data)) if args.train_sampling_strategy == "group_by_length" else None
+    if not (same or weighted):
+        line = one(seed=seed, spans=tuple(tuple(source["rows"]) for source in data.manifest["sources"]))
+    else:
+        lines = [one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets)]
+        turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, lines)), batch, lines[0].shuffle)
+        if same:
+            # Each set keeps a window, as sets take turns: of many sets, smaller ones.
+            window = max(8, min(WINDOW, 1024 // len(sets)))
+            lines = [group(line, whole_batches=not weighted, window=window) for line in lines] if group else lines
+            return SetBatches(seed, tuple(lines), turns, batch)
+        line = Mixture(seed, tuple(lines), turns, batch)
+    if args.per_device_train_tokens is not None:
+        check_token_budget(args)
+        return TokenOrder(line, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
+    return group(line) if group else line
+
+
+def _counts(sets: list[Set]) -> tuple[int, ...]:
+    counts = counts_of([of.share for of in sets])
+    if 0 in counts:
+        name = sets[counts.index(0)].name
+        raise ValueError(f"--train_data: the share of {name} is below one text in a thousand million; leave it out")
+    return counts
+
+
+def lengths_of(args: TrainArguments, data) -> Callable[[np.ndarray], np.ndarray]:
+    """rows -> tokens by which texts are grouped, cut as in training: of fine-tuning, the query's and first positive's."""
+    if args.command.endswith("finetune"):
+        return partial(_tokens, data, args.query_max_len, args.passage_max_len)
+    return partial(_tokens, data, args.max_seq_length)
+
+
+def _tokens(data, *longest_and_rows) -> np.ndarray:
+    *longest, rows_K = longest_and_rows
+    return data.lengths(rows_K, *longest) if len(longest) == 2 else np.minimum(data.lengths(rows_K), longest[0])
+
+
+def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> str:
+    """What the run takes of each set in `steps` steps: rows kept, dropped and why, weight, share of the texts, epochs."""
+    sets = sets_of(args, data)
+    if isinstance(order, TokenOrder):
+        order, texts = order.line, round(order.epochs(steps) * len(order))
+    else:
+        texts = steps * order.global_batch
+    # A plain order has the input files for its spans, and some of them may be empty.
+    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), Order)]
+    weights = sum(of.share or 0 for of in sets)
+    lines = [f"{'kept':>14}{'weight':>9}{'share':>9}{'epochs':>9}  set"]
+    for of, texts_of in list(zip(sets, taken, strict=True))[:_SHOWN]:
+        dropped = [f"{of.rows - of.kept:,} above max_example_num_per_dataset"] if of.rows > of.kept else []
+        dropped += [f"{of.skipped:,} bad lines"] if of.skipped else []
+        weight = "-" if of.share is None else f"{of.share / weights:.4f}"
+        share = f"{texts_of / texts:.2%}"
+        note = f" (dropped: {', '.join(dropped)})" if dropped else ""
+        lines.append(f"{of.kept:>14,}{weight:>9}{share:>9}{texts_of / of.kept:>9.2f}  {of.name}{note}")
+    if len(sets) > _SHOWN:
+        lines.append(f"{'':>14}and {len(sets) - _SHOWN} more sets")
+    bad = data.manifest["counts"].get("skipped", 0)
+    if bad and any(of.skipped is None for of in sets):
+        lines.append(
+            f"{'':>14}{bad:,} bad lines were dropped when the shards were made; their folder's skipped.jsonl lists them"
+        )
+    return "\n".join(lines)
+
+
+def _bare(order: Line) -> Line:
+    return order.line if isinstance(order, LengthOrder) else order

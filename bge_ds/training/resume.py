@@ -1,0 +1,177 @@
+"""Going on from a checkpoint, on as many ranks as there are now; saving the next ones, and what that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bge_ds.checkpoint import checkpoint, optimizer_state
+from bge_ds.config.arguments import TrainArguments
+from bge_ds.distributed import collectives
+from bge_ds.training.data_order import split_weights
+from bge_ds.training.metrics import Meter, RunLog
+from bge_ds.training.nonfinite import SkippedSteps
+
+
+def take_up(args: TrainArguments) -> checkpoint.Taken | None:
+    """The checkpoint that all ranks go on from, or None; the batch of a rank is set so that the global one stays.
+
+    To be called on every rank after `engines.start`, before anything is derived from the batch.
+    """
+    taken = checkpoint.take(args.resume_from_checkpoint, Path(args.output_dir))
+    if taken is not None:
+        fit_batch(args, taken)
+    return taken
+
+
+def _batch(args: TrainArguments) -> tuple[str, str, str]:
+    """(the flag that makes up for another number of ranks, its product with them in the agreement, that product in words)."""
+    if args.per_device_train_tokens:
+        return "gradient_accumulation_steps", "micro_batches_a_step", "micro batches a step"
+    return "per_device_train_batch_size", "global_micro_batch", "global batch"
+
+
+def asked_batch(args: TrainArguments, taken: checkpoint.Taken | None) -> dict[str, int]:
+    """The batch as the command gave it: the same command is then understood on any number of ranks."""
+    flag = _batch(args)[0]
+    return taken.state["asked"] if taken and taken.refitted else {flag: getattr(args, flag)}
+
+
+def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> None:
+    """Give each rank the share of the checkpoint's global batch that the number of ranks now leaves it.
+
+    Raises ValueError where the ranks cannot share it, where the command asks for another batch, and where the number of ranks
+    decides more than the shares.
+    """
+    flag, product, words = _batch(args)
+    ranks, before = collectives.world_size(), taken.state["ranks"]
+    total, given = taken.state["agreement"].get(product), getattr(args, flag)
+    if total is None:
+        return  # of another command or kind of batch, which the agreement will say
+    if ranks != before and (reason := rank_dependence(args)):
+        raise ValueError(f"{taken.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
+    if given * ranks == total:
+        return
+    if given != taken.state["asked"].get(flag):
+        raise ValueError(
+            f"--{flag} {given} on {ranks} ranks makes a {words} of {given * ranks}, and {taken.path} was written with "
+            f"{total} ({total // before} on {before} ranks); give the command as it was, or start a new run"
+        )
+    if total % ranks:
+        possible = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise ValueError(f"{taken.path}: {ranks} ranks cannot share its {words} of {total} evenly; take {possible} ranks")
+    setattr(args, flag, total // ranks)
+    taken.refitted = True
+    taken.notes.append(
+        f"resumed on {ranks} ranks ({before} before): --{flag} {given} -> {total // ranks} keeps the {words} of {total}"
+    )
+
+
+def rank_dependence(args: TrainArguments) -> str | None:
+    """Why another number of ranks, with the same global batches, would train otherwise; None: it would not."""
+    if args.command.endswith("finetune"):
+        if args.use_inbatch_neg and not args.negatives_cross_device:
+            return "without --negatives_cross_device a query's negatives are the passages of its own rank"
+    elif not args.average_tokens_across_devices and not args.per_device_train_tokens:
+        return "with --average_tokens_across_devices False the loss is a mean over each rank's own tokens"
+    return None
+
+
+def agreement(args: TrainArguments, shards, plan, names: tuple[str, ...]) -> dict:
+    """What a resumed run must share with the stopped one to go on exactly as if it had not stopped.
+
+    The number of ranks and the ZeRO stage are not among it: the batches are the same for any.
+    """
+    common = (
+        "seed", "data_seed", "learning_rate", "bf16", "fp16", "train_sampling_strategy", "lr_scheduler_type", "warmup_steps",
+        "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "mixing_temperature",
+    )  # fmt: skip
+    flag, product, _ = _batch(args)
+    return {
+        "command": args.command,
+        "data_fingerprint": shards.fingerprint,
+        "train_weights": split_weights(args.train_data)[1],
+        "total_steps": plan.total,
+        product: getattr(args, flag) * collectives.world_size(),
+        **({} if flag == "gradient_accumulation_steps" else {"gradient_accumulation_steps": args.gradient_accumulation_steps}),
+        **{name: getattr(args, name) for name in (*common, *names)},
+    }
+
+
+def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreement: dict) -> tuple[int, int]:
+    """(steps done, tokens this rank counts as seen): of the checkpoint, loaded into the engine, or (0, 0).
+
+    Holds the output folder from here on. Another run's checkpoints in it would be taken for this one's newest, and be kept in
+    place of this one's.
+    """
+    output = Path(args.output_dir)
+    if not args.save_only_model:
+        next(optimizer_state.pieces(engine), None)  # what cannot be saved is said now, not hours later
+    of_another = taken is None or taken.path.absolute().parent.resolve() != output.resolve()
+    checkpoint.begin(output, drop=of_another and args.overwrite_output_dir)
+    if taken is None:
+        return 0, 0
+    checkpoint.check_agreement(taken, agreement)
+    checkpoint.restore(engine, taken)
+    return taken.state["step"], taken.state["tokens_seen"] if collectives.rank() == 0 else 0
+
+
+def restore_meter(meter: Meter, nonfinite: SkippedSteps, taken: checkpoint.Taken | None) -> None:
+    """What the checkpoint's ranks had added since their last line of the log, and the steps skipped until then.
+
+    Another number of ranks adds up anew; the skipped steps are the same on all.
+    """
+    if taken is None:
+        return
+    meters = taken.state["meters"]
+    nonfinite.go_on(meters[0]["skipped"])
+    if len(meters) == collectives.world_size():
+        meter.go_on(meters[collectives.rank()])
+
+
+class Saver:
+    """Writes a run's checkpoints and counts the seconds. export(folder) writes the model.
+
+    publish: what is done with a checkpoint besides, its seconds included. started: of the run, by time.perf_counter.
+    """
+
+    def __init__(
+        self, args: TrainArguments, engine, agreement: dict, asked: dict, export: Callable[[Path], float], log: RunLog,
+        meter: Meter, nonfinite: SkippedSteps, started: float, publish: Callable[[Path], object] | None = None,
+    ):  # fmt: skip
+        self.args, self.engine, self.agreement, self.asked, self.export = args, engine, agreement, asked, export
+        self.log, self.meter, self.nonfinite, self.started, self.publish = log, meter, nonfinite, started, publish
+        self.seconds = self.unwritten = 0.0
+        self.saves = 0
+
+    def save(self, step: int, tokens_seen: int, best: dict | None) -> Path:
+        """Write checkpoint-`step`, on every rank; its time is not that of the steps."""
+        began = time.perf_counter()
+        saved = checkpoint.save(
+            self.engine, Path(self.args.output_dir), step, tokens_seen, self.agreement, self.export,
+            keep=self.args.save_total_limit, only_model=self.args.save_only_model, best=best, asked=self.asked,
+            meter=self.meter.keep() | {"skipped": self.nonfinite.keep()},
+        )  # fmt: skip
+        if self.publish is not None:
+            self.publish(saved.path)
+        seconds = time.perf_counter() - began
+        self.seconds, self.unwritten, self.saves = self.seconds + seconds, self.unwritten + seconds, self.saves + 1
+        self.meter.leave_out(seconds)
+        cost = f"{seconds:.1f} s, {saved.size / 2**20:,.1f} MiB ({self._share()} of the run so far)"
+        self.log.say(f"step {step}: saved {saved.path} in {cost}")
+        return saved.path
+
+    def _share(self) -> str:
+        return f"{self.seconds / (time.perf_counter() - self.started):.1%}"
+
+    def record(self) -> dict[str, float]:
+        """For the next record: the seconds of the checkpoints since the last one, where there were any."""
+        seconds, self.unwritten = self.unwritten, 0.0
+        return {"checkpoint_seconds": seconds} if seconds else {}
+
+    def say_total(self) -> str:
+        if not self.saves:
+            return "no checkpoint was saved"
+        return f"{self.saves} checkpoint{'s' * (self.saves != 1)} took {self.seconds:.1f} s, {self._share()} of the run"
