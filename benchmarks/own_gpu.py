@@ -24,7 +24,6 @@ from gpu_setting import GROUP, WARMUP, Place, full_texts, groups, optimizer_of, 
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from bge_ds import finetune, pretrain
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
 from bge_ds.kernels import packed
@@ -34,11 +33,12 @@ from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
 from bge_ds.modeling.encoder import Encoder, build_backbone
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
+from bge_ds.objectives import contrastive, retromae
 from bge_ds.training import setup
 
 
 class Engine:
-    """What `finetune.backward` asks of an engine, by plain torch: 16-bit weights, no optimizer's masters."""
+    """What `objectives.contrastive.backward` asks of an engine, by plain torch: 16-bit weights, no optimizer's masters."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -63,10 +63,10 @@ def ours_finetuning(place: Place, config, batch: collate.ContrastiveBatch, **fla
     torch.manual_seed(0)
     model = Encoder(build_backbone(AutoModel, config), pooling).to(place.device, place.dtype).train()
     setup.compile_layers(args, model.backbone)
-    engine, objective, optimizer = Engine(model), finetune.objective_of(args), optimizer_of(model, place)
+    engine, objective, optimizer = Engine(model), contrastive.objective_of(args), optimizer_of(model, place)
 
     def step() -> None:
-        finetune.backward(engine, batch, args, objective, lambda piece: torch.manual_seed(piece))
+        contrastive.backward(engine, batch, args, objective, lambda piece: torch.manual_seed(piece))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -174,11 +174,11 @@ def ours_pretraining(place: Place, config, batch: collate.PretrainBatch) -> Call
     torch.manual_seed(0)
     model = RetroMAE(build_backbone(AutoModelForMaskedLM, config), RetroMAESettings(4)).to(place.device, place.dtype).train()
     optimizer = optimizer_of(model, place)
-    targets = pretrain.divisors([batch], [pretrain.count_targets([batch])])[0]
+    targets = retromae.divisors([batch], [retromae.count_targets([batch])])[0]
     on_device = batch.to(place.device)
 
     def step() -> None:
-        pretrain.weighted(model(on_device), 0.1, targets).backward()
+        retromae.weighted(model(on_device), 0.1, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 

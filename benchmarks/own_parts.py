@@ -25,8 +25,8 @@ from bge_ds.data import collate
 from bge_ds.data.sampling import sampler
 from bge_ds.data.shards import shard_reader
 from bge_ds.distributed import collectives
-from bge_ds.finetune import contrastive_loss
 from bge_ds.losses import contrastive
+from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling.encoder import Encoder
 from bge_ds.modeling.flops import backbone_flops, linear_flops
 

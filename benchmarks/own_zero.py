@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from transformers import AutoModel, BertConfig
 
-from bge_ds import finetune
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
 from bge_ds.data.sampling.sampler import Order
@@ -26,7 +25,9 @@ from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives, communication_profile
 from bge_ds.kernels import packed
 from bge_ds.modeling.encoder import Encoder
+from bge_ds.objectives import contrastive
 from bge_ds.training import setup
+from bge_ds.training.step_plan import StepPlan
 
 
 def random_batch(asked: dict, vocabulary: int, rank: int) -> collate.ContrastiveBatch:
@@ -78,13 +79,13 @@ def measure(asked: dict) -> dict:
     before = resident(device)
     model = Encoder(AutoModel.from_config(shape, add_pooling_layer=False), "cls", normalize=True)
     rows = 1000 * asked["batch"] * world
-    plan = setup.StepPlan.make(args, Order(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
+    plan = StepPlan.make(args, Order(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
     engine, config = setup.build_engine(args, model, plan)
     elements = engines.count_elements(model)
     held = resident(device) - before
     forget_peak(device)  # of building: the steps' is what a run lives with
     batch = random_batch(asked, shape.vocab_size, rank).to(device)
-    objective, pace, seconds = finetune.objective_of(args), communication_profile.Pace(device), []
+    objective, pace, seconds = contrastive.objective_of(args), communication_profile.Pace(device), []
     engine.train()
     for step in range(asked["warmup"] + asked["steps"]):
         if step == asked["warmup"]:
@@ -92,7 +93,7 @@ def measure(asked: dict) -> dict:
         collectives.barrier()
         began = time.perf_counter()
         pace.begin()
-        finetune.backward(engine, batch, args, objective, lambda piece: None)
+        contrastive.backward(engine, batch, args, objective, lambda piece: None)
         engines.take_step(engine)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -107,11 +107,10 @@ def then(phase: str, function: Callable) -> Callable:
 
 def install() -> None:
     """Make the backend known and have bge_ds's runs use it; their phases: start, step, between, log, save, evaluate, end."""
-    from bge_ds import finetune, pretrain
     from bge_ds.deepspeed_engine import engine
     from bge_ds.distributed import communication_profile
     from bge_ds.evaluation import during_training
-    from bge_ds.training import metrics, resume, setup
+    from bge_ds.training import loop, metrics, recorder, resume
 
     dist.Backend.register_backend("strict", StrictGroup, devices=["cpu"])
     for name in OBJECTS:
@@ -121,7 +120,7 @@ def install() -> None:
     communication_profile.Pace.begin = then("step", communication_profile.Pace.begin)
     communication_profile.Pace.end = then("between", communication_profile.Pace.end)
     metrics.Meter.read = within(phases, "log", metrics.Meter.read)
-    setup.rates = within(phases, "log", setup.rates)
+    recorder.Recorder.rates = within(phases, "log", recorder.Recorder.rates)
     resume.Saver.save = within(phases, "save", resume.Saver.save)
     during_training.Evaluator.__call__ = within(phases, "evaluate", during_training.Evaluator.__call__)
-    finetune.finish, pretrain.publish = within(phases, "end", finetune.finish), within(phases, "end", pretrain.publish)
+    loop.place_model = within(phases, "end", loop.place_model)

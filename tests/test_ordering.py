@@ -11,7 +11,8 @@ import pytest
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import dataloader
 from bge_ds.data.sampling.sampler import Order
-from bge_ds.training import data_order, setup
+from bge_ds.training import data_order
+from bge_ds.training.step_plan import StepPlan
 
 LENGTHS = np.random.default_rng(2).integers(5, 60, 400)
 
@@ -171,11 +172,11 @@ def test_workers_load_every_mode(entries, flags, monkeypatch, tmp_path):
 def test_the_plan_of_batches_of_one_set():
     """Whole batches end an epoch; what fills none is said before the run, with the remedy."""
     args = arguments(*TWO, same_dataset_within_batch=True, num_train_epochs=2)
-    plan = setup.StepPlan.make(args, data_order.make_order(args, DATA))
+    plan = StepPlan.make(args, data_order.make_order(args, DATA))
     assert plan.total == 200 // 8 + 120 // 8 + 300 // 8
     args = arguments(*TWO, same_dataset_within_batch=True, num_train_epochs=1, per_device_train_batch_size=200)
     with pytest.raises(ValueError, match=r"no set's rows fill a batch of 200 in 1 epochs; lower --per_device_train_batch_size"):
-        setup.StepPlan.make(args, data_order.make_order(args, DATA))
+        StepPlan.make(args, data_order.make_order(args, DATA))
 
 
 def test_token_budgets_take_mixtures_and_refuse_grouping():

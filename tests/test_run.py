@@ -11,13 +11,13 @@ from bge_ds import finetune, preprocess, pretrain
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data.sampling.sampler import Order
 from bge_ds.data.sampling.token_batching import TokenOrder
-from bge_ds.training import setup
+from bge_ds.training.step_plan import StepPlan
 
 
 def plan(rows=100, batch=10, kind=FinetuneArguments, **flags):
     common = {"output_dir": "o", "train_data": "d", "model_name_or_path": "m"}
     args = kind.build(**common, **flags)
-    return setup.StepPlan.make(args, Order(0, ((0, rows),), batch))
+    return StepPlan.make(args, Order(0, ((0, rows),), batch))
 
 
 def test_epochs_and_shares():
@@ -45,15 +45,15 @@ def test_the_plan_of_a_token_budget():
     lengths = np.random.default_rng(0).integers(3, 40, 500)
     order = TokenOrder(Order(0, ((0, 500),), 1), lengths.__getitem__, 40, 100, 4)
     flags = {"output_dir": "o", "train_data": "d", "per_device_train_tokens": 100, "max_seq_length": 40}
-    planned = setup.StepPlan.make(PretrainArguments.build(**flags, num_train_epochs=3), order)
+    planned = StepPlan.make(PretrainArguments.build(**flags, num_train_epochs=3), order)
     assert planned.total == order.steps(3) and planned.epoch(planned.total) >= 3 > planned.epoch(planned.total - 1)
     saved = [step for step in range(1, planned.total + 1) if planned.saves(step)]
     assert len(saved) == 3 and saved[-1] == planned.total
     assert all(abs(order.epochs(step) - epoch) < 0.1 for epoch, step in enumerate(saved, start=1))
-    short = setup.StepPlan.make(PretrainArguments.build(**flags, max_steps=5), order)
+    short = StepPlan.make(PretrainArguments.build(**flags, max_steps=5), order)
     assert short.total == 5 and short.epoch(5) == pytest.approx(order.epochs(5))
     with pytest.raises(ValueError, match=r"500 rows do not fill one step .* lower --per_device_train_tokens"):
-        setup.StepPlan.make(
+        StepPlan.make(
             PretrainArguments.build(**flags, num_train_epochs=1, dataloader_drop_last=True),
             TokenOrder(order.line, order.lengths, 40, 100, 10**4),
         )

@@ -5,6 +5,7 @@ Shapes: T tokens of all texts, N texts, B queries, P passages of one rank's batc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,18 @@ class ContrastiveBatch(Movable):
         """`bounds` of as many pieces, which are this rank's own number or more."""
         return split_further(self.bounds or [0, self.texts.place_N.numel()], pieces)
 
+    def decodable(self) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(row of its group in the training data, role, token ids) of each text: the queries, then the passages."""
+        ids, owner = self.texts.split_ids(), {}
+        for query, group in enumerate(self.own_BG.tolist()):
+            owner |= {passage: query for passage in group if passage >= 0}
+        rows = self.rows_B.tolist()
+        for text, place in enumerate(self.texts.place_N.tolist()):
+            if text < self.queries:
+                yield rows[text], "query", ids[place]
+            else:
+                yield rows[owner[text - self.queries]], "passage", ids[place]
+
 
 @dataclass
 class PretrainBatch(Movable):
@@ -76,6 +89,10 @@ class PretrainBatch(Movable):
         runs = self.texts.runs
         inner = sum(n * max(0, length - 2) for n, length in runs)
         return self.masked_M.numel(), inner, sum(n for n, length in runs if length > 2)
+
+    def decodable(self) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(row of the training data, role, token ids) of each text, in packed order."""
+        yield from ((int(row), "text", ids) for row, ids in zip(self.rows_N.tolist(), self.texts.split_ids(), strict=True))
 
 
 def pack_ragged(texts: Lists) -> tuple[PackedTexts, np.ndarray]:

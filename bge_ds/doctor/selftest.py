@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModel, BertConfig
 
-from bge_ds import finetune
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
 from bge_ds.deepspeed_engine import ds_config as configs
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.kernels import packed
+from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling.encoder import Encoder, build_backbone
+from bge_ds.objectives import contrastive
 
 QUERIES, GROUP, VOCABULARY, SEED = 2, 2, 200, 7  # a rank's queries, passages of each
 REDUCED_BYTES = 16 << 20
@@ -50,7 +51,7 @@ def run(zero: dict, use_cpu: bool, timeout_s: int) -> dict:
     engine = build_engine(model, zero, world)
     engine.train()
     own = make_batch(range(rank * QUERIES, (rank + 1) * QUERIES)).to(device)
-    finetune.backward(engine, own, args, finetune.objective_of(args), lambda piece: None)
+    contrastive.backward(engine, own, args, contrastive.objective_of(args), lambda piece: None)
     engine.step()
     found = engines.full_parameters(engine)
     result = {"ranks": world, "stage": zero.get("stage", 0)}
@@ -104,7 +105,7 @@ def step_alone(model: Encoder, batch: collate.ContrastiveBatch, args: FinetuneAr
     """The weights after the whole batch's step by plain torch: no engine, no gather."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM, weight_decay=0.0)
     scale = torch.tensor(1 / args.temperature, device=batch.hashes_P.device)
-    loss = finetune.contrastive_loss(model(batch.texts), scale, batch, finetune.objective_of(args), cross_device=False).loss
+    loss = contrastive_loss(model(batch.texts), scale, batch, contrastive.objective_of(args), cross_device=False).loss
     loss.backward()
     optimizer.step()
     return {name: weight.detach().cpu() for name, weight in model.named_parameters()}

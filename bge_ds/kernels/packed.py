@@ -100,6 +100,10 @@ class PackedTexts(Movable):
         """What a rectangle of the same texts would hold."""
         return self.max_length * self.place_N.numel()
 
+    def split_ids(self) -> list[np.ndarray]:
+        """The token ids of each text, in packed order, on the host."""
+        return np.split(self.ids_T.cpu().numpy(), self.cu_seqlens[1:-1].cpu().numpy())
+
     def __reduce__(self):
         return _of_row, (_smallest(self.ids_T.numpy()), np.diff(self.cu_seqlens.numpy()), _smallest(self.place_N.numpy()))
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bge_ds.checkpoint import checkpoint
-from bge_ds.data.collate import ContrastiveBatch, PretrainBatch
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 
@@ -28,8 +26,8 @@ class SkippedSteps:
         self.limit, self.output, self.engine, self.tokenizer, self.say = limit, output, engine, tokenizer, say
         self.in_a_row = self.since_read = 0
 
-    def saw(self, step: int, applied: bool, loss: torch.Tensor, micro_batches: list) -> None:
-        """Step `step` is over; on every rank. loss: this rank's. Raises Diverged, on all ranks alike."""
+    def saw(self, step: int, applied: bool, losses: list[torch.Tensor], micro_batches: list) -> None:
+        """Step `step` is over; on every rank. losses: this rank's, 0-dim. Raises Diverged, on all ranks alike."""
         if applied:
             self.in_a_row = 0
             return
@@ -38,7 +36,7 @@ class SkippedSteps:
         if not self.engine.fp16_enabled():  # a loss scaler skips steps as it finds its scale
             self.say(f"step {step}: skipped, its loss or gradient is not finite ({self.in_a_row} in a row)")
         if self.limit and self.in_a_row >= self.limit:
-            self._stop(step, loss, micro_batches)
+            self._stop(step, losses, micro_batches)
 
     def keep(self) -> list[int]:
         """The counts, for a run that goes on from here."""
@@ -53,7 +51,7 @@ class SkippedSteps:
         self.since_read = 0
         return found | engines.skipped_steps(self.engine)
 
-    def _stop(self, step: int, loss: torch.Tensor, micro_batches: list) -> None:
+    def _stop(self, step: int, losses: list[torch.Tensor], micro_batches: list) -> None:
         file = self.output / FOLDER / f"step-{step:06d}-rank-{collectives.rank()}.jsonl"
         texts = f"Each rank's texts of this step are in {file.parent / f'step-{step:06d}-rank-*.jsonl'}"
         try:
@@ -61,7 +59,7 @@ class SkippedSteps:
         except OSError as error:  # a full disk must not hide why the run ends
             texts = f"The texts of this step could not be written to {file} ({error})"
         # Also the sign that every rank has written: one that leaves takes the others with it.
-        finite = collectives.gather_counts(int(torch.isfinite(loss.detach())), self.engine.device)
+        finite = collectives.gather_counts(int(torch.isfinite(torch.stack(losses)).all()), self.engine.device)
         where = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
         whose = f"the loss of rank {', '.join(where)} is not finite" if where else "the losses are finite, the gradient is not"
         last = checkpoint.newest(self.output)
@@ -78,22 +76,6 @@ def write_texts(file: Path, micro_batches: list, tokenizer) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as out:
         for micro, batch in enumerate(micro_batches):
-            for row, role, ids in texts_of(batch):
+            for row, role, ids in batch.decodable():
                 line = {"micro_batch": micro, "row": row, "role": role, "text": tokenizer.decode(ids)}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def texts_of(batch: ContrastiveBatch | PretrainBatch) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(row of the group or text in the training data, role, token ids) of each text of a batch, in the caller's order."""
-    texts = batch.texts
-    ids = np.split(texts.ids_T.cpu().numpy(), texts.cu_seqlens[1:-1].cpu().numpy())
-    if isinstance(batch, PretrainBatch):
-        yield from ((int(row), "text", text) for row, text in zip(batch.rows_N.tolist(), ids, strict=True))
-        return
-    rows, places = batch.rows_B.tolist(), texts.place_N.tolist()
-    owner = {passage: query for query, group in enumerate(batch.own_BG.tolist()) for passage in group if passage >= 0}
-    for text, place in enumerate(places):
-        if text < batch.queries:
-            yield rows[text], "query", ids[place]
-        else:
-            yield rows[owner[text - batch.queries]], "passage", ids[place]

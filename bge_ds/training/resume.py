@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bge_ds.checkpoint import checkpoint, optimizer_state
 from bge_ds.config.arguments import TrainArguments
+from bge_ds.config.run_config import with_values
 from bge_ds.distributed import collectives
 from bge_ds.training.data_order import split_weights
 from bge_ds.training.metrics import Meter, RunLog
 from bge_ds.training.nonfinite import SkippedSteps
 
+if TYPE_CHECKING:
+    from bge_ds.training.objective import Objective
+    from bge_ds.training.step_plan import StepPlan
 
-def take_up(args: TrainArguments) -> checkpoint.Taken | None:
+
+def take_up(objective: Objective) -> checkpoint.Taken | None:
     """The checkpoint that all ranks go on from, or None; the batch of a rank is set so that the global one stays.
 
     To be called on every rank after `engines.start`, before anything is derived from the batch.
     """
+    args = objective.args
     taken = checkpoint.take(args.resume_from_checkpoint, Path(args.output_dir))
     if taken is not None:
-        fit_batch(args, taken)
+        objective.args = fit_batch(args, taken)
     return taken
 
 
@@ -38,8 +45,8 @@ def asked_batch(args: TrainArguments, taken: checkpoint.Taken | None) -> dict[st
     return taken.state["asked"] if taken and taken.refitted else {flag: getattr(args, flag)}
 
 
-def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> None:
-    """Give each rank the share of the checkpoint's global batch that the number of ranks now leaves it.
+def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> TrainArguments:
+    """The arguments with the share of the checkpoint's global batch that the number of ranks now leaves each rank.
 
     Raises ValueError where the ranks cannot share it, where the command asks for another batch, and where the number of ranks
     decides more than the shares.
@@ -48,11 +55,11 @@ def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> None:
     ranks, before = collectives.world_size(), taken.state["ranks"]
     total, given = taken.state["agreement"].get(product), getattr(args, flag)
     if total is None:
-        return  # of another command or kind of batch, which the agreement will say
+        return args  # of another command or kind of batch, which the agreement will say
     if ranks != before and (reason := rank_dependence(args)):
         raise ValueError(f"{taken.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
     if given * ranks == total:
-        return
+        return args
     if given != taken.state["asked"].get(flag):
         raise ValueError(
             f"--{flag} {given} on {ranks} ranks makes a {words} of {given * ranks}, and {taken.path} was written with "
@@ -61,11 +68,11 @@ def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> None:
     if total % ranks:
         possible = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
         raise ValueError(f"{taken.path}: {ranks} ranks cannot share its {words} of {total} evenly; take {possible} ranks")
-    setattr(args, flag, total // ranks)
     taken.refitted = True
     taken.notes.append(
         f"resumed on {ranks} ranks ({before} before): --{flag} {given} -> {total // ranks} keeps the {words} of {total}"
     )
+    return with_values(args, **{flag: total // ranks})
 
 
 def rank_dependence(args: TrainArguments) -> str | None:
@@ -78,7 +85,7 @@ def rank_dependence(args: TrainArguments) -> str | None:
     return None
 
 
-def agreement(args: TrainArguments, shards, plan, names: tuple[str, ...]) -> dict:
+def agreement(objective: Objective, plan: StepPlan) -> dict:
     """What a resumed run must share with the stopped one to go on exactly as if it had not stopped.
 
     The number of ranks and the ZeRO stage are not among it: the batches are the same for any.
@@ -88,15 +95,16 @@ def agreement(args: TrainArguments, shards, plan, names: tuple[str, ...]) -> dic
         "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
         "mixing_temperature",
     )  # fmt: skip
+    args = objective.args
     flag, product, _ = _batch(args)
     return {
         "command": args.command,
-        "data_fingerprint": shards.fingerprint,
+        "data_fingerprint": objective.data.fingerprint,
         "train_weights": split_weights(args.train_data)[1],
         "total_steps": plan.total,
         product: getattr(args, flag) * collectives.world_size(),
         **({} if flag == "gradient_accumulation_steps" else {"gradient_accumulation_steps": args.gradient_accumulation_steps}),
-        **{name: getattr(args, name) for name in (*common, *names)},
+        **{name: getattr(args, name) for name in (*common, *objective.resume_names)},
     }
 
 
@@ -131,18 +139,21 @@ def restore_meter(meter: Meter, nonfinite: SkippedSteps, taken: checkpoint.Taken
         meter.go_on(meters[collectives.rank()])
 
 
-class Saver:
-    """Writes a run's checkpoints and counts the seconds. export(folder) writes the model.
+def copy_model(checkpoint_folder: Path, folder: Path) -> None:
+    """A checkpoint's model, which was checked when it was written, into an existing folder; on every rank."""
+    if collectives.rank() == 0:
+        checkpoint.copy_model(checkpoint_folder, folder)
 
-    publish: what is done with a checkpoint besides, its seconds included. started: of the run, by time.perf_counter.
-    """
+
+class Saver:
+    """Writes a run's checkpoints and counts the seconds. started: of the run, by time.perf_counter."""
 
     def __init__(
-        self, args: TrainArguments, engine, agreement: dict, asked: dict, export: Callable[[Path], float], log: RunLog,
-        meter: Meter, nonfinite: SkippedSteps, started: float, publish: Callable[[Path], object] | None = None,
+        self, objective: Objective, engine, agreement: dict, asked: dict, log: RunLog, meter: Meter, nonfinite: SkippedSteps,
+        started: float,
     ):  # fmt: skip
-        self.args, self.engine, self.agreement, self.asked, self.export = args, engine, agreement, asked, export
-        self.log, self.meter, self.nonfinite, self.started, self.publish = log, meter, nonfinite, started, publish
+        self.objective, self.args, self.engine, self.agreement, self.asked = objective, objective.args, engine, agreement, asked
+        self.log, self.meter, self.nonfinite, self.started = log, meter, nonfinite, started
         self.seconds = self.unwritten = 0.0
         self.saves = 0
 
@@ -150,12 +161,15 @@ class Saver:
         """Write checkpoint-`step`, on every rank; its time is not that of the steps."""
         began = time.perf_counter()
         saved = checkpoint.save(
-            self.engine, Path(self.args.output_dir), step, tokens_seen, self.agreement, self.export,
+            self.engine, Path(self.args.output_dir), step, tokens_seen, self.agreement,
+            partial(self.objective.save, self.engine),
             keep=self.args.save_total_limit, only_model=self.args.save_only_model, best=best, asked=self.asked,
             meter=self.meter.keep() | {"skipped": self.nonfinite.keep()},
         )  # fmt: skip
-        if self.publish is not None:
-            self.publish(saved.path)
+        if self.objective.publishes_checkpoints:
+            output = Path(self.args.output_dir)
+            place = partial(self.objective.place, output=output)
+            checkpoint.write_aside(output, partial(copy_model, saved.path), place)
         seconds = time.perf_counter() - began
         self.seconds, self.unwritten, self.saves = self.seconds + seconds, self.unwritten + seconds, self.saves + 1
         self.meter.leave_out(seconds)

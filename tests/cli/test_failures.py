@@ -25,7 +25,8 @@ SCRIPT = """
 import json, os, signal, sys, time
 import torch
 from bge_ds import finetune, pretrain
-from bge_ds.training import setup as run
+from bge_ds.objectives import contrastive, retromae
+from bge_ds.training import command as run, loop
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
 from bge_ds.health import failure_detector as watch
@@ -51,12 +52,12 @@ if moment == "join":
 elif moment == "rendezvous":
     at(torch.distributed, "init_process_group")
 elif moment == "data":
-    at(module, "open_data")
+    at({"finetune": contrastive, "pretrain": retromae}[command], "open_data")
 elif moment == "step":
-    at(run, "seed_step", 3)  # in the middle of a step, whose collectives the others wait in
+    at(loop, "seed_dropout", 3)  # in the middle of a step, whose collectives the others wait in
 elif moment == "save":
-    at(module, "write_model")
-sys.exit(run.command(module.train, kind.build(**flags)))
+    at({"finetune": contrastive.ContrastiveObjective, "pretrain": retromae.RetroMAEObjective}[command], "save")
+sys.exit(run.run_command(module.train, kind.build(**flags)))
 """
 
 

@@ -19,7 +19,7 @@ STEPS, SAVE_EVERY = 10, 3
 HOOK = """
 import os, signal, threading
 from pathlib import Path
-from bge_ds.training import setup as run
+from bge_ds.training import loop
 from bge_ds.checkpoint import checkpoint
 
 rank, moment, step, delay = {plan}
@@ -30,7 +30,7 @@ def kill_soon():
         mark.touch()
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-seed_step, save = run.seed_step, checkpoint.save
+seed_step, save = loop.seed_dropout, checkpoint.save
 
 def seed(seed, number, *more):
     if moment == "step" and number >= step:
@@ -42,7 +42,7 @@ def saves(engine, output_dir, number, *more, **named):
         kill_soon()
     return save(engine, output_dir, number, *more, **named)
 
-run.seed_step, checkpoint.save = seed, saves
+loop.seed_dropout, checkpoint.save = seed, saves
 """
 
 

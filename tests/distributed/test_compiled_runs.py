@@ -19,7 +19,7 @@ import json, sys
 sys.stderr = sys.stdout
 from torch._dynamo.utils import counters
 from bge_ds import finetune, pretrain
-from bge_ds.training import setup as run
+from bge_ds.training import command as run
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
 
@@ -27,7 +27,7 @@ leave, collectives.leave = collectives.leave, lambda: None
 commands = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
 for name, args in json.loads(sys.argv[1]):
     train, kind = commands[name]
-    status = run.command(train, kind.build(**args, use_cpu=True))
+    status = run.run_command(train, kind.build(**args, use_cpu=True))
     print("status", status, "graphs", counters["stats"]["unique_graphs"])
 collectives.leave = leave
 """

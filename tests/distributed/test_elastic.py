@@ -138,7 +138,7 @@ def fit(monkeypatch, ranks, kind=FinetuneArguments, before=2, asked=6, total=12,
     args = kind.build(output_dir="o", train_data="d", model_name_or_path="m", **flags)
     content = {"ranks": before, "agreement": {product: total}, "asked": {flag: asked}}
     taken = checkpoint.Taken(SimpleNamespace(__str__=lambda self: "c"), content, [])
-    resume.fit_batch(args, taken)
+    args = resume.fit_batch(args, taken)
     return getattr(args, flag), taken, resume.asked_batch(args, taken)
 
 

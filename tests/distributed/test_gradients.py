@@ -15,7 +15,7 @@ import torch
 from contrastive_reference import reference_loss
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import finetune, preprocess
+from bge_ds import preprocess
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
 from bge_ds.data.preprocess import validate
@@ -24,6 +24,7 @@ from bge_ds.data.sampling.token_batching import TokenOrder
 from bge_ds.data.shards import shard_reader
 from bge_ds.modeling.encoder import Encoder, load_backbone, pool, run_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
+from bge_ds.objectives import contrastive
 
 GROUPS, GROUP_SIZE, TEMPERATURE = 12, 3, 0.2
 BINS = 6  # of a step, where micro batches are cut by tokens
@@ -55,14 +56,15 @@ RANK_SCRIPT = """
 import json, sys
 import numpy as np, torch
 from transformers import AutoModelForMaskedLM
-from bge_ds import finetune, pretrain
+from bge_ds.objectives import contrastive, retromae
 from bge_ds.training import data_order as ordering, setup as run
+from bge_ds.training.step_plan import StepPlan
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import collate as batches
 from bge_ds.data.shards import shard_reader as shards
 from bge_ds.distributed import collectives
 from bge_ds.deepspeed_engine import engine as engines
-from bge_ds.losses import contrastive
+from bge_ds.losses.contrastive import Temperature
 from bge_ds.modeling.encoder import Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 import deepspeed
@@ -81,7 +83,7 @@ def gradients(engine):
     return out
 
 def engine_of(args, model, order):
-    return run.build_engine(args, model, run.StepPlan.make(args, order))[0]
+    return run.build_engine(args, model, StepPlan.make(args, order))[0]
 
 for case, flags in cases.items():
     data_path = bare_path if case == "bare_groups" else whole_path
@@ -102,9 +104,9 @@ for case, flags in cases.items():
         args = FinetuneArguments.build(**common, train_data=data_path, model_name_or_path=model_path, train_group_size=3,
                                        temperature=0.2, sentence_pooling_method="mean", **flags)
         model = Encoder.load(model_path, "mean")
-        finetune.freeze_and_checkpoint(model.backbone, args)
+        contrastive.freeze_and_checkpoint(model.backbone, args)
         if args.learnable_temperature:
-            model.temperature = contrastive.Temperature(0.2)
+            model.temperature = Temperature(0.2)
         data, collate, options = shards.open_folder(data_path), batches.collate_groups, dict(
             group_size=3, query_max_len=16, passage_max_len=40, distill=args.knowledge_distillation,
             max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
@@ -113,17 +115,17 @@ for case, flags in cases.items():
     engine = engine_of(args, model, order)
     parts = [collate(data, *rows, seed=order.seed, **options) for rows in order.micro_batches(0, accumulation, rank, world)]
     if "pretrain" in case:
-        (_, counts), = collectives.exchange_ahead([parts], pretrain.count_targets, engine.device)
-        targets = pretrain.divisors(parts, counts)
+        (_, counts), = collectives.exchange_ahead([parts], retromae.count_targets, engine.device)
+        targets = retromae.divisors(parts, counts)
     for micro, batch in enumerate(parts):
         if "pretrain" in case:
-            loss = pretrain.weighted(engine(batch), args.bow_loss_weight, targets[micro])
+            loss = retromae.weighted(engine(batch), args.bow_loss_weight, targets[micro])
             engine.backward(loss, scale_wrt_gas=False)
         else:
             (_, sizes), = collectives.exchange_ahead(
-                [[batch]], lambda micros: finetune.sizes_of(micros, args, case != "bare_groups"), engine.device)
+                [[batch]], lambda micros: contrastive.sizes_of(micros, args, case != "bare_groups"), engine.device)
             shares = [batches.Share(*numbers) for numbers in sizes if numbers]
-            finetune.backward(engine, batch, args, finetune.objective_of(args), lambda piece: None, shares or None)
+            contrastive.backward(engine, batch, args, contrastive.objective_of(args), lambda piece: None, shares or None)
         if micro < accumulation - 1:
             engine.step()
     found = gradients(engine)
@@ -195,7 +197,7 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
         own_only = {b for b in range(GROUPS) if rows[b] < 5}
     loss, _, by_content, by_margin = reference_loss(
         vectors[:GROUPS], vectors[GROUPS:], own, batch.hashes_P.tolist(), known, log_scale.exp()[0],
-        finetune.objective_of(args), teacher=batch.teacher_BG, sees=sees, own_only=own_only,
+        contrastive.objective_of(args), teacher=batch.teacher_BG, sees=sees, own_only=own_only,
     )  # fmt: skip
     # The case must hold a false negative, or hiding them would be tested by nothing.
     assert by_content > 0 if case == "cross_device" else by_content == 0 if case == "unmasked" else True

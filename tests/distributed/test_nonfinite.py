@@ -19,17 +19,18 @@ RANK_SCRIPT = """
 import json, sys
 import torch
 from bge_ds import finetune, pretrain
-from bge_ds.training import setup as run
+from bge_ds.objectives import contrastive
+from bge_ds.training import command, loop, setup
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
 from bge_ds.deepspeed_engine import engine as engines
 
 now, last = {"step": 0, "micro": 0}, []
-seed_step, take_step, build, backward = run.seed_step, engines.take_step, run.build_engine, finetune.backward
+seed_dropout, take_step, build, backward = loop.seed_dropout, engines.take_step, setup.build_engine, contrastive.backward
 
 def note_and_seed(seed, step, micro, piece=0):
     now.update(step=step, micro=micro)
-    seed_step(seed, step, micro, piece)
+    seed_dropout(seed, step, micro, piece)
 
 def poison(module, inputs, output):
     if now["step"] in plan["poisoned"] and now["micro"] == 0 and collectives.rank() == collectives.world_size() - 1:
@@ -51,13 +52,13 @@ def backward_or_last(engine, batch, args, objective, seed, shares):
         last[:] = [backward(engine, batch, args, objective, seed, shares)]
     return last[0]
 
-run.seed_step, run.build_engine, finetune.backward = note_and_seed, build_and_hook, backward_or_last
+loop.seed_dropout, setup.build_engine, contrastive.backward = note_and_seed, build_and_hook, backward_or_last
 engines.take_step = lambda engine: False if left_out() else take_step(engine)
 leave, collectives.leave = collectives.leave, lambda: None
 commands = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
 for plan in json.loads(sys.argv[1]):
     train, kind = commands[plan["name"]]
-    print("status", run.command(train, kind.build(**plan["args"], use_cpu=True)))
+    print("status", command.run_command(train, kind.build(**plan["args"], use_cpu=True)))
 collectives.leave = leave
 """
 

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from bge_ds.checkpoint import checkpoint
 
-# Both commands, each once to the end and once from the checkpoint in the middle, in one group of ranks. `finish` of the
+# Both commands, each once to the end and once from the checkpoint in the middle, in one group of ranks. `save` of the
 # whole runs also notes the live model's vectors, which the test holds against sentence-transformers'.
 RANK_SCRIPT = """
 import json, sys
@@ -21,18 +21,19 @@ import numpy as np
 from bge_ds import finetune, pretrain
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.distributed import collectives
+from bge_ds.objectives.contrastive import ContrastiveObjective
 
 folder, flags = sys.argv[1], json.loads(sys.argv[2])
-write = finetune.write_model
+write = ContrastiveObjective.save
 
-def write_and_note(engine, tokenizer, args, data, out):
-    ids = [data.passage(row) for row in range(6)]
+def write_and_note(self, engine, out):
+    ids = [self.data.passage(row) for row in range(6)]
     live = engine.module.encode_ids(ids).numpy()
     if collectives.rank() == 0:
         np.save(f"{folder}/live.npy", live)
-    return write(engine, tokenizer, args, data, out)
+    return write(self, engine, out)
 
-finetune.write_model = write_and_note
+ContrastiveObjective.save = write_and_note
 for name, train, kind in (("finetune", finetune.train, FinetuneArguments), ("pretrain", pretrain.train, PretrainArguments)):
     if name not in flags:
         continue

@@ -81,7 +81,8 @@ class Pace(timing.Pace):
         self.modes = ()
         super().end(tokens)
 
-finetune.Pace = pretrain.Pace = Pace
+from bge_ds.training import recorder
+recorder.Pace = Pace
 STEPS = int(sys.argv[2])
 for command, flags in json.loads(sys.argv[1]):
     train, kind = (finetune.train, FinetuneArguments) if command == "finetune" else (pretrain.train, PretrainArguments)

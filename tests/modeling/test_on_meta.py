@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import finetune, pretrain
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data.collate import ContrastiveBatch
 from bge_ds.kernels.packed import chunk_bounds, pack
@@ -25,6 +24,7 @@ from bge_ds.losses.contrastive import Temperature
 from bge_ds.modeling.compilation import fill_up
 from bge_ds.modeling.encoder import FAMILIES, Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
+from bge_ds.objectives import contrastive, retromae
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the GPU's way needs the triton package")
 
@@ -61,10 +61,10 @@ def test_a_step_of_pretraining_never_waits(tmp_path, family, objective):
     backbone = load_backbone(AutoModelForMaskedLM, str(path))
     model = RetroMAE(backbone, RetroMAESettings(mask_id=4, objective=objective)).to("meta").train()
     batch = make_batch([12, 3, 7, 12, 2, 21]).to("meta", non_blocking=True)
-    targets = pretrain.divisors([batch], [pretrain.count_targets([batch])])
+    targets = retromae.divisors([batch], [retromae.count_targets([batch])])
     with NoHostData(), NoBlockingCopies():
         losses_5 = model(batch)
-        pretrain.weighted(losses_5, 0.2, targets[0]).backward()
+        retromae.weighted(losses_5, 0.2, targets[0]).backward()
     assert losses_5.shape == (5,) and losses_5.device.type == "meta"
     assert all(p.grad is not None for p in model.decoder.parameters()) if model.decoder else True
 
@@ -134,7 +134,7 @@ def test_a_step_of_fine_tuning_never_waits(tmp_path, family, flags, precision):
     engine = PlainEngine(model.to("meta", torch.bfloat16 if args.bf16 else torch.float32).train())
     batch = contrastive_batch(4, 3, args.sub_batch_tokens).to("meta", non_blocking=True)
     with NoHostData(), NoBlockingCopies():
-        parts = finetune.backward(engine, batch, args, finetune.objective_of(args), lambda piece: None)
+        parts = contrastive.backward(engine, batch, args, contrastive.objective_of(args), lambda piece: None)
     assert parts.loss.device.type == "meta" and not parts.loss.shape
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

@@ -242,7 +242,7 @@ def test_decoder_starts_random_and_small():
 def test_a_head_from_scratch_starts_at_the_token_frequencies():
     """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible."""
     from bge_ds.data.ragged import Lists
-    from bge_ds.pretrain import start_at_frequencies
+    from bge_ds.objectives.retromae import start_at_frequencies
 
     class Rows(list):
         def texts(self, rows):

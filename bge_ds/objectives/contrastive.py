@@ -1,0 +1,318 @@
+"""Contrastive fine-tuning: queries against their own and all other passages of a batch.
+
+The loss gathers the passages of all ranks; GradCache takes a batch in pieces where asked.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from bge_ds import preprocess
+from bge_ds.checkpoint import filesystem
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.run_config import fill_from_shards
+from bge_ds.data import collate
+from bge_ds.data.collate import Share
+from bge_ds.data.preprocess import validate
+from bge_ds.data.shards import shard_reader
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.distributed import collectives
+from bge_ds.kernels import packed
+from bge_ds.losses import contrastive, grad_cache
+from bge_ds.losses.gather import contrastive_loss
+from bge_ds.modeling import export, lora
+from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
+from bge_ds.modeling.flops import backbone_flops
+from bge_ds.training import data_order
+from bge_ds.training.command import is_first_on_host, silent
+from bge_ds.training.objective import Objective, Values
+
+
+class ContrastiveObjective(Objective):
+    title = "fine-tuning"
+    resume_names = (
+        "train_group_size", "query_max_len", "passage_max_len", "negatives_cross_device", "use_inbatch_neg",
+        "temperature", "normalize_embeddings", "sentence_pooling_method", "mask_false_negatives", "sub_batch_size",
+        "sub_batch_tokens", "bidirectional", "false_negative_margin", "false_negative_margin_type", "learnable_temperature",
+        "knowledge_distillation", "kd_loss_type", "mrl_dims", "bidirectional_attention", "use_lora", "lora_rank",
+        "lora_alpha", "lora_dropout", "target_modules", "same_dataset_within_batch",
+        "max_example_num_per_dataset"
+    )  # fmt: skip
+
+    def __init__(self, args: FinetuneArguments):
+        if args.kernels == "fused":
+            raise ValueError(
+                "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out"
+            )
+        self.tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
+        self.data = open_data(args, self.tokenizer)
+        self.args: FinetuneArguments = fill_from_shards(args, self.data.manifest, _FROM_SHARDS)
+        self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
+        self.uniform = self.data.manifest["counts"]["groups_without_negatives"] == 0  # every group has negatives of its own
+        self.settings = objective_of(args)
+        check_vocabulary(self.model_config, self.tokenizer)
+        check_lengths(self.model_config, query_max_len=self.args.query_max_len, passage_max_len=self.args.passage_max_len)
+
+    def build_model(self, device: torch.device) -> nn.Module:
+        args = self.args
+        with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
+            model = Encoder.load(
+                args.model_name_or_path, args.sentence_pooling_method, args.normalize_embeddings,
+                config=self.model_config, cache_dir=args.cache_dir, bidirectional=args.bidirectional_attention,
+            )  # fmt: skip
+        if args.use_lora:
+            add_adapters(model.backbone, args)
+        if args.learnable_temperature:
+            model.temperature = contrastive.Temperature(args.temperature)
+        freeze_and_checkpoint(model.backbone, args)
+        return model
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        return model.backbone
+
+    def check(self) -> None:
+        args = self.args
+        check_comparable(args, self.data, self.uniform)
+        if args.knowledge_distillation:
+            check_teacher(args, self.data, self.uniform)
+        width = self.model_config.hidden_size
+        if args.mrl_dims and args.mrl_dims[-1] > width:
+            raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
+
+    def facts(self, runs: str) -> list[tuple[str, str]]:
+        args = self.args
+        ranks = collectives.world_size() if args.negatives_cross_device else 1
+        passages = args.per_device_train_batch_size * args.train_group_size * ranks
+        negatives = (passages if args.use_inbatch_neg else args.train_group_size) - 1
+        return [
+            ("model", f"{args.model_name_or_path}, runs {runs}"),
+            ("data", f"{len(self.data)} groups, {self.data.num_passages} passages"),
+            ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),
+            ("negatives", f"{'' if self.uniform else 'up to '}{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
+        ]
+
+    def warnings(self) -> list[str]:
+        found = []
+        if len(prompts := prompts_of(self.args, self.data)) > 2:
+            found.append(f"sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
+        if self.args.gradient_accumulation_steps > 1 and self.args.use_inbatch_neg:
+            found.append("accumulation adds no negatives; a larger batch on each rank does")
+        return found
+
+    def collate(self, seed: int) -> tuple[Callable, dict]:
+        args = self.args
+        return collate.collate_groups, dict(
+            seed=seed, group_size=args.train_group_size, query_max_len=args.query_max_len,
+            passage_max_len=args.passage_max_len, own_only_spans=own_only_spans(self.data),
+            distill=args.knowledge_distillation, max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
+        )  # fmt: skip
+
+    def counts_to_exchange(self, micro_batches: list) -> list[int]:
+        return sizes_of(micro_batches, self.args, self.uniform)
+
+    def shares(self, micro_batches: list, counts_R: list[list[int]]) -> list[list[Share] | None]:
+        """Of every micro batch, the shares of all ranks; None where they are all this rank's own."""
+        width = len(Share._fields)
+        return [
+            [Share(*counts[k * width : (k + 1) * width]) for counts in counts_R if counts] or None
+            for k in range(len(micro_batches))
+        ]
+
+    def backward(self, engine, batch, share: list[Share] | None, seed: Callable[[int], None]) -> Values:
+        parts = backward(engine, batch, self.args, self.settings, seed, share)
+        return {
+            "loss": parts.loss, "negatives": parts.negatives, "hidden_by_content": parts.by_content,
+            "hidden_by_margin": parts.by_margin, "scale": parts.scale, "queries": batch.queries,
+        }  # fmt: skip
+
+    def flops(self, model: nn.Module, batch) -> float:
+        return backbone_flops(model.backbone, batch.texts.runs)
+
+    def record(self, sums: dict[str, float], model: nn.Module, batch) -> dict[str, float]:
+        return {
+            "loss": sums["loss"] / sums["micro_batches"],
+            "negatives": sums["negatives"] / sums["queries"],
+            "false_negatives_hidden": sums["hidden_by_content"] / sums["queries"],
+            "margin_negatives_hidden": sums["hidden_by_margin"] / sums["queries"],
+            "temperature": sums["micro_batches"] / sums["scale"],
+        }
+
+    def evaluation(self, model: nn.Module) -> tuple[nn.Module, dict]:
+        args = self.args
+        return model, dict(
+            query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
+            query_prompt=args.query_instruction_for_retrieval or "",
+            passage_prompt=args.passage_instruction_for_retrieval or "",
+        )  # fmt: skip
+
+    def save(self, engine, folder: Path) -> float:
+        args, encoder = self.args, engine.module
+        weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
+        suffix = len(self.data.manifest["tokenizer"]["suffix_ids"])
+        ids = self.data.queries(np.arange(1)).cut(args.query_max_len, suffix).split()
+        ids += self.data.passages(np.arange(min(8, self.data.num_passages))).cut(args.passage_max_len, suffix).split()
+        live_ND = encoder.encode_ids(ids)
+
+        def write() -> float:
+            own = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
+            pooling, normalize = args.sentence_pooling_method, args.normalize_embeddings
+            if args.use_lora:
+                lora.save_adapter(encoder.backbone, own, folder / lora.FOLDER)
+                own = lora.merge(encoder.backbone, own)
+            export.save_model(encoder.backbone, own, self.tokenizer, folder)
+            prompts = prompts_of(args, self.data)
+            export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
+            return export.check_saved(folder, ids, live_ND, pooling, normalize, engines.precision(engine))
+
+        return collectives.on_first_rank(write)
+
+    def place(self, written: Path, output: Path) -> None:
+        """What makes the folder loadable is moved last."""
+        shutil.rmtree(output / lora.FOLDER, ignore_errors=True)  # an older run's would not fit this run's model
+        filesystem.merge_folder(written, output, last=export.ENTRY_FILES)
+
+
+_FROM_SHARDS = ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval")
+
+
+def open_data(args: FinetuneArguments, tokenizer) -> shard_reader.FinetuneShards:
+    """The shards, made from JSON lines where they must be."""
+    say = print if is_first_on_host() else silent
+    paths, weights = data_order.split_weights(args.train_data)
+    folders = preprocess.prepare_all(
+        "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
+        query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
+        query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
+        explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data, say=say,
+    )  # fmt: skip
+    return shard_reader.open_folders(folders)
+
+
+def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> dict[str, str]:
+    """The instructions of training under the names that they are saved by.
+
+    Where the folders of shards have different ones, each is saved as `query_SET` or `passage_SET`, SET being the name of its
+    first input file, and `query` or `passage` is empty.
+    """
+    prompts = {}
+    for kind in ("query", "passage"):
+        name = f"{kind}_instruction_for_retrieval"
+        prompts[kind] = getattr(args, name) or ""
+        if data.manifest[name] is None:
+            manifests = [reader.manifest for reader in data.readers]
+            sets = [Path(manifest["sources"][0]["path"]).name.split(".")[0] for manifest in manifests]
+            names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
+            prompts |= {f"{kind}_{of}": manifest[name] for of, manifest in zip(names, manifests, strict=True)}
+    return prompts
+
+
+def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
+    """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
+    bare = data.manifest["counts"]["groups_without_negatives"]
+    if not uniform and not args.use_inbatch_neg:
+        raise ValueError(
+            f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
+            "to compare their queries against; add negatives, drop those groups, or use in-batch negatives"
+        )
+    others = args.per_device_train_batch_size * (collectives.world_size() if args.negatives_cross_device else 1)
+    if args.use_inbatch_neg and others == 1 and (args.train_group_size == 1 or not uniform):
+        raise ValueError(
+            f"{' '.join(args.train_data)}: one query a batch and groups without negatives leave nothing to compare against; "
+            "raise --per_device_train_batch_size, or use several ranks with --negatives_cross_device"
+        )
+
+
+def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
+    """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
+    marked = [s for s in data.manifest["sources"] if Path(s["path"]).name.split(".")[0].endswith("no_in_batch_neg")]
+    return tuple((first, last) for first, last in (source["rows"] for source in marked))
+
+
+def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
+    """Refuse distillation from groups that lack a score or have nothing to distil from."""
+    what = f"{' '.join(args.train_data)}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
+    if (row := data.first_without_scores()) is not None:
+        raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
+    if not uniform:
+        raise ValueError(f"{what}, and {data.manifest['counts']['groups_without_negatives']} have no negatives; leave them out")
+
+
+def add_adapters(backbone: torch.nn.Module, args: FinetuneArguments) -> None:
+    lora.add_adapters(
+        backbone,
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        name_or_path=args.model_name_or_path,
+    )
+
+
+def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) -> None:
+    if args.fix_position_embedding:
+        for name, parameter in backbone.named_parameters():
+            if "position_embeddings" in name:
+                parameter.requires_grad_(False)
+    if args.gradient_checkpointing:
+        options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def sizes_of(micro_batches: list[collate.ContrastiveBatch], args: FinetuneArguments, uniform: bool) -> list[int]:
+    """The numbers of this rank's shares, which the others must know; none where they follow from the arguments."""
+    in_pieces = args.sub_batch_size or args.sub_batch_tokens
+    if uniform and not in_pieces and not args.bidirectional:
+        return []
+    return [number for batch in micro_batches for number in batch.share]
+
+
+def backward(
+    engine, batch: collate.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, seed,
+    shares: list[Share] | None = None,
+) -> contrastive.Parts:  # fmt: skip
+    """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k.
+
+    shares: of every rank; None where their numbers are all this rank's own (`sizes_of`).
+    """
+    texts, shares = batch.texts, shares or [batch.share] * collectives.world_size()
+    # Every rank makes as many passes as the one that needs most: under ZeRO-3 each forward is a collective.
+    bounds = batch.cut_into(max(share.pieces for share in shares))
+    pieces = packed.split(texts, bounds)
+    fixed_scale = torch.full((), 1 / args.temperature, device=texts.ids_T.device)
+    parts: list[contrastive.Parts] = []
+
+    def embed(k: int):
+        seed(k)
+        scale = engine.module.temperature() if args.learnable_temperature else fixed_scale
+        return engine(pieces[k]), scale
+
+    def loss(vectors_ND, scale):
+        vectors_ND = vectors_ND[texts.place_N]
+        parts.append(contrastive_loss(vectors_ND, scale, batch, objective, args.negatives_cross_device, shares))
+        return engines.all_or_nothing(parts[0].loss)
+
+    sizes = [last - first for first, last in pairwise(bounds)]
+    with engines.one_reduction(engine, len(pieces)) as run_backward:
+        grad_cache.backward(embed, sizes, loss, run_backward)
+    return parts[0].detached()
+
+
+def objective_of(args: FinetuneArguments) -> contrastive.Objective:
+    return contrastive.Objective(
+        in_batch=args.use_inbatch_neg,
+        bidirectional=args.bidirectional,
+        mask_false_negatives=args.mask_false_negatives,
+        margin=args.false_negative_margin,
+        relative=args.false_negative_margin_type == "relative",
+        distillation=args.kd_loss_type if args.knowledge_distillation else None,
+        dims=tuple(args.mrl_dims),
+        normalize=args.normalize_embeddings,
+        narrow=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+    )
