@@ -127,21 +127,21 @@ def line_to_loss() -> Picture:
     picture = Picture(364, "A line is checked, tokenized and stored in a shard; a step packs its rows and computes a loss")
     picture.text(8, 18, "ONCE: bge_ds.preprocess", "stage")
     middles = picture.row(28, 166, [
-        ("data/sources", ["finds the files, cuts", "them into segments"], "box"),
-        ("data/records", ["checks a line; errors", "name file and line"], "box"),
-        ("data/encoding", ["token ids, and words", "for masking"], "box"),
-        ("data/segments", ["writes each passage", "of a segment once"], "box"),
-        ("data/parts", ["manifest with the", "hash of every shard"], "box"),
+        ("input_files.py", ["finds the files, cuts", "them into segments"], "box"),
+        ("validate.py", ["checks a line; errors", "name file and line"], "box"),
+        ("tokenize.py", ["token ids, and words", "for masking"], "box"),
+        ("segment_writer.py", ["writes each passage", "of a segment once"], "box"),
+        ("merge.py", ["manifest with the", "hash of every shard"], "box"),
     ])  # fmt: skip
     picture.arrow((middles[-1], 120), (middles[-1], 152))
     picture.box(8, 152, WIDTH - 16, 48, "*shards on disk", ["Arrow streams and manifest.json"], "result")
     picture.text(8, 246, "EVERY TRAINING STEP", "stage")
     middles = picture.row(258, 138, [
-        ("data/order", ["(seed, epoch, step)", "-> rows"], "box"),
-        ("data/shards", ["memory-mapped", "rows"], "box"),
-        ("data/batches", ["one packed row:", "ids_T, cu_seqlens"], "box"),
-        ("data/loader", ["worker processes,", "pinned memory"], "box"),
-        ("modeling/encoder", ["packed forward:", "hidden_TD, emb_ND"], "work"),
+        ("sampler.py", ["(seed, epoch, step)", "-> rows"], "box"),
+        ("shard_reader.py", ["memory-mapped", "rows"], "box"),
+        ("collate.py", ["one packed row:", "ids_T, cu_seqlens"], "box"),
+        ("dataloader.py", ["worker processes,", "pinned memory"], "box"),
+        ("encoder.py", ["packed forward:", "hidden_TD, emb_ND"], "work"),
         ("*loss", ["contrastive.py or", "retromae.py"], "work"),
     ])  # fmt: skip
     picture.arrow((middles[1], 200), (middles[1], 258))
@@ -153,7 +153,7 @@ def embedding_to_gradient() -> Picture:
     picture = Picture(352, "Pieces are embedded, vectors gathered, the loss gives them gradients, pieces are computed again")
     picture.text(8, 18, "FORWARD", "stage")
     forward = picture.row(44, 166, [
-        ("modeling/encoder", ["packed forward", "of piece k"], "work"),
+        ("encoder.py", ["packed forward", "of piece k"], "work"),
         ("encoder.pool", ["one fp32 vector a", "text, normalised"], "work"),
         ("all_gather_rows", ["p_PD of all ranks,", "q_BD of this one"], "ranks"),
         ("linear_logsumexp", ["over other passages,", "no matrix of scores"], "work"),
@@ -166,7 +166,7 @@ def embedding_to_gradient() -> Picture:
     picture.row(218, 166, [
         ("engine", ["one reduction over the", "ranks, optimizer step"], "ranks"),
         ("encoder again", ["piece k with its graph:", "sum(emb_nD * grad_nD)"], "work"),
-        ("gradcache", ["grad_ND is cut", "into the pieces"], "box"),
+        ("grad_cache", ["grad_ND is cut", "into the pieces"], "box"),
         ("gather, backward", ["a row's gradients,", "summed over ranks"], "ranks"),
         ("loss.backward()", ["the gradient of", "each vector"], "work"),
     ], back=True)  # fmt: skip
