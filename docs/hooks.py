@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import io
 import os
 import posixpath
@@ -24,6 +23,7 @@ from mkdocs.structure.files import File
 from bge_ds import evaluate, preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
+from bge_ds.config.parser import groups_of
 from bge_ds.doctor import __main__ as doctor
 
 REPO = Path(__file__).resolve().parent.parent
@@ -97,31 +97,19 @@ def links_of_site(markdown: str, source: str, name: str) -> str:
 
 
 def flags() -> str:
-    shared = list(_groups(TrainArguments))
+    shared = groups_of(TrainArguments, own=True)
     parts = [
         "## bge_ds.pretrain and bge_ds.finetune",
         *(part for title, names in shared for part in (f"### {title}", _table(TrainArguments, names))),
     ]
     for kind in (PretrainArguments, FinetuneArguments):
         parts.append(f"## {kind.command} only")
-        for title, names in _groups(kind):
+        for title, names in groups_of(kind, own=True):
             parts += [f"### {title}"] * bool(title) + [_table(kind, names)]
     parts += ["## bge_ds.preprocess", *_preprocess()]
     parts += ["## bge_ds.evaluate", _argparse_table(evaluate.parser()._actions, "evaluate")]
     parts += ["## bge_ds.doctor", f"```text\n{_doctor_help()}\n```"]
     return "\n\n".join(parts) + "\n"
-
-
-def _groups(kind: type) -> list[tuple[str, list[str]]]:
-    """(title, names of flags) of a class's own flags: titles are the comments above groups of its fields."""
-    fields = {f.name for f in dataclasses.fields(kind) if f.init} & kind.__annotations__.keys()
-    groups: list[tuple[str, list[str]]] = [("", [])]
-    for line in inspect.getsource(kind).splitlines():
-        if title := re.fullmatch(r" {4}# (\w.*)", line):
-            groups.append((title[1], []))
-        elif (name := re.match(r" {4}(\w+): ", line)) and name[1] in fields:
-            groups[-1][1].append(name[1])
-    return [group for group in groups if group[1]]
 
 
 def _table(kind: type, names: list[str]) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 import bge_ds
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, changed, describe, parse, steps_from
+from bge_ds.config.parser import groups_of
+from bge_ds.config.run_config import with_values
 
 REQUIRED = {
     PretrainArguments: ["--output_dir", "out", "--train_data", "data"],
@@ -378,19 +380,40 @@ def test_a_missing_json_file(tmp_path, capsys):
 def test_help_explains_every_flag(cls, capsys):
     """`--help` is the reference of the flags: each has a text, refused ones do not clutter it."""
     assert all(f.metadata.get("help") for f in fields_of(cls).values())
-    with pytest.raises(SystemExit) as stop:
-        parse(cls, ["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{name}" in text for name in fields_of(cls))
+    shown = []
+    for words in (["--help", "all"], ["--help"]):
+        with pytest.raises(SystemExit) as stop:
+            parse(cls, words)
+        assert stop.value.code == 0
+        shown.append(capsys.readouterr().out)
+    text, short = shown
+    assert all(f"--{name} " in text for name in fields_of(cls))
     assert "push_to_hub" not in text and argparse.SUPPRESS not in text
+    # One spelling each, required flags first; the short help leaves the rare ones out and says so.
+    assert "--output-dir" not in text and "--normlized" not in text and short.index("Required:") < short.index("--seed")
+    rare = [name for name, f in fields_of(cls).items() if f.metadata.get("rare")]
+    assert len(rare) > 20 and not [name for name in rare if f"--{name} " in short]
+    assert f"--help all shows {len(rare)} more flags" in short
+    assert {name for name in fields_of(cls)} == {name for _, names in groups_of(cls) for name in names}
 
 
-def test_parsing_loads_neither_torch_nor_deepspeed():
+def test_parsed_arguments_cannot_be_assigned():
+    """What a run derives lives in copies: code that assigns would make the summary and the agreement lie."""
+    args = FinetuneArguments.build(output_dir="o", train_data=["d"], model_name_or_path="m")
+    with pytest.raises(dataclasses.FrozenInstanceError, match="seed"):
+        args.seed = 7
+    changed_args = with_values(args, seed=7)
+    assert (args.seed, changed_args.seed, changed_args.explicit) == (42, 7, args.explicit)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        changed_args.seed = 8
+
+
+def test_parsing_loads_nothing_heavy():
     """A typo is answered at once and on a machine without GPUs: parsing must not wait for torch."""
     code = (
         "import sys; from bge_ds.config.arguments import FinetuneArguments, parse\n"
         "parse(FinetuneArguments, '--output_dir o --train_data d --model_name_or_path m --seed 1'.split())\n"
-        "assert not {'torch', 'deepspeed'} & sys.modules.keys()"
+        "assert not {'torch', 'deepspeed', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()"
     )
     root = Path(bge_ds.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)

@@ -23,8 +23,8 @@ PAGES = sorted((REPO / "docs").glob("*.md"))
 GUIDES = [REPO / "README.md", *PAGES]
 WRITTEN = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")] + PAGES
 COMMANDS = {
-    "pretrain": lambda: parse(PretrainArguments, ["--help"]),
-    "finetune": lambda: parse(FinetuneArguments, ["--help"]),
+    "pretrain": lambda: parse(PretrainArguments, ["--help", "all"]),
+    "finetune": lambda: parse(FinetuneArguments, ["--help", "all"]),
     **{
         f"preprocess {name}": lambda name=name: preprocess._parser().parse_args([name, "--help"])
         for name in ("pretrain", "finetune", "merge", "inspect", "verify")

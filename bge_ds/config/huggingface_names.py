@@ -118,7 +118,7 @@ ACCEPTED: dict[str, tuple] = {
     "include_tokens_per_second": (True, False),
     "ray_scope": ("last",),
 }
-_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def accepted(name: str) -> tuple:
@@ -145,7 +145,7 @@ def _means(given: list[str], value: object) -> bool:
     if value is None or value == "" or value == []:
         return text in ("", "none", "null", "[]")
     if isinstance(value, bool):
-        return text in (_TRUE if value else _FALSE)
+        return text in (TRUE if value else FALSE)
     if isinstance(value, int | float):
         try:
             return float(text) == value

@@ -1,34 +1,79 @@
 """From a command line, or one JSON file, to an arguments dataclass.
 
-Built on transformers' `HfArgumentParser`, so that flags read as they do for its Trainer: `--bf16`, `--bf16 True`,
-`--no_use_inbatch_neg`, `--output-dir`. Three things are added: which settings the user gave (defaults alone never
-contradict anything), every name of ``training_arguments.py`` with its own answer, and a near match for a name that
-nobody knows. A user's mistake is one line on stderr and exit code 2, as argparse has it, but without pages of usage.
+Flags read as they do for transformers' Trainer: `--bf16`, `--bf16 True`, `--no_use_inbatch_neg`, `--output-dir`. Three things
+are added: which settings the user gave (defaults alone never contradict anything), an answer to every name of
+``huggingface_names.py``, and a near match for an unknown name. A user's mistake is one line on stderr and exit code 2, as
+argparse has it, without pages of usage. Nothing heavy is imported: `--help` and mistakes are answered at once.
 """
 
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import sys
+import types
+import typing
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-from transformers.hf_argparser import HfArgumentParser, string_to_bool
-
-from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted, refusal, refusal_of_newer
+from bge_ds.config.huggingface_names import ALIASES, FALSE, REFUSED, TRUE, accepted, refusal, refusal_of_newer
 
 Arguments = TypeVar("Arguments")
 _LOCAL_RANK = re.compile(r"--local[-_]rank(=.*)?")
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-class _Parser(HfArgumentParser):
+class _Formatter(argparse.HelpFormatter):
+    """One spelling of each flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest)}".rstrip()
+
+
+class _Help(argparse.Action):
+    """`--help` shows the flags that most runs need, `--help all` every one."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        rare = [action for action in parser._actions if getattr(action, "rare", False) and action.help != argparse.SUPPRESS]
+        if values is None:
+            for action in rare:
+                action.help = argparse.SUPPRESS
+            parser.epilog = f"--help all shows {len(rare)} more flags."
+        parser.print_help()
+        sys.exit(0)
+
+
+class _Parser(argparse.ArgumentParser):
     source = ""  # the JSON file that the flags came from, for messages
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {self.source}{message} (--help explains every flag)", file=sys.stderr)
         sys.exit(2)
+
+
+def groups_of(cls: type, own: bool = False) -> list[tuple[str, list[str]]]:
+    """(topic, names of its flags): a class attribute `topic_...` begins a topic. own: those of the class itself only.
+
+    Topics that the class adds come first; a field that it defines anew stays where it was.
+    """
+    found: list[tuple[str, list[str]]] = []
+    seen: set[str] = set()
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    for base in [cls] if own else [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
+        topics: list[tuple[str, list[str]]] = []
+        for name in inspect.get_annotations(base):
+            if name.startswith("topic_"):
+                topics.append((getattr(base, name), []))
+            elif name in names - seen and topics:
+                topics[-1][1].append(name)
+                seen.add(name)
+        found = topics + found
+    return [topic for topic in found if topic[1]]
 
 
 def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -54,14 +99,27 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
 
 def _build_parser(cls: type) -> _Parser:
     usage = f"deepspeed -m {cls.command} --flag value ... | deepspeed -m {cls.command} settings.json"
-    parser = _Parser([cls], usage=usage, description=cls.__doc__, allow_abbrev=False)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    parser = _Parser(
+        usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False
+    )  # fmt: skip
+    fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, typing.get_type_hints(cls)
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    topics = [("Required", required)]
+    topics += [(title, [name for name in names if name not in required]) for title, names in groups_of(cls)]
+    for title, names in topics:
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, fields[name], hints[name])
+    more = parser.add_argument_group("Help")
+    more.add_argument(
+        "--help", "-h", action=_Help, nargs="?", choices=["all"], default=argparse.SUPPRESS, help="the flags of most runs; all"
+    )  # fmt: skip
     hidden = {"default": argparse.SUPPRESS}
     for alias, (name, kind) in ALIASES.items():
         if name not in fields:
             continue
-        shape = {"type": string_to_bool, "nargs": "?", "const": True} if kind is bool else {"type": kind}
-        parser.add_argument(*_spellings(alias), dest=alias, help=f"another name of {name}", **shape, **hidden)
+        shape = {"type": to_bool, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+        parser.add_argument(*_spellings(alias), dest=alias, help=argparse.SUPPRESS, **shape, **hidden)
         if fields[name].default is True:
             off = {"dest": alias, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
             parser.add_argument(*_spellings(f"no_{alias}"), **off, **hidden)
@@ -71,6 +129,42 @@ def _build_parser(cls: type) -> _Parser:
             off = {"dest": name, "action": "store_const", "const": ["false"], "help": argparse.SUPPRESS}
             parser.add_argument(*_spellings(f"no_{name}"), **off, **hidden)
     return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
+    """The flag of a field, as transformers' HfArgumentParser has it: `X | None` as X, lists of one value or more."""
+    given = {key: value for key, value in field.metadata.items() if key not in ("help", "rare")}
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = str if str in options else options[0]
+        options = list(typing.get_args(hint))
+    shape: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+    if hint is bool:
+        shape |= {"type": to_bool, "nargs": "?", "const": True, "metavar": "True|False"}
+    elif typing.get_origin(hint) is Literal:
+        shape |= {"type": type(options[0]), "choices": options}
+    elif typing.get_origin(hint) is list:
+        shape |= {"type": options[0], "nargs": "+", "metavar": _METAVARS[options[0]]}
+    else:
+        shape |= {"type": hint, "metavar": _METAVARS[hint]}
+    if hint is bool and field.default is True:
+        shape["help"] += f" (default on; --no_{field.name} turns it off)"
+    elif field.default not in (None, False, "", dataclasses.MISSING):
+        shape["help"] += f" (default {str(field.default).replace('%', '%%')})"
+    if field.default is field.default_factory is dataclasses.MISSING:
+        shape["required"] = True
+    action = group.add_argument(*_spellings(field.name), dest=field.name, **shape | given)
+    action.rare = field.metadata.get("rare", False)
+    if hint is bool and field.default is True:
+        off = {"dest": field.name, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
+        group.add_argument(*_spellings(f"no_{field.name}"), default=True, **off)
+
+
+def to_bool(text: str) -> bool:
+    """True or False from the words that transformers takes for them."""
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in TRUE
 
 
 def _spellings(name: str) -> list[str]:

@@ -17,8 +17,8 @@ _Arguments = TypeVar("_Arguments", bound=TrainArguments)
 def with_values(args: _Arguments, **values: Any) -> _Arguments:
     """The same arguments with other values; what the user gave (`explicit`) stays what it was."""
     made = dataclasses.replace(args, **values)
-    object.__setattr__(made, "explicit", args.explicit)
-    return made
+    made.explicit = args.explicit
+    return made.frozen()
 
 
 def fill_from_shards(args: _Arguments, manifest: dict[str, Any], names: tuple[str, ...]) -> _Arguments:

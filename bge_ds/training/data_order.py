@@ -7,7 +7,6 @@ apart in any case: an entry's share is then divided over its files by their rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -129,7 +128,8 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
         max_per_span=getattr(args, "max_example_num_per_dataset", None),
         shuffle=args.train_sampling_strategy != "sequential",
     )
-    group = partial(LengthOrder, lengths=lengths_of(args, data)) if args.train_sampling_strategy == "group_by_length" else None
+    lengths = partial(_tokens, data, *args.text_lengths)
+    group = partial(LengthOrder, lengths=lengths) if args.train_sampling_strategy == "group_by_length" else None
     if not (same or weighted):
         line = one(seed=seed, spans=tuple(tuple(source["rows"]) for source in data.manifest["sources"]))
     else:
@@ -155,14 +155,8 @@ def _counts(sets: list[Set]) -> tuple[int, ...]:
     return counts
 
 
-def lengths_of(args: TrainArguments, data) -> Callable[[np.ndarray], np.ndarray]:
-    """rows -> tokens by which texts are grouped, cut as in training: of fine-tuning, the query's and first positive's."""
-    if args.command.endswith("finetune"):
-        return partial(_tokens, data, args.query_max_len, args.passage_max_len)
-    return partial(_tokens, data, args.max_seq_length)
-
-
 def _tokens(data, *longest_and_rows) -> np.ndarray:
+    """Tokens by which rows are grouped, cut as in training: of fine-tuning, the query's and first positive's."""
     *longest, rows_K = longest_and_rows
     return data.lengths(rows_K, *longest) if len(longest) == 2 else np.minimum(data.lengths(rows_K), longest[0])
 

@@ -56,7 +56,7 @@ def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> TrainArguments:
     total, given = taken.state["agreement"].get(product), getattr(args, flag)
     if total is None:
         return args  # of another command or kind of batch, which the agreement will say
-    if ranks != before and (reason := rank_dependence(args)):
+    if ranks != before and (reason := args.rank_dependence()):
         raise ValueError(f"{taken.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
     if given * ranks == total:
         return args
@@ -73,16 +73,6 @@ def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> TrainArguments:
         f"resumed on {ranks} ranks ({before} before): --{flag} {given} -> {total // ranks} keeps the {words} of {total}"
     )
     return with_values(args, **{flag: total // ranks})
-
-
-def rank_dependence(args: TrainArguments) -> str | None:
-    """Why another number of ranks, with the same global batches, would train otherwise; None: it would not."""
-    if args.command.endswith("finetune"):
-        if args.use_inbatch_neg and not args.negatives_cross_device:
-            return "without --negatives_cross_device a query's negatives are the passages of its own rank"
-    elif not args.average_tokens_across_devices and not args.per_device_train_tokens:
-        return "with --average_tokens_across_devices False the loss is a mean over each rank's own tokens"
-    return None
 
 
 def agreement(objective: Objective, plan: StepPlan) -> dict:

@@ -1,0 +1,292 @@
+"""The flags that every training command shares: what they mean, what they may be, and which settings exclude each other.
+
+Names are those of ``transformers.TrainingArguments`` wherever it has one; ``huggingface_names.py`` lists those of its names
+that are refused. Nothing here looks at disks, devices or ranks: whether a path exists is checked by whoever opens it, since N
+ranks would race to answer.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from bge_ds.config.validation import (
+    SCHEDULES,
+    check_conflicts,
+    check_data,
+    check_evaluation,
+    check_optimizer,
+    check_ranges,
+    choose,
+    count_or_share,
+    require,
+    writers,
+)
+
+
+def flag(default: Any, text: str, **extra: Any) -> Any:
+    """A field with its help text; `extra` goes to argparse. Percent signs in `text` are plain text."""
+    return field(default=default, metadata={"help": text.replace("%", "%%"), **extra})
+
+
+@dataclass(kw_only=True)
+class TrainArguments:
+    """What both commands share. Lengths are in tokens, batches in texts or groups, steps in optimizer steps."""
+
+    command: ClassVar[str] = "bge_ds"
+    epochs_and_steps: ClassVar[bool] = False  # whether save_steps adds to save_strategy epoch
+    per_device_train_tokens: ClassVar[int | None] = None  # a flag of pretrain alone
+
+    topic_model_and_data: ClassVar[str] = "Model and data"
+    output_dir: str = field(metadata={"help": "folder for the model, checkpoint-N/ and metrics.jsonl"})
+    train_data: list[str] = field(
+        metadata={"help": "shards made by bge_ds.preprocess, or JSON lines (file, folder or glob) to preprocess into a cache; "
+                  "several may be given, each as PATH or, for a share of the texts other than by its rows, PATH=WEIGHT"}
+    )  # fmt: skip
+    mixing_temperature: float | None = flag(
+        None,
+        "share of a set ~ rows ** (1 / this): 1 by rows, more favours small sets; unset: all texts once an epoch",
+        rare=True,
+    )
+    config_name: str | None = flag(None, "model configuration: name or folder, where it is not the model's own", rare=True)
+    tokenizer_name: str | None = flag(None, "tokenizer: name or folder, where it is not the model's own", rare=True)
+    cache_dir: str | None = flag(None, "folder for downloaded models and for shards made from JSON lines")
+    on_error: Literal["raise", "skip"] = flag(
+        "raise", "bad line of raw JSON lines: stop, or skip it, count it and list it", rare=True
+    )
+    verify_data: bool = flag(
+        True,
+        "compare each shard's hash with the manifest before training, once per host; False: sizes only, for terabytes",
+        rare=True,
+    )
+    kernels: Literal["auto", "torch", "fused"] = flag(
+        "auto", "which kernels: the best that runs here, plain torch, or fused or fail"
+    )
+    overwrite_output_dir: bool = flag(False, "train into an output_dir that is not empty; the checkpoints in it are removed")
+
+    topic_length_of_the_run: ClassVar[str] = "Length of the run"
+    per_device_train_batch_size: int = flag(
+        8, "texts (queries with their passages, for finetune) a rank takes in one micro batch"
+    )
+    gradient_accumulation_steps: int = flag(1, "micro batches in one optimizer step; adds no negatives")
+    num_train_epochs: float = flag(3.0, "passes over the data; a fraction ends within the last one")
+    max_steps: int = flag(-1, "optimizer steps of the whole run; overrides num_train_epochs unless -1")
+
+    topic_optimizer_and_schedule: ClassVar[str] = "Optimizer and schedule"
+    learning_rate: float = flag(5e-5, "peak learning rate")
+    lr_scheduler_type: str = flag("linear", "one of " + ", ".join(SCHEDULES))
+    lr_scheduler_kwargs: dict | str | None = field(
+        default=None, metadata={"rare": True, "help": "JSON object of further arguments of the schedule; parsed, it is a dict"}
+    )
+    warmup_steps: float = flag(0, "steps in which the learning rate rises from 0; below 1, a share of all steps")
+    optim: str = flag(
+        "adamw_torch_fused", "adamw_torch, adamw_torch_fused, or adamw_deepspeed: its FusedAdam on a GPU, CPUAdam on a CPU"
+    )
+    weight_decay: float = flag(0.0, "AdamW's weight decay; biases and norms have none")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients", rare=True)
+    adam_beta2: float = flag(0.999, "AdamW's decay of the mean of squared gradients", rare=True)
+    adam_epsilon: float = flag(1e-8, "AdamW's term against division by zero", rare=True)
+    max_grad_norm: float = flag(1.0, "largest norm of the whole gradient, longer ones are scaled down; 0: never")
+    max_nonfinite_steps: int = flag(
+        20,
+        "steps in a row with a loss or gradient that is not finite, each skipped and counted, that stop the run; 0: never",
+        rare=True,
+    )
+    average_tokens_across_devices: bool = flag(
+        True, "pretrain: mean over the tokens of all ranks, not mean of the ranks' means", rare=True
+    )
+
+    topic_precision_and_memory: ClassVar[str] = "Precision and memory"
+    bf16: bool = flag(False, "train in bfloat16, fp32 master weights")
+    fp16: bool = flag(False, "train in float16 with loss scaling, fp32 master weights")
+    tf32: bool | None = flag(
+        None, "TensorFloat-32 products on Ampere GPUs and later; unset: as torch has it", nargs="?", const=True, rare=True
+    )
+    gradient_checkpointing: bool = flag(False, "keep no activations, compute them again in the backward pass")
+    gradient_checkpointing_kwargs: dict | str | None = field(
+        default=None, metadata={"rare": True, "help": 'JSON object, {"use_reentrant": true|false}; parsed, it is a dict'}
+    )
+    torch_compile: bool = flag(
+        False, "compile the layers of a backbone that runs without padding; off, as no GPU has measured a gain yet", rare=True
+    )
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] | None = flag(
+        None, "with torch_compile: what compiles; unset: inductor; the others are for finding faults", rare=True
+    )
+    token_bucket: int | None = flag(
+        None,
+        "with torch_compile: rows are filled up to a multiple of so many tokens, each of which is compiled; unset: 1024",
+        rare=True,
+    )
+    torch_empty_cache_steps: int | None = flag(
+        None, "give the GPU's cached memory back every so many steps; unset: never", rare=True
+    )
+    use_cpu: bool = flag(False, "train on the CPU even where there is a GPU")
+
+    topic_logging: ClassVar[str] = "Logging"
+    logging_strategy: Literal["no", "steps", "epoch"] = flag("steps", "when a line goes to metrics.jsonl and the writers")
+    logging_steps: float = flag(10, "steps between two lines; below 1, a share of all steps")
+    logging_first_step: bool = flag(False, "log the first step too", rare=True)
+    logging_nan_inf_filter: bool = flag(True, "leave losses that are NaN or infinite out of the logged means", rare=True)
+    include_num_input_tokens_seen: str = flag(
+        "no",
+        "log the tokens trained on: no, all or non_padding (the same: nothing is padded)",
+        nargs="?",
+        const="all",
+        rare=True,
+    )
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = flag(
+        "passive", "level of the main rank's messages; passive: as the libraries have it", rare=True
+    )
+    log_level_replica: Literal["debug", "info", "warning", "error", "critical", "passive"] = flag(
+        "warning", "level of the other ranks' messages", rare=True
+    )
+    disable_tqdm: bool | None = flag(None, "show no progress bar", nargs="?", const=True, rare=True)
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": "writers of the metrics beside metrics.jsonl: none, all, tensorboard, wandb, csv"},
+    )
+    run_name: str | None = flag(None, "name of the run for the writers; unset: the name of output_dir", rare=True)
+    logging_dir: str | None = flag(None, "folder of the writers; unset: OUTPUT_DIR/runs", rare=True)
+
+    topic_saving_and_resuming: ClassVar[str] = "Saving and resuming"
+    save_strategy: str = flag(
+        "steps", "when a checkpoint is written: no, steps, epoch (at each epoch's end) or best (where an evaluation is)"
+    )
+    save_steps: float = flag(500, "steps between two checkpoints; below 1, a share of all steps")
+    save_total_limit: int | None = flag(None, "number of checkpoints kept, the best among them; unset: all")
+    save_only_model: bool = flag(False, "checkpoints hold the model alone: small, but no run resumes from them", rare=True)
+    resume_from_checkpoint: str | None = flag(
+        None, "checkpoint-N folder to go on from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
+    )
+
+    topic_evaluating: ClassVar[str] = "Evaluating"
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders in BEIR's form that are searched while training; the last step is evaluated always"},
+    )
+    eval_strategy: str = flag("no", "no, steps or epoch; with eval_data and unset: steps, or epoch where checkpoints are")
+    eval_steps: float | None = flag(None, "steps between two evaluations; below 1, a share of all steps; unset: save_steps")
+    eval_delay: float = flag(0.0, "steps (epochs, with eval_strategy epoch) before the first evaluation", rare=True)
+    eval_on_start: bool = flag(False, "evaluate the model as it is before the first step too", rare=True)
+    per_device_eval_batch_size: int = flag(
+        8, "full-length passages a rank encodes at a time; of shorter texts, more", rare=True
+    )
+    load_best_model_at_end: bool = flag(False, "the result is the best checkpoint's model, not the last step's")
+    metric_for_best_model: str | None = flag(
+        None, "what the best checkpoint is best by, such as dev_Recall@100; unset: nDCG@10, the mean over the sets", rare=True
+    )
+    greater_is_better: bool | None = flag(None, "True, as for every measure here", nargs="?", const=True, rare=True)
+
+    topic_randomness_and_order: ClassVar[str] = "Randomness and order"
+    seed: int = flag(42, "seed of initial weights, dropout and masks")
+    data_seed: int | None = flag(None, "seed of the order and choice of texts; unset: seed", rare=True)
+    full_determinism: bool = flag(False, "deterministic kernels only: slower, repeats to the bit", rare=True)
+    train_sampling_strategy: str = flag(
+        "random", "random (shuffled each epoch), sequential (the order of the data) or group_by_length", rare=True
+    )
+    group_by_length: bool = flag(
+        False, "batches of texts of similar length; the same as train_sampling_strategy group_by_length"
+    )
+
+    topic_loading: ClassVar[str] = "Loading"
+    dataloader_drop_last: bool = flag(False, "drop an epoch's last step where it is not full", rare=True)
+    dataloader_num_workers: int = flag(1, "processes a rank that build batches; 0: built between steps")
+    dataloader_prefetch_factor: int | None = flag(None, "batches that each worker holds ready; unset: 2", rare=True)
+    dataloader_pin_memory: bool = flag(True, "page-locked memory for faster copies to a GPU", rare=True)
+    dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = flag(
+        None, "how workers are started; unset: torch's default", rare=True
+    )
+
+    topic_ranks: ClassVar[str] = "Ranks"
+    deepspeed: str = flag(
+        "auto", "name of a config of ds_configs/ (zero0 ... zero3) or path of a JSON file; auto: zero1, or zero0 on one rank"
+    )
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = flag(
+        None, "unset: nccl on GPUs, gloo on CPUs", rare=True
+    )
+    ddp_timeout: int = flag(1800, "seconds that a rank waits for the others in a collective before it gives up", rare=True)
+    join_timeout: int = flag(60, "seconds that ranks wait for all others to start", rare=True)
+    local_rank: int = flag(-1, "set by the deepspeed launcher", rare=True)
+
+    explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
+
+    @classmethod
+    def build(cls, **values: Any) -> "TrainArguments":
+        """Arguments from field values, checked; `explicit` holds the names given. Raises ValueError."""
+        args = cls(**values)
+        args.explicit = frozenset(values)
+        args.check()
+        return args.frozen()
+
+    def frozen(self) -> "TrainArguments":
+        """Itself, from here on without assignments (`config/run_config.py` makes changed copies)."""
+        self.__dict__["_frozen"] = True
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_frozen" in self.__dict__:
+            raise dataclasses.FrozenInstanceError(f"{name} of parsed arguments cannot be assigned")
+        super().__setattr__(name, value)
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Tokens that a row's texts keep, in the order of the shards' columns."""
+        raise NotImplementedError
+
+    def rank_dependence(self) -> str | None:
+        """Why another number of ranks, with the same global batches, would train otherwise; None: it would not."""
+        raise NotImplementedError
+
+    @property
+    def save_every(self) -> int | float | None:
+        """Steps between checkpoints (see `steps_from`), or None where no step but an epoch's end writes one."""
+        both = self.epochs_and_steps and self.save_strategy == "epoch" and "save_steps" in self.explicit
+        return self.save_steps if self.save_strategy == "steps" or both else None
+
+    def asks(self, name: str) -> bool:
+        """Whether the user gave `name` a value other than its default: only that can contradict another setting."""
+        return name in self.explicit and getattr(self, name) != _default(self, name)
+
+    def check(self) -> None:
+        """Bring values into their final form and raise ValueError for any that is wrong or contradicts another."""
+        check_ranges(self)
+        for name in ("output_dir", "cache_dir", "logging_dir", "deepspeed", "resume_from_checkpoint"):
+            if isinstance(value := getattr(self, name), str) and value.startswith("~"):
+                setattr(self, name, str(Path(value).expanduser()))
+        require(self.output_dir, "--output_dir is empty; give a path")
+        check_data(self)
+        choose(self, "save_strategy", ("no", "steps", "epoch", "best"))
+        for name in ("warmup_steps", "logging_steps", "save_steps"):
+            setattr(self, name, count_or_share(name, getattr(self, name)))
+        seen = str(self.include_num_input_tokens_seen).lower()
+        self.include_num_input_tokens_seen = {"true": "all", "false": "no"}.get(seen, seen)
+        choose(self, "include_num_input_tokens_seen", ("no", "all", "non_padding"))
+        resume = str(self.resume_from_checkpoint or "false")
+        self.resume_from_checkpoint = {"true": "auto", "auto": "auto", "false": None, "none": None}.get(resume.lower(), resume)
+        self.report_to = writers(self.report_to)
+        check_optimizer(self)
+        check_evaluation(self)
+        check_conflicts(self)
+
+
+def steps_from(value: int | float, total_steps: int) -> int:
+    """Steps meant by a count-or-share field: a value below 1 is a share of `total_steps`, rounded up; else itself."""
+    return math.ceil(value * total_steps) if value < 1 else int(value)
+
+
+def describe(args: TrainArguments) -> list[tuple[str, Any]]:
+    """Every setting in effect as (name, value), in the order of the help."""
+    hidden = ("explicit", "local_rank")
+    return [(f.name, getattr(args, f.name)) for f in dataclasses.fields(args) if f.name not in hidden]
+
+
+def changed(args: TrainArguments) -> list[tuple[str, Any, Any]]:
+    """The settings in effect that differ from their default, as (name, value, default); required ones have none."""
+    rows = ((name, value, _default(args, name)) for name, value in describe(args))
+    return [row for row in rows if row[2] is not dataclasses.MISSING and row[1] != row[2]]
+
+
+def _default(args: "TrainArguments", name: str) -> Any:
+    (found,) = (f for f in dataclasses.fields(args) if f.name == name)
+    return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
