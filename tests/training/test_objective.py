@@ -14,7 +14,7 @@ from bge_ds import preprocess
 PROGRAM = helpers.REPO / "tests" / "programs" / "toy_objective.py"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_a_toy_objective_trains_checkpoints_and_resumes_exactly(tmp_path, stage):
     """Under 60 lines of its own, two ranks: losses and weights after a resume equal those of a run that was not stopped.
 
