@@ -70,7 +70,7 @@ def joined(texts: Iterator[str], tokenizer, least_tokens: int) -> Iterator[str]:
 
 def order_of(asked: dict, data: shard_reader.PretrainShards) -> sampler.Order:
     """The order of a run with --train_sampling_strategy sequential."""
-    spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
+    spans = tuple(source.rows for source in data.manifest.sources)
     return sampler.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
 
 

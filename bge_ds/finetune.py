@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bge_ds import preprocess
 from bge_ds.checkpoint import checkpoint, filesystem
 from bge_ds.config.arguments import FinetuneArguments, parse
 from bge_ds.data import collate
 from bge_ds.data.collate import Share
-from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess import prepare, validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -184,7 +183,7 @@ def open_data(args: FinetuneArguments, tokenizer) -> shard_reader.FinetuneShards
     """The shards, made from JSON lines where they must be; lengths and instructions not given are the shards'."""
     say = print if setup.is_first_on_host() else setup.silent
     paths, weights = data_order.split_weights(args.train_data)
-    folders = preprocess.prepare_all(
+    folders = prepare.prepare_all(
         "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
@@ -193,7 +192,7 @@ def open_data(args: FinetuneArguments, tokenizer) -> shard_reader.FinetuneShards
     data = shard_reader.open_folders(folders)
     for name in ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
         if name not in args.explicit:
-            setattr(args, name, data.manifest[name])
+            setattr(args, name, getattr(data.manifest, name))
     return data
 
 
@@ -207,22 +206,22 @@ def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> di
     for kind in ("query", "passage"):
         name = f"{kind}_instruction_for_retrieval"
         prompts[kind] = getattr(args, name) or ""
-        if data.manifest[name] is None:
+        if getattr(data.manifest, name) is None:
             manifests = [reader.manifest for reader in data.readers]
-            sets = [Path(manifest["sources"][0]["path"]).name.split(".")[0] for manifest in manifests]
+            sets = [Path(manifest.sources[0].path).name.split(".")[0] for manifest in manifests]
             names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
-            prompts |= {f"{kind}_{of}": manifest[name] for of, manifest in zip(names, manifests, strict=True)}
+            prompts |= {f"{kind}_{of}": getattr(manifest, name) for of, manifest in zip(names, manifests, strict=True)}
     return prompts
 
 
 def has_bare_groups(data: shard_reader.FinetuneShards) -> bool:
     """Whether some group has no negatives of its own: ranks may then bring different numbers of passages."""
-    return data.manifest["counts"]["groups_without_negatives"] > 0
+    return data.manifest.counts["groups_without_negatives"] > 0
 
 
 def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards, order, uniform: bool) -> None:
     """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
-    bare = data.manifest["counts"]["groups_without_negatives"]
+    bare = data.manifest.counts["groups_without_negatives"]
     if not uniform and not args.use_inbatch_neg:
         raise ValueError(
             f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
@@ -238,8 +237,8 @@ def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards,
 
 def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
     """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
-    marked = [s for s in data.manifest["sources"] if Path(s["path"]).name.split(".")[0].endswith("no_in_batch_neg")]
-    return tuple((first, last) for first, last in (source["rows"] for source in marked))
+    marked = [s for s in data.manifest.sources if Path(s.path).name.split(".")[0].endswith("no_in_batch_neg")]
+    return tuple((first, last) for first, last in (source.rows for source in marked))
 
 
 def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
@@ -248,7 +247,7 @@ def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, un
     if (row := data.first_without_scores()) is not None:
         raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
     if not uniform:
-        raise ValueError(f"{what}, and {data.manifest['counts']['groups_without_negatives']} have no negatives; leave them out")
+        raise ValueError(f"{what}, and {data.manifest.counts['groups_without_negatives']} have no negatives; leave them out")
 
 
 def add_adapters(backbone: torch.nn.Module, args: FinetuneArguments) -> None:
@@ -364,7 +363,7 @@ def write_model(engine, tokenizer, args: FinetuneArguments, data: shard_reader.F
     Returns the largest difference found (the same on every rank).
     """
     weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
-    suffix = len(data.manifest["tokenizer"]["suffix_ids"])
+    suffix = len(data.manifest.tokenizer.suffix_ids)
     ids = data.queries(np.arange(1)).cut(args.query_max_len, suffix).split()
     ids += data.passages(np.arange(min(8, data.num_passages))).cut(args.passage_max_len, suffix).split()
     encoder: Encoder = engine.module

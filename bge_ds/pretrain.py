@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import preprocess
 from bge_ds.checkpoint import checkpoint, filesystem
 from bge_ds.config.arguments import PretrainArguments, parse
 from bge_ds.data import collate
-from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess import prepare, validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -170,7 +169,7 @@ def train(args: PretrainArguments) -> None:
 def open_data(args: PretrainArguments, tokenizer) -> shard_reader.PretrainShards:
     """The shards, made from JSON lines where they must be; a length not given is the shards'."""
     paths, weights = data_order.split_weights(args.train_data)
-    folders = preprocess.prepare_all(
+    folders = prepare.prepare_all(
         "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
         max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter, explicit=args.explicit,
         cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data,
@@ -178,7 +177,7 @@ def open_data(args: PretrainArguments, tokenizer) -> shard_reader.PretrainShards
     )  # fmt: skip
     data = shard_reader.open_folders(folders)
     if "max_seq_length" not in args.explicit:
-        args.max_seq_length = data.manifest["max_seq_length"]
+        args.max_seq_length = data.manifest.max_seq_length
     return data
 
 
@@ -274,7 +273,7 @@ def write_model(engine, tokenizer, data: shard_reader.PretrainShards, max_seq_le
     """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors; on every rank."""
     weights = engines.full_parameters(engine)
     model: RetroMAE = engine.module
-    suffix = len(data.manifest["tokenizer"]["suffix_ids"])
+    suffix = len(data.manifest.tokenizer.suffix_ids)
     ids = data.texts(np.arange(min(8, len(data))))[0].cut(max_seq_length, suffix).split()
     live_ND = Encoder(model.model.base_model, "cls", normalize=False).encode_ids(ids)
 

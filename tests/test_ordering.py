@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import dataloader
 from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.shards.manifest_file import SourceEntry
 from bge_ds.training import data_order, setup
 
 LENGTHS = np.random.default_rng(2).integers(5, 60, 400)
@@ -23,10 +25,9 @@ class Data:
         self.folders, sources, first = [Path(f"f{k}") for k in range(len(folders))], [], 0
         for k, name in ((k, f"f{k}/{n}.jsonl") for k, sizes in enumerate(folders) for n in range(len(sizes))):
             size = folders[k][int(Path(name).stem)]
-            sources.append({"path": name, "rows": [first, first + size], "folder": k})
-            sources[-1] |= {} if skipped is None else {"skipped": skipped}
+            sources.append(SourceEntry(path=name, rows=(first, first + size), folder=k, skipped=skipped))
             first += size
-        self.manifest = {"sources": sources, "counts": {"skipped": skipped or 0}}
+        self.manifest = SimpleNamespace(sources=sources, counts={"skipped": skipped or 0})
 
     def lengths(self, rows_K, *longest):
         return LENGTHS[rows_K]

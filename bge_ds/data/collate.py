@@ -119,7 +119,7 @@ def collate_groups(
     own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
     max_texts, max_tokens: of a piece; both None for one piece.
     """
-    suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
+    suffix = len(shards.manifest.tokenizer.suffix_ids)
     pos, neg = shards.passage_rows(rows_B)
     chosen = choose_groups(pos.lengths, neg.lengths, group_size, seed, epochs_B, rows_B)
     taken_BG = np.concatenate([chosen[0][:, None], chosen[1]], 1) >= 0
@@ -160,7 +160,7 @@ def _taken(pos: Lists, neg: Lists, chosen: tuple[np.ndarray, np.ndarray]) -> np.
 
 def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int, encoder_share: float) -> PretrainBatch:
     """A `PretrainBatch` of the texts `rows_N` as visited in `epochs_N`. encoder_share: of the words masked."""
-    suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
+    suffix = len(shards.manifest.tokenizer.suffix_ids)
     ids, words = (part.cut(max_seq_length, suffix) for part in shards.texts(rows_N))
     texts, order = pack_ragged(ids)
     words_T = torch.from_numpy(words.take(order).values.astype(np.int64))

@@ -99,10 +99,10 @@ def sets_of(args: TrainArguments, data) -> list[Set]:
 def _files(data, most: int | None) -> list[tuple[int, Set]]:
     """(number of its folder, the file as a set) of each input file."""
     found = []
-    for source in data.manifest["sources"]:
-        rows = source["rows"][1] - source["rows"][0]
+    for source in data.manifest.sources:
+        rows = source.rows[1] - source.rows[0]
         kept = rows if most is None else min(rows, most)
-        found.append((source.get("folder", 0), Set(source["path"], (tuple(source["rows"]),), kept, source.get("skipped"))))
+        found.append((source.folder, Set(source.path, (source.rows,), kept, source.skipped)))
     return found
 
 
@@ -131,7 +131,7 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
     )
     group = partial(LengthOrder, lengths=lengths_of(args, data)) if args.train_sampling_strategy == "group_by_length" else None
     if not (same or weighted):
-        line = one(seed=seed, spans=tuple(tuple(source["rows"]) for source in data.manifest["sources"]))
+        line = one(seed=seed, spans=tuple(source.rows for source in data.manifest.sources))
     else:
         lines = [one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets)]
         turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, lines)), batch, lines[0].shuffle)
@@ -187,7 +187,7 @@ def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> s
         lines.append(f"{of.kept:>14,}{weight:>9}{share:>9}{texts_of / of.kept:>9.2f}  {of.name}{note}")
     if len(sets) > _SHOWN:
         lines.append(f"{'':>14}and {len(sets) - _SHOWN} more sets")
-    bad = data.manifest["counts"].get("skipped", 0)
+    bad = data.manifest.counts.get("skipped", 0)
     if bad and any(of.skipped is None for of in sets):
         lines.append(
             f"{'':>14}{bad:,} bad lines were dropped when the shards were made; their folder's skipped.jsonl lists them"

@@ -15,10 +15,10 @@ import torch
 from contrastive_reference import reference_loss
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import finetune, preprocess
+from bge_ds import finetune
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
-from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess import prepare, validate
 from bge_ds.data.sampling.sampler import Order
 from bge_ds.data.sampling.token_batching import TokenOrder
 from bge_ds.data.shards import shard_reader
@@ -156,10 +156,10 @@ def data(tmp_path_factory, tiny_bert_path):
     tokenizer = validate.load_tokenizer(str(tiny_bert_path))
     quiet = {"cache_dir": str(base / "cache"), "say": lambda _: None}
     groups = [
-        preprocess.prepare("finetune", str(base / f"{name}.jsonl"), tokenizer, query_max_len=16, passage_max_len=40, **quiet)
+        prepare.prepare("finetune", str(base / f"{name}.jsonl"), tokenizer, query_max_len=16, passage_max_len=40, **quiet)
         for name in ("groups", "bare")
     ]
-    pretrain = preprocess.prepare("pretrain", str(base / "texts.jsonl"), tokenizer, max_seq_length=40, **quiet)
+    pretrain = prepare.prepare("pretrain", str(base / "texts.jsonl"), tokenizer, max_seq_length=40, **quiet)
     return *groups, pretrain
 
 
@@ -170,7 +170,7 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     model = Encoder.load(str(model_path), "mean", attention="sdpa")
     model.backbone.double()
     opened = shard_reader.open_folder(folder)
-    order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), GROUPS)
+    order = Order(42, tuple(s.rows for s in opened.manifest.sources), GROUPS)
     epochs, rows = order.step_rows(0)
     batch = collate.collate_groups(
         opened,
@@ -213,7 +213,7 @@ def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bo
     for p in model.decoder.parameters() if model.decoder else ():
         p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
     opened = shard_reader.open_folder(folder)
-    order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), 12)
+    order = Order(42, tuple(s.rows for s in opened.manifest.sources), 12)
     epochs, rows = order.step_rows(0)
     if tokens:
         bins = TokenOrder(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)

@@ -21,8 +21,22 @@ from tqdm import tqdm
 from bge_ds import __version__
 from bge_ds.data.preprocess import corpus_index, input_files, merge, output_folder, segment_writer, validate
 from bge_ds.data.preprocess.input_files import Block, Source
+from bge_ds.data.preprocess.rows import BlockRows
 from bge_ds.data.preprocess.workers import Job, Settings, run_blocks
 from bge_ds.data.shards import shard_reader
+from bge_ds.data.shards.manifest_file import (
+    MANIFEST,
+    PART,
+    SCHEMA_VERSION,
+    SKIPPED,
+    Header,
+    Manifest,
+    Part,
+    PartSource,
+    TokenizerEntry,
+    read_part,
+    write_part,
+)
 
 SHOWN = 20  # skipped lines that are listed on the screen
 
@@ -56,7 +70,7 @@ def build(
     corpus_inputs: list[Source] | None = None,
     share: Share | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Manifest | Part:
     """Preprocesses inputs into the folder `output`, which appears when all is written. Returns the manifest.
 
     `num_proc` 0 means one process for each core this one may use; `shard_bytes` is a segment's bytes of the input. With
@@ -70,32 +84,27 @@ def build(
     run = _Run(inputs, corpus_inputs or [], settings, tokenizer, shard_bytes, share, num_proc)
     run.refuse_empty()
     with output_folder.new_folder(output, overwrite, run.job_hash(), say) as folder:
-        if not (folder / shard_reader.MANIFEST).exists() and not (share.of > 1 and (folder / shard_reader.PART).exists()):
+        if not (folder / MANIFEST).exists() and not (share.of > 1 and (folder / PART).exists()):
             run.write(folder, say)
             part = run.part(folder)
             if share.of == 1:
                 merge.assemble(folder, [folder], part)
             else:
                 corpus_index.remove_index(folder / segment_writer.JOURNAL)
-                merge.write_part(folder, part)
-        result = merge.finish(folder) if share.of == 1 else part_of(folder)
+                write_part(folder, part)
+        result = merge.finish(folder) if share.of == 1 else read_part(folder)
     if share.of == 1:
         tell(output, result, tokenizer.name, say)
     return result
 
 
-def part_of(folder: Path) -> dict[str, Any]:
-    """What a finished part is of."""
-    return orjson.loads((folder / shard_reader.PART).read_bytes())
-
-
-def tell(output: Path, manifest: dict[str, Any], tokenizer: str, say: Callable[[str], None]) -> None:
+def tell(output: Path, manifest: Manifest, tokenizer: str, say: Callable[[str], None]) -> None:
     """Says which lines were skipped, and whether the tokenizer knows the language."""
     for line in merge.shown_skipped(output, SHOWN):
         say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
-    counts = manifest["counts"]
+    counts = manifest.counts
     if counts["skipped"]:
-        say(f"skipped {counts['skipped']} lines in all, listed in {output / shard_reader.SKIPPED}")
+        say(f"skipped {counts['skipped']} lines in all, listed in {output / SKIPPED}")
     if counts["unknown_tokens"] > counts["tokens"] / 10:
         percent = 100 * counts["unknown_tokens"] / counts["tokens"]
         say(f"warning: {percent:.0f} % of the tokens are unknown to {tokenizer}: is it made for this language?")
@@ -122,7 +131,7 @@ class _Run:
     def plan(self) -> list[Any]:
         """All that decides the rows and their places, but for the bytes of the inputs."""
         settings = asdict(self.settings)
-        return [shard_reader.SCHEMA_VERSION, __version__, settings, self.tokenizer.fingerprint, self.cut, self.share.sample]
+        return [SCHEMA_VERSION, __version__, settings, self.tokenizer.fingerprint, self.cut, self.share.sample]
 
     def job_hash(self) -> str:
         """Tells whether what a killed run left can be gone on with: the same job on inputs that nobody touched."""
@@ -131,34 +140,33 @@ class _Run:
         inputs = [[source.identity() for source in group] for group in (self.inputs, self.corpus)]
         return xxhash.xxh3_128_hexdigest(orjson.dumps([plan, inputs, self.share.part, self.share.of]))
 
-    def part(self, folder: Path) -> dict[str, Any]:
-        """What `parts.merge` needs to know of a run beside its records."""
+    def part(self, folder: Path) -> Part:
+        """What `merge.merge` needs to know of a run beside its records."""
         core = self.tokenizer
-        named = {name: getattr(core, name) for name in ("name", "fingerprint", "vocab_size")}
-        named |= {"prefix_ids": list(core.prefix_ids), "suffix_ids": list(core.suffix_ids)}
-        header = {"kind": self.settings.kind, "bge_ds_version": __version__, "tokenizer": named, **self.settings.named()}
-        if self.share.sample:
-            header["sample"] = self.share.sample
-        listed = {
-            stage: [
-                {"path": source.name, "first_number": source.first_number}
-                | {"segments": segment_writer.count_segments(folder, stage, number)}
-                for number, source in enumerate(group)
+        tokenizer = TokenizerEntry(
+            name=core.name, fingerprint=core.fingerprint, vocab_size=core.vocab_size,
+            prefix_ids=list(core.prefix_ids), suffix_ids=list(core.suffix_ids),
+        )  # fmt: skip
+        header = Header(
+            kind=self.settings.kind, bge_ds_version=__version__, tokenizer=tokenizer, sample=self.share.sample or None,
+            **self.settings.named(),
+        )  # fmt: skip
+
+        def listed(stage: str, group: list[Source]) -> list[PartSource]:
+            counts = [segment_writer.count_segments(folder, stage, number) for number in range(len(group))]
+            return [
+                PartSource(path=source.name, first_number=source.first_number, segments=count)
+                for source, count in zip(group, counts, strict=True)
             ]
-            for stage, group in (("rows", self.inputs), ("corpus", self.corpus))
-        }
+
         # Times are left out: hosts may have copies of the inputs.
         sizes = [[source.name, source.num_bytes()] for source in (*self.inputs, *self.corpus)]
-        return {
-            "schema_version": shard_reader.SCHEMA_VERSION,
-            "part": self.share.part,
-            "of": self.share.of,
-            "plan": xxhash.xxh3_128_hexdigest(orjson.dumps([self.plan(), sizes])),
-            "on_error": self.settings.on_error,
-            "header": header,
-            "sources": listed["rows"],
-            "corpus": listed["corpus"],
-        }
+        return Part(
+            schema_version=SCHEMA_VERSION, part=self.share.part, of=self.share.of,
+            plan=xxhash.xxh3_128_hexdigest(orjson.dumps([self.plan(), sizes])),
+            on_error=self.settings.on_error, header=header,
+            sources=listed("rows", self.inputs), corpus=listed("corpus", self.corpus),
+        )  # fmt: skip
 
     def write(self, folder: Path, say: Callable[[str], None]) -> None:
         """Makes all segments of this run's share that have no record yet."""
@@ -201,7 +209,7 @@ class _Run:
         stage: str,
         group: list[Source],
         settings: Settings,
-        results: Iterable[tuple[Block, dict[str, Any]]],
+        results: Iterable[tuple[Block, BlockRows | None]],
         bar: Any,
     ) -> None:
         """Writes what the workers send, which comes in the order of the input."""
@@ -218,8 +226,8 @@ class _Run:
                     writer.finish()
                     writer = None
                     continue
-                if result["bad"] and settings.on_error == "raise":
-                    self._refuse(group[block.source], block, result["bad"][0], settings)
+                if result.bad and settings.on_error == "raise":
+                    self._refuse(group[block.source], block, result.bad[0], settings)
                 writer.add(result)
                 bar.update(block.advance)
         finally:

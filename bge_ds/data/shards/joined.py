@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import xxhash
 
 from bge_ds.data.ragged import Lists
+from bge_ds.data.shards.manifest_file import Manifest
 
 
 class Joined:
@@ -24,8 +25,8 @@ class Joined:
         self.folders = [folder for reader in readers for folder in reader.folders]
         first, *others = readers
         for reader in others:
-            for name, of in (("kind", str), ("tokenizer", lambda made: made["fingerprint"])):
-                if of(reader.manifest[name]) != of(first.manifest[name]):
+            for name, of in (("kind", lambda made: made.kind), ("tokenizer", lambda made: made.tokenizer.fingerprint)):
+                if of(reader.manifest) != of(first.manifest):
                     raise ValueError(
                         f"{first.folders[0]} and {reader.folders[0]} do not go together, each has a {name} of its own: give "
                         f"folders of one {name}, or preprocess again"
@@ -137,24 +138,27 @@ def _find(starts: list[int], row: int) -> int:
     return bisect_right(starts, row) - 1
 
 
-def _join_manifests(manifests: list[dict[str, Any]], starts: list[int]) -> dict[str, Any]:
+def _join_manifests(manifests: list[Manifest], starts: list[int]) -> Manifest:
     """One manifest in the form of a folder's; each source has its rows shifted and the `folder` (a number) it is of.
 
     Lengths are the smallest. An instruction that differs between the folders is None.
     """
-    joined = dict(manifests[0])
-    for name, value in manifests[0].items():
-        values = [manifest.get(name) for manifest in manifests]
-        if name.endswith("instruction_for_retrieval"):
-            joined[name] = value if all(other == value for other in values) else None
-        elif name in ("max_seq_length", "query_max_len", "passage_max_len"):
-            joined[name] = min(values)
-    names = dict.fromkeys(name for manifest in manifests for name in manifest["counts"])
-    joined["counts"] = {name: sum(manifest["counts"].get(name, 0) for manifest in manifests) for name in names}
-    joined["sources"] = [
-        {**source, "rows": [start + row for row in source["rows"]], "folder": k}
-        for k, (manifest, (start, _)) in enumerate(zip(manifests, pairwise(starts), strict=True))
-        for source in manifest["sources"]
+    changed: dict[str, Any] = {}
+    for name in ("max_seq_length", "query_max_len", "passage_max_len"):
+        changed[name] = min((getattr(made, name) for made in manifests), key=lambda length: length or 0)
+    for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
+        values = {getattr(made, name) for made in manifests}
+        changed[name] = values.pop() if len(values) == 1 else None
+    names = dict.fromkeys(name for made in manifests for name in made.counts)
+    sources = [
+        msgspec.structs.replace(source, rows=(start + source.rows[0], start + source.rows[1]), folder=k)
+        for k, (made, start) in enumerate(zip(manifests, starts, strict=False))
+        for source in made.sources
     ]
-    joined["shards"] = [entry for manifest in manifests for entry in manifest["shards"]]
-    return joined
+    return msgspec.structs.replace(
+        manifests[0],
+        **changed,
+        counts={name: sum(made.counts.get(name, 0) for made in manifests) for name in names},
+        sources=sources,
+        shards=[entry for made in manifests for entry in made.shards],
+    )
