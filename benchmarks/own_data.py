@@ -32,7 +32,7 @@ from sides import different_texts, open_lines
 
 from bge_ds import preprocess
 from bge_ds.data.preprocess import validate
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import manifest_file, shard_reader
 
 GROUP = 8
@@ -181,7 +181,7 @@ def time_reads(asked: dict) -> dict:
     return {"seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-def texts_of(data: shard_reader.FinetuneShards, rows: np.ndarray) -> Lists:
+def texts_of(data: shard_reader.FinetuneShards, rows: np.ndarray) -> RaggedArrays:
     """The first positive and 7 negatives of each group."""
     pos, neg = data.passage_rows(rows)
     passages = np.empty((len(rows), GROUP), np.int64)
@@ -222,12 +222,12 @@ def plan(asked: dict):
     import torch
 
     from bge_ds.data import collate
-    from bge_ds.data.sampling.sampler import Order
+    from bge_ds.data.sampling.sampler import EpochSampler
 
     torch.set_num_threads(1)
     data = shard_reader.open_folder(asked["shards"])
     spans = tuple(source.rows for source in data.manifest.sources)
-    order = Order(seed=42, spans=spans, global_batch=asked["batch"])
+    order = EpochSampler(seed=42, spans=spans, global_batch=asked["batch"])
     if isinstance(data, shard_reader.PretrainShards):
         options = {"seed": 42, "encoder_share": 0.3, "max_seq_length": data.manifest.max_seq_length}
         return order, collate.collate_texts, options

@@ -123,7 +123,7 @@ def _say_written(output: Path, manifest: Manifest) -> None:
 
 
 def main(argv: list[str] | None = None, alone: bool = False) -> int:
-    """The command. alone: the process loads no model after it, see `records.load_tokenizer`.
+    """The command. alone: the process loads no model after it, see `validate.load_tokenizer`.
 
     Returns the exit status: 0, or 2 after one line `error: ...` on stderr."""
     try:

@@ -11,7 +11,7 @@ import pytest
 
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import dataloader
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.sampler import EpochSampler
 from bge_ds.data.shards.manifest_file import SourceEntry
 from bge_ds.training import data_order, setup
 
@@ -108,7 +108,7 @@ def test_an_entry_without_rows_has_no_share():
 def test_without_a_mixture_the_order_is_that_of_earlier_versions():
     """Several folders are one line over all their files, as one folder's files are: a run of before goes on."""
     order = order_of(*MODES["plain"], most=70)
-    assert order == Order(42, ((0, 100), (100, 160), (160, 160), (160, 310)), 8, 70)
+    assert order == EpochSampler(42, ((0, 100), (100, 160), (160, 160), (160, 310)), 8, 70)
 
 
 def test_shares():

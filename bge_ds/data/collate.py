@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import masks
 from bge_ds.kernels.packed import Movable, PackedTexts, chunk_bounds, lay_out, split_further
@@ -78,7 +78,7 @@ class PretrainBatch(Movable):
         return self.masked_M.numel(), inner, sum(n for n, length in runs if length > 2)
 
 
-def pack_ragged(texts: Lists) -> tuple[PackedTexts, np.ndarray]:
+def pack_ragged(texts: RaggedArrays) -> tuple[PackedTexts, np.ndarray]:
     """As `kernels.packed.pack`, of arrays that lie end to end already."""
     order = np.argsort(texts.lengths, kind="stable")
     row = texts.take(order)
@@ -129,7 +129,7 @@ def collate_groups(
     if distill:
         teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
     passages = shards.passages(passages_P).cut(passage_max_len, suffix)
-    texts, _ = pack_ragged(Lists.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
+    texts, _ = pack_ragged(RaggedArrays.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
     hashes = shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64)
     known_BK = pos.starts[:, None] + np.minimum(np.arange(pos.lengths.max()), pos.lengths[:, None] - 1)
     own_only_B = np.zeros(len(rows_B), bool)
@@ -148,7 +148,7 @@ def collate_groups(
     )
 
 
-def _taken(pos: Lists, neg: Lists, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _taken(pos: RaggedArrays, neg: RaggedArrays, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """What is listed for the texts that `choose_groups` chose, shape (B, G), the positive first, 0 where there is none."""
     chosen_B, chosen_BN = chosen
     taken_BG = np.zeros((len(chosen_B), 1 + chosen_BN.shape[1]), pos.values.dtype)

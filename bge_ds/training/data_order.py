@@ -16,10 +16,10 @@ import numpy as np
 
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.config.validation import check_token_budget
-from bge_ds.data.sampling.length_grouping import WINDOW, LengthOrder
-from bge_ds.data.sampling.mixture import ByEpoch, ByWeight, Mixture, SetBatches, counts_of
-from bge_ds.data.sampling.sampler import Line, Order, mix64
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.length_grouping import WINDOW, LengthGroupedSampler
+from bge_ds.data.sampling.mixture import ByEpoch, ByWeight, MixtureSampler, SameDatasetBatchSampler, counts_of
+from bge_ds.data.sampling.sampler import EpochSampler, Sampler, mix64
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.distributed import collectives
 
 _SHOWN = 24  # sets in the table
@@ -116,7 +116,7 @@ def _apart(of: Set, files: list[Set]) -> list[Set]:
     return [replace(file, share=None if of.share is None else of.share * file.kept / of.kept) for file in files]
 
 
-def make_order(args: TrainArguments, data) -> Line | TokenOrder:
+def make_order(args: TrainArguments, data) -> Sampler | TokenBatchSampler:
     """What each step takes of the shards `data`: a number of texts, or of tokens where --per_device_train_tokens is given."""
     seed = args.seed if args.data_seed is None else args.data_seed
     micro_batches = args.gradient_accumulation_steps * collectives.world_size()
@@ -124,12 +124,16 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
     sets = sets_of(args, data)
     same, weighted = getattr(args, "same_dataset_within_batch", False), sets[0].share is not None
     one = partial(
-        Order,
+        EpochSampler,
         global_batch=batch,
         max_per_span=getattr(args, "max_example_num_per_dataset", None),
         shuffle=args.train_sampling_strategy != "sequential",
     )
-    group = partial(LengthOrder, lengths=lengths_of(args, data)) if args.train_sampling_strategy == "group_by_length" else None
+    group = (
+        partial(LengthGroupedSampler, lengths=lengths_of(args, data))
+        if args.train_sampling_strategy == "group_by_length"
+        else None
+    )
     if not (same or weighted):
         line = one(seed=seed, spans=tuple(source.rows for source in data.manifest.sources))
     else:
@@ -139,11 +143,11 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
             # Each set keeps a window, as sets take turns: of many sets, smaller ones.
             window = max(8, min(WINDOW, 1024 // len(sets)))
             lines = [group(line, whole_batches=not weighted, window=window) for line in lines] if group else lines
-            return SetBatches(seed, tuple(lines), turns, batch)
-        line = Mixture(seed, tuple(lines), turns, batch)
+            return SameDatasetBatchSampler(seed, tuple(lines), turns, batch)
+        line = MixtureSampler(seed, tuple(lines), turns, batch)
     if args.per_device_train_tokens is not None:
         check_token_budget(args)
-        return TokenOrder(line, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
+        return TokenBatchSampler(line, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
     return group(line) if group else line
 
 
@@ -167,15 +171,15 @@ def _tokens(data, *longest_and_rows) -> np.ndarray:
     return data.lengths(rows_K, *longest) if len(longest) == 2 else np.minimum(data.lengths(rows_K), longest[0])
 
 
-def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> str:
+def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps: int) -> str:
     """What the run takes of each set in `steps` steps: rows kept, dropped and why, weight, share of the texts, epochs."""
     sets = sets_of(args, data)
-    if isinstance(order, TokenOrder):
+    if isinstance(order, TokenBatchSampler):
         order, texts = order.line, round(order.epochs(steps) * len(order))
     else:
         texts = steps * order.global_batch
     # A plain order has the input files for its spans, and some of them may be empty.
-    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), Order)]
+    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), EpochSampler)]
     weights = sum(of.share or 0 for of in sets)
     lines = [f"{'kept':>14}{'weight':>9}{'share':>9}{'epochs':>9}  set"]
     for of, texts_of in list(zip(sets, taken, strict=True))[:_SHOWN]:
@@ -195,5 +199,5 @@ def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> s
     return "\n".join(lines)
 
 
-def _bare(order: Line) -> Line:
-    return order.line if isinstance(order, LengthOrder) else order
+def _bare(order: Sampler) -> Sampler:
+    return order.line if isinstance(order, LengthGroupedSampler) else order

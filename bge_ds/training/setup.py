@@ -18,9 +18,9 @@ import transformers
 from bge_ds.checkpoint import checkpoint, filesystem
 from bge_ds.config.arguments import TrainArguments, changed, describe, steps_from
 from bge_ds.data import dataloader
-from bge_ds.data.sampling.mixture import SetBatches
-from bge_ds.data.sampling.sampler import Line, mix64
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.mixture import SameDatasetBatchSampler
+from bge_ds.data.sampling.sampler import Sampler, mix64
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.deepspeed_engine import ds_config as configs
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -157,12 +157,12 @@ class StepPlan:
     eval_after: float = 0.0
 
     @classmethod
-    def make(cls, args: TrainArguments, order: Line | TokenOrder) -> StepPlan:
+    def make(cls, args: TrainArguments, order: Sampler | TokenBatchSampler) -> StepPlan:
         if args.max_steps > 0:
             total, epochs = args.max_steps, order.epochs(args.max_steps)
         else:
             total, epochs = order.steps(args.num_train_epochs, args.dataloader_drop_last), args.num_train_epochs
-        if total < 1 and isinstance(order, SetBatches):
+        if total < 1 and isinstance(order, SameDatasetBatchSampler):
             raise ValueError(
                 f"no set's rows fill a batch of {order.global_batch} in {args.num_train_epochs:g} epochs; lower "
                 "--per_device_train_batch_size or raise --num_train_epochs, or drop --same_dataset_within_batch"

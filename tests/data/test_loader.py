@@ -18,7 +18,7 @@ import torch
 from bge_ds import preprocess
 from bge_ds.data import dataloader
 from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts
-from bge_ds.data.sampling.sampler import Order, mix64
+from bge_ds.data.sampling.sampler import EpochSampler, mix64
 from bge_ds.data.shards import shard_reader
 from bge_ds.kernels import masks
 from bge_ds.kernels.packed import pack
@@ -54,8 +54,8 @@ def cut(ids, max_length, suffix):
     return ids if len(ids) <= max_length else np.concatenate([ids[: max_length - suffix], ids[len(ids) - suffix :]])
 
 
-def order_of(data) -> Order:
-    return Order(seed=3, spans=((0, 30), (30, len(data))), global_batch=8)
+def order_of(data) -> EpochSampler:
+    return EpochSampler(seed=3, spans=((0, 30), (30, len(data))), global_batch=8)
 
 
 def steps(folder, first=0, end=6, workers=0, context=None, rank=0, world=2, **more):
@@ -216,10 +216,10 @@ FAILING = """
 import sys
 from pathlib import Path
 from bge_ds.data import collate as batches, dataloader as loader
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.sampler import EpochSampler
 
 folder = Path(sys.argv[1])
-order = Order(seed=3, spans=((0, 60),), global_batch=8)
+order = EpochSampler(seed=3, spans=((0, 60),), global_batch=8)
 options = {"max_seq_length": 12, "encoder_share": 0.3}
 batches_of_steps = iter(loader.steps([folder], order, batches.collate_texts, first_step=0, end_step=50, accumulation=1, rank=0,
                                      world=1, workers=2, pin_memory=False, seed=3, **options))

@@ -19,8 +19,8 @@ from bge_ds import finetune
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
 from bge_ds.data.preprocess import prepare, validate
-from bge_ds.data.sampling.sampler import Order
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.sampler import EpochSampler
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.data.shards import shard_reader
 from bge_ds.modeling.encoder import Encoder, load_backbone, pool, run_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
@@ -170,7 +170,7 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     model = Encoder.load(str(model_path), "mean", attention="sdpa")
     model.backbone.double()
     opened = shard_reader.open_folder(folder)
-    order = Order(42, tuple(s.rows for s in opened.manifest.sources), GROUPS)
+    order = EpochSampler(42, tuple(s.rows for s in opened.manifest.sources), GROUPS)
     epochs, rows = order.step_rows(0)
     batch = collate.collate_groups(
         opened,
@@ -213,10 +213,10 @@ def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bo
     for p in model.decoder.parameters() if model.decoder else ():
         p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
     opened = shard_reader.open_folder(folder)
-    order = Order(42, tuple(s.rows for s in opened.manifest.sources), 12)
+    order = EpochSampler(42, tuple(s.rows for s in opened.manifest.sources), 12)
     epochs, rows = order.step_rows(0)
     if tokens:
-        bins = TokenOrder(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
+        bins = TokenBatchSampler(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
         assert len({len(rows) for _, rows in bins}) > 1  # micro batches of equal counts would hide a mean of means
         epochs, rows = (np.concatenate(parts) for parts in zip(*bins, strict=True))
     batch = collate.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40, encoder_share=0.3)

@@ -1,8 +1,8 @@
 """Inputs -> a folder of shards, segment by segment, so that it can be shared out, killed and gone on with.
 
 Memory holds some blocks and one segment's passages, whatever the input. Each segment that is finished has a record
-(`segments.py`); a run of the same job does only what has none, and the manifest is made of the records alone
-(`parts.py`). So the bytes of the result depend on the input and the settings, not on processes, parts or kills.
+(`segment_writer.py`); a run of the same job does only what has none, and the manifest is made of the records alone
+(`merge.py`). So the bytes of the result depend on the input and the settings, not on processes, parts or kills.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from bge_ds import __version__
 from bge_ds.data.preprocess import corpus_index, input_files, merge, output_folder, segment_writer, validate
 from bge_ds.data.preprocess.input_files import Block, Source
 from bge_ds.data.preprocess.rows import BlockRows
-from bge_ds.data.preprocess.workers import Job, Settings, run_blocks
+from bge_ds.data.preprocess.workers import Job, PreprocessSettings, run_blocks
 from bge_ds.data.shards import shard_reader
 from bge_ds.data.shards.manifest_file import (
     MANIFEST,
@@ -74,14 +74,14 @@ def build(
     """Preprocesses inputs into the folder `output`, which appears when all is written. Returns the manifest.
 
     `num_proc` 0 means one process for each core this one may use; `shard_bytes` is a segment's bytes of the input. With
-    a share of several parts the result is a part for `parts.merge`, and what is returned is what it is of. A killed run
+    a share of several parts the result is a part for `merge.merge`, and what is returned is what it is of. A killed run
     is gone on with by the same call. Raises ValueError that names file and line."""
     settings, tokenizer = job
-    settings.check(validate.Encoder(tokenizer, settings.word_segmenter))
+    settings.check(validate.BatchTokenizer(tokenizer, settings.word_segmenter))
     share = share or Share()
     if not num_proc:
         num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    run = _Run(inputs, corpus_inputs or [], settings, tokenizer, shard_bytes, share, num_proc)
+    run = _Build(inputs, corpus_inputs or [], settings, tokenizer, shard_bytes, share, num_proc)
     run.refuse_empty()
     with output_folder.new_folder(output, overwrite, run.job_hash(), say) as folder:
         if not (folder / MANIFEST).exists() and not (share.of > 1 and (folder / PART).exists()):
@@ -111,12 +111,12 @@ def tell(output: Path, manifest: Manifest, tokenizer: str, say: Callable[[str], 
 
 
 @dataclass
-class _Run:
+class _Build:
     """One call of `build`: what goes in, and the steps to the records of all its segments."""
 
     inputs: list[Source]
     corpus: list[Source]
-    settings: Settings
+    settings: PreprocessSettings
     tokenizer: validate.TokenizerCore
     cut: int
     share: Share
@@ -192,7 +192,7 @@ class _Run:
                 with contextlib.closing(results):
                     self._take(folder, stage, group, settings, results, bar)
 
-    def _blocks(self, folder: Path, stage: str, number: int, source: Source, settings: Settings) -> Iterator[Block]:
+    def _blocks(self, folder: Path, stage: str, number: int, source: Source, settings: PreprocessSettings) -> Iterator[Block]:
         done = segment_writer.finished(folder, stage, number, clean=settings.on_error == "raise")
         count = segment_writer.count_segments(folder, stage, number)
         mine = partial(self.share.takes, number)
@@ -208,7 +208,7 @@ class _Run:
         folder: Path,
         stage: str,
         group: list[Source],
-        settings: Settings,
+        settings: PreprocessSettings,
         results: Iterable[tuple[Block, BlockRows | None]],
         bar: Any,
     ) -> None:
@@ -234,7 +234,7 @@ class _Run:
             if writer is not None:
                 writer.abort()
 
-    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: Settings) -> None:
+    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: PreprocessSettings) -> None:
         before = block.before
         if before is None:
             before = input_files.lines_before(source, block.segment, self.cut, settings.input_columns())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bge_ds.data.shards.manifest_file import MANIFEST, PART, SKIPPED
 
-JOURNAL = "segments"  # the folder of what is known of each segment, see segments.py
+JOURNAL = "segments"  # the folder of what is known of each segment, see segment_writer.py
 
 
 @contextlib.contextmanager

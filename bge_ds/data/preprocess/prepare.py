@@ -13,17 +13,17 @@ import xxhash
 
 from bge_ds.data.preprocess import input_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import build
-from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, Settings
+from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, PreprocessSettings
 from bge_ds.data.shards import digests, integrity, shard_reader
 from bge_ds.data.shards.manifest_file import MANIFEST, SCHEMA_VERSION, Manifest, read_manifest
 
 
-def make_settings(kind: str, on_error: str = "raise", **given: Any) -> Settings:
-    """Settings of a kind, with the defaults of the trainers where a value is None."""
+def make_settings(kind: str, on_error: str = "raise", **given: Any) -> PreprocessSettings:
+    """PreprocessSettings of a kind, with the defaults of the trainers where a value is None."""
     values: dict[str, Any] = dict(LENGTHS[kind]) | {name: "" for name in INSTRUCTIONS[kind]}
     values |= dict.fromkeys(WORDS[kind], word_segmentation.NONE)
     values |= {name: value for name, value in given.items() if value is not None and name in values}
-    return Settings(kind=kind, on_error=on_error, **values)
+    return PreprocessSettings(kind=kind, on_error=on_error, **values)
 
 
 def prepare(
@@ -69,7 +69,7 @@ def prepare(
         if verify_data:
             integrity.check_hashes(Path(inputs[0]), base)
         return Path(inputs[0])
-    settings.check(validate.Encoder(core, settings.word_segmenter))
+    settings.check(validate.BatchTokenizer(core, settings.word_segmenter))
     found = input_files.find_sources(inputs)
     held = digests.of_sources(found, base)
     made_by = [SCHEMA_VERSION, core.fingerprint, word_segmentation.version(settings.word_segmenter)]
@@ -110,7 +110,7 @@ def _build_once(folder: Path, inputs: list[input_files.Source], job: Job, say: C
     return folder
 
 
-def check_fits(folder: Path, settings: Settings, core: validate.TokenizerCore, explicit: frozenset[str]) -> None:
+def check_fits(folder: Path, settings: PreprocessSettings, core: validate.TokenizerCore, explicit: frozenset[str]) -> None:
     """Raises ValueError where shards do not serve a run: another kind, tokenizer or instruction, or too short rows."""
     manifest = read_manifest(folder)
     if manifest.kind != settings.kind:
@@ -141,7 +141,7 @@ def check_fits(folder: Path, settings: Settings, core: validate.TokenizerCore, e
             )
 
 
-def _remedy(manifest: Manifest, settings: Settings, core: validate.TokenizerCore) -> str:
+def _remedy(manifest: Manifest, settings: PreprocessSettings, core: validate.TokenizerCore) -> str:
     flags = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.named().items() if value]
     inputs = " ".join(shlex.quote(source.path) for source in manifest.sources[:3])
     inputs = inputs if len(manifest.sources) <= 3 and manifest.kind == settings.kind else "PATH..."

@@ -5,21 +5,21 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards.manifest_file import Count, ShardEntry
 
 
 class TextRows(msgspec.Struct):
     """Texts of pre-training. words: of each token, the word (0, 1, 2, ...) of its text that it belongs to."""
 
-    ids: Lists
+    ids: RaggedArrays
     words: np.ndarray
 
 
 class PassageRows(msgspec.Struct):
     """Passages. hashes: uint64, xxh3_64 of each raw text."""
 
-    ids: Lists
+    ids: RaggedArrays
     hashes: np.ndarray
 
 
@@ -30,7 +30,7 @@ class GroupRows(msgspec.Struct):
     keys: the 128-bit hash of each. sent: bool, whether it comes with this block, in `passages`; the others came with an
     earlier block of the segment. passage_cuts: bool, whether each sent one was cut."""
 
-    queries: Lists
+    queries: RaggedArrays
     columns: list[tuple]
     keys: list[bytes] | None = None
     sent: np.ndarray | None = None

@@ -24,8 +24,8 @@ import pyarrow as pa
 from bge_ds.data.files import write_whole
 from bge_ds.data.preprocess import output_folder, validate
 from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, SegmentRecord, SkippedLine, TextRows
-from bge_ds.data.preprocess.workers import Settings
-from bge_ds.data.ragged import Lists
+from bge_ds.data.preprocess.workers import PreprocessSettings
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import shard_reader
 from bge_ds.data.shards.shard_writer import TableWriter
 
@@ -35,7 +35,9 @@ JOURNAL = output_folder.JOURNAL
 class SegmentWriter:
     """Takes the rows of a segment's blocks in order and writes its tables and its record."""
 
-    def __init__(self, folder: Path, source: int, segment: int, settings: Settings, tokenizer: validate.TokenizerCore) -> None:
+    def __init__(
+        self, folder: Path, source: int, segment: int, settings: PreprocessSettings, tokenizer: validate.TokenizerCore
+    ) -> None:
         self.folder, self.source, self.segment, self.settings, self.tokenizer = folder, source, segment, settings, tokenizer
         fields = shard_reader.schemas(settings.kind, tokenizer.vocab_size, settings.max_seq_length)
         tables = {"corpus": ("passages",), "by_id": ("groups",)}.get(settings.stage, tuple(fields))
@@ -56,16 +58,16 @@ class SegmentWriter:
         self.cut += block.cuts
         match block.rows:
             case TextRows(ids=ids, words=words):
-                self._write_ids("texts", ids, self._list_array("texts", "words", Lists(words, ids.lengths)))
+                self._write_ids("texts", ids, self._list_array("texts", "words", RaggedArrays(words, ids.lengths)))
             case PassageRows() as rows:
                 self._write_passages(rows)
             case GroupRows() as rows:
                 self._write_groups(rows, None if rows.keys is None else self._add_passages(rows))
 
-    def _list_array(self, table: str, column: str, rows: Lists) -> pa.ListArray:
+    def _list_array(self, table: str, column: str, rows: RaggedArrays) -> pa.ListArray:
         return shard_reader.list_array(*rows, self.writers[table].schema.field(column).type.value_type)
 
-    def _write_ids(self, table: str, ids: Lists, more: pa.Array) -> None:
+    def _write_ids(self, table: str, ids: RaggedArrays, more: pa.Array) -> None:
         self.writers[table].write([self._list_array(table, "ids", ids), more])
         self._count(ids.values)
 
@@ -80,7 +82,7 @@ class SegmentWriter:
         assert not (new & ~rows.sent).any(), "a worker left out a passage that no earlier block holds"
         keep, (values, lengths) = new[rows.sent], rows.passages.ids
         if keep.any():
-            kept = Lists(values[np.repeat(keep, lengths)], lengths[keep])
+            kept = RaggedArrays(values[np.repeat(keep, lengths)], lengths[keep])
             self._write_passages(PassageRows(kept, rows.passages.hashes[keep]))
         self.cut += int(rows.passage_cuts[keep].sum())
         return np.array([self.rows[key] for key in rows.keys], dtype=np.int64)
@@ -131,7 +133,7 @@ class SegmentWriter:
             writer.abort()
 
 
-def stage_of(settings: Settings) -> str:
+def stage_of(settings: PreprocessSettings) -> str:
     return "corpus" if settings.stage == "corpus" else "rows"
 
 

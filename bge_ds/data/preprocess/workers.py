@@ -25,19 +25,19 @@ import xxhash
 from bge_ds.data.preprocess import corpus_index, table_files, validate, word_segmentation
 from bge_ds.data.preprocess.input_files import Block
 from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, TextRows
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import shard_reader
 
 LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32, "passage_max_len": 128}}
 INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
 WORDS = {"pretrain": ("word_segmenter",), "finetune": ()}  # what decides words, which fine-tuning has no use for
 EMPTY = "{} is an empty text to this tokenizer: it gives no token"
-Line = tuple[int, dict[str, Any]]  # (number in its segment, what it holds)
+NumberedRecord = tuple[int, dict[str, Any]]  # (number in its segment, what it holds)
 SEEN_LIMIT = 500_000  # passages a worker remembers (about 60 MB); past it some are tokenised again, no row changes
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreprocessSettings:
     """All that decides the rows, beside the input itself: the trainers' own flag names."""
 
     kind: str
@@ -47,16 +47,16 @@ class Settings:
     passage_max_len: int = 0
     query_instruction_for_retrieval: str = ""  # put before each query as it is
     passage_instruction_for_retrieval: str = ""
-    word_segmenter: str = word_segmentation.NONE  # of pretrain: a name of `segmenting.SEGMENTERS`
+    word_segmenter: str = word_segmentation.NONE  # of pretrain: a name of `word_segmentation.SEGMENTERS`
     columns: tuple[tuple[str, str], ...] = ()  # (field, its name in the input)
     stage: str = "rows"  # "corpus": the lines are a corpus's passages; "by_id": groups that name those
 
     @property
     def form(self) -> str:
-        """What a line holds: a key of `records.KEYS`."""
+        """What a line holds: a key of `validate.KEYS`."""
         return self.kind if self.stage == "rows" else self.stage
 
-    def at_stage(self, stage: str) -> "Settings":
+    def at_stage(self, stage: str) -> "PreprocessSettings":
         """The same for another kind of lines, with the columns that those have."""
         return replace(self, stage=stage, columns=tuple(pair for pair in self.columns if pair[0] in validate.KEYS[stage]))
 
@@ -69,7 +69,7 @@ class Settings:
         """The lengths and instructions that belong to the kind, as the manifest keeps them."""
         return {name: getattr(self, name) for name in (*LENGTHS[self.kind], *INSTRUCTIONS[self.kind], *WORDS[self.kind])}
 
-    def check(self, encoder: validate.Encoder) -> None:
+    def check(self, encoder: validate.BatchTokenizer) -> None:
         """Raises ValueError for a length that leaves no room for text."""
         if self.kind == "pretrain":
             encoder.check_room(self.max_seq_length, "max_seq_length")
@@ -84,8 +84,8 @@ class Settings:
 class Worker:
     """Turns blocks into compact arrays. The blocks it is given come in the order of the input, others between them."""
 
-    def __init__(self, settings: Settings, tokenizer: validate.TokenizerCore, index: Path | None = None) -> None:
-        self.settings, self.encoder = settings, validate.Encoder(tokenizer, settings.word_segmenter)
+    def __init__(self, settings: PreprocessSettings, tokenizer: validate.TokenizerCore, index: Path | None = None) -> None:
+        self.settings, self.encoder = settings, validate.BatchTokenizer(tokenizer, settings.word_segmenter)
         self.id_type = shard_reader.id_type(tokenizer.vocab_size).to_pandas_dtype()
         self.seen: set[bytes] = set()
         self.segment: tuple[int, int] | None = None  # that `seen` belongs to
@@ -120,7 +120,7 @@ class Worker:
         """(number in the segment, line or row) of all that are not blank."""
         if block.is_arrow:
             try:
-                found: list[Any] = table_files.unpack(block.data)
+                found: list[Any] = table_files.from_bytes(block.data)
             except (ValueError, pa.ArrowException) as error:
                 found = [ValueError(f"the rows from here on cannot be decoded: {error}")]
             self._count_lines = len(found)
@@ -132,7 +132,7 @@ class Worker:
             if raw.strip():
                 yield number, raw
 
-    def _texts(self, found: list[Line]) -> tuple[list[int], list[tuple[int, str]], int, TextRows]:
+    def _texts(self, found: list[NumberedRecord]) -> tuple[list[int], list[tuple[int, str]], int, TextRows]:
         """As `_rows`; all texts as one array."""
         made = self.encoder.encode([record["text"] for _, record in found], self.settings.max_seq_length)
         if made.silent.any() and self.settings.on_error == "raise":
@@ -141,10 +141,10 @@ class Worker:
             return good, [(found[first][0], EMPTY.format('"text"'))], cuts, rows
         bad = [(number, EMPTY.format('"text"')) for (number, _), silent in zip(found, made.silent, strict=True) if silent]
         good = [number for (number, _), silent in zip(found, made.silent, strict=True) if not silent]
-        ids = Lists(made.ids.astype(self.id_type), made.lengths)
+        ids = RaggedArrays(made.ids.astype(self.id_type), made.lengths)
         return good, bad, int(made.cuts.sum()), TextRows(ids, made.words)
 
-    def _rows(self, found: list[Line]) -> tuple[list[int], list[tuple[int, str]], int, PassageRows | GroupRows]:
+    def _rows(self, found: list[NumberedRecord]) -> tuple[list[int], list[tuple[int, str]], int, PassageRows | GroupRows]:
         """(numbers of the good lines, the bad ones, texts cut, rows) of entries or groups; stops at a bad one as told."""
         form = self.settings.form
         take = {"finetune": self._group, "corpus": self._entry, "by_id": self._named_group}[form]
@@ -259,17 +259,17 @@ class Worker:
         made.passage_cuts = np.array([cut for _, _, cut in sent], dtype=bool)
         return made
 
-    def _join(self, lists: list[list[int]]) -> Lists:
+    def _join(self, lists: list[list[int]]) -> RaggedArrays:
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         flat = np.fromiter(itertools.chain.from_iterable(lists), dtype=self.id_type, count=int(lengths.sum()))
-        return Lists(flat, lengths)
+        return RaggedArrays(flat, lengths)
 
 
 _worker: Worker  # of this process, when it is a worker process
-Job = tuple[Settings, validate.TokenizerCore]
+Job = tuple[PreprocessSettings, validate.TokenizerCore]
 
 
-def _start(settings: Settings, tokenizer: validate.TokenizerCore, index: Path | None) -> None:
+def _start(settings: PreprocessSettings, tokenizer: validate.TokenizerCore, index: Path | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to report, once
     # A killed parent cannot stop its workers, and an idle worker would wait for its next block for ever.

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards.manifest_file import Manifest
 
 
@@ -46,7 +46,7 @@ class Joined:
     def num_passages(self) -> int:
         return self.passage_starts[-1]
 
-    def texts(self, rows_N: np.ndarray) -> tuple[Lists, ...]:
+    def texts(self, rows_N: np.ndarray) -> tuple[RaggedArrays, ...]:
         return self._collect(self.starts, rows_N, lambda k, rows: self.readers[k].texts(rows))
 
     def ids(self, row: int) -> np.ndarray:
@@ -60,17 +60,17 @@ class Joined:
     def lengths(self, rows_K: np.ndarray, *longest: int) -> np.ndarray:
         return self._gather(self.starts, rows_K, np.int64, lambda reader, rows: reader.lengths(rows, *longest))
 
-    def queries(self, rows_B: np.ndarray) -> Lists:
+    def queries(self, rows_B: np.ndarray) -> RaggedArrays:
         return self._collect(self.starts, rows_B, lambda k, rows: (self.readers[k].queries(rows),))[0]
 
-    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, ...]:
-        def ask(k: int, rows: np.ndarray) -> tuple[Lists, ...]:
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[RaggedArrays, ...]:
+        def ask(k: int, rows: np.ndarray) -> tuple[RaggedArrays, ...]:
             first = self.passage_starts[k]
             return tuple(part._replace(values=part.values + first) for part in self.readers[k].passage_rows(rows))
 
         return self._collect(self.starts, rows_B, ask)
 
-    def scores(self, rows_B: np.ndarray) -> tuple[Lists, ...]:
+    def scores(self, rows_B: np.ndarray) -> tuple[RaggedArrays, ...]:
         return self._collect(self.starts, rows_B, lambda k, rows: self.readers[k].scores(rows))
 
     def group(self, row: int) -> Any:
@@ -83,7 +83,7 @@ class Joined:
         k = _find(self.starts, row)
         return self.readers[k].notes(row - self.starts[k])
 
-    def passages(self, prows_K: np.ndarray) -> Lists:
+    def passages(self, prows_K: np.ndarray) -> RaggedArrays:
         return self._collect(self.passage_starts, prows_K, lambda k, rows: (self.readers[k].passages(rows),))[0]
 
     def passage(self, prow: int) -> np.ndarray:
@@ -108,8 +108,10 @@ class Joined:
             found_K[here] = ask(self.readers[k], rows_K[here] - starts[k])
         return found_K
 
-    def _collect(self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]) -> tuple[Lists, ...]:
-        """The tuple of `Lists` that each folder (by its number) answers for its rows, put together in the order asked."""
+    def _collect(
+        self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]
+    ) -> tuple[RaggedArrays, ...]:
+        """The `RaggedArrays` that each folder (by its number) answers for its rows, put together in the order asked."""
         here, answers = [], []
         for k, places in self._by_folder(starts, rows_K):
             here.append(places)
@@ -117,7 +119,7 @@ class Joined:
         if len(answers) == 1:
             return answers[0]
         back = np.argsort(np.concatenate(here))
-        return tuple(Lists.join(parts).take(back) for parts in zip(*answers, strict=True))
+        return tuple(RaggedArrays.join(parts).take(back) for parts in zip(*answers, strict=True))
 
     def _by_folder(self, starts: list[int], rows_K: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(folder, places in `rows_K` of its rows) of each folder that has one."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bge_ds.data.ragged import Lists, stretches
+from bge_ds.data.ragged import RaggedArrays, stretches
 from bge_ds.data.shards.manifest_file import ShardEntry
 
 MAPPED = 512  # shards of a table that stay mapped: bounds memory, and the maps a process may have
@@ -74,7 +74,7 @@ class _Shard:
         return (buffer.address - self.buffer.address) // itemsize if buffer else 0  # none: there is no value
 
 
-class Table:
+class MappedTable:
     """The shards of one table. Each is mapped when a row of it is first asked for, and the oldest maps are let go."""
 
     def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[ShardEntry]) -> None:
@@ -170,13 +170,13 @@ class Found(NamedTuple):
                 found[i] = values[a:b]
         return found
 
-    def lists(self, column: str) -> Lists:
+    def ragged(self, column: str) -> RaggedArrays:
         """The rows of a list column, copied together."""
         if len(self.parts) == 1:
             values, begin, end = self.parts[0].bounds(column)
             lengths = end - begin
-            return Lists(stretches(values, begin, lengths), lengths)
-        return Lists.of(self.views(column)) if self.parts else Lists(np.empty(0, np.int64), np.empty(0, np.int64))
+            return RaggedArrays(stretches(values, begin, lengths), lengths)
+        return RaggedArrays.of(self.views(column)) if self.parts else RaggedArrays(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def lengths(self, column: str) -> np.ndarray:
         """Values in each row of a list column, int64, shape K: differences of offsets, no value is read."""

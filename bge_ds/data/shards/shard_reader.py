@@ -7,7 +7,7 @@ A folder holds `manifest.json` and one or two tables, each cut into Arrow IPC fi
                groups    query: list<uint16|int32>, pos and neg: list<int64> rows of `passages`,
                          pos_scores and neg_scores: list<float32> or null, type and prompt: string or null
 
-A segment is a stretch of one input (`sources.py`), and its files are complete in themselves: `pos` and `neg` count from
+A segment is a stretch of one input (`input_files.py`), and its files are complete in themselves: `pos` and `neg` count from
 the first row of the segment's own passages, among which each text is stored once. So writing needs memory for one
 segment, and files are put together without touching them; the reader adds where a segment's passages begin. With a
 corpus (`--corpus`) the passages are the corpus's, and `pos` and `neg` are rows of the whole table.
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards.joined import Joined
 from bge_ds.data.shards.manifest_file import MANIFEST, Manifest, read_manifest
-from bge_ds.data.shards.memory_map import Table
+from bge_ds.data.shards.memory_map import MappedTable
 
 SHARD_BYTES = 256 << 20  # of the input, a segment
 
@@ -86,7 +86,7 @@ class _Shards:
         self.folder, self.manifest = folder, manifest
         self.fingerprint: str = manifest.fingerprint
         fields = schemas(manifest.kind, manifest.tokenizer.vocab_size, manifest.max_seq_length or 0)
-        self._tables = {name: Table(folder, name, schema, manifest.shards) for name, schema in fields.items()}
+        self._tables = {name: MappedTable(folder, name, schema, manifest.shards) for name, schema in fields.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_folder, (self.folder,)
@@ -109,12 +109,12 @@ class PretrainShards(_Shards):
     def __len__(self) -> int:
         return self._tables["texts"].rows
 
-    def texts(self, rows_N: np.ndarray) -> tuple[Lists, Lists]:
+    def texts(self, rows_N: np.ndarray) -> tuple[RaggedArrays, RaggedArrays]:
         """(token ids, special ones included, uint16 or int32; the word that each token belongs to) of texts, copied.
 
         Word numbers never fall, and each special token is a word of its own."""
         found = self._tables["texts"].find(rows_N)
-        return found.lists("ids"), found.lists("words")
+        return found.ragged("ids"), found.ragged("words")
 
     def ids(self, row: int) -> np.ndarray:
         """Token ids of one text, as a read-only view of its shard."""
@@ -149,24 +149,24 @@ class FinetuneShards(_Shards):
     def num_passages(self) -> int:
         return self._tables["passages"].rows
 
-    def queries(self, rows_B: np.ndarray) -> Lists:
+    def queries(self, rows_B: np.ndarray) -> RaggedArrays:
         """Token ids of each group's query, special tokens included, copied."""
-        return self._tables["groups"].find(rows_B).lists("query")
+        return self._tables["groups"].find(rows_B).ragged("query")
 
-    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[RaggedArrays, RaggedArrays]:
         """(positives, negatives) of each group: int64 rows of the passage table, copied. Negatives may be none."""
         found = self._tables["groups"].find(rows_B)
-        pos, neg = found.lists("pos"), found.lists("neg")
+        pos, neg = found.ragged("pos"), found.ragged("neg")
         if self._first_passage.any():
             first_B = self._first_passage_of(rows_B)
             for listed in (pos, neg):
                 listed.values[...] += np.repeat(first_B, listed.lengths)
         return pos, neg
 
-    def scores(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+    def scores(self, rows_B: np.ndarray) -> tuple[RaggedArrays, RaggedArrays]:
         """The teacher's scores (float32) of each group's positives and negatives; an empty array where there are none."""
         found = self._tables["groups"].find(rows_B)
-        return found.lists("pos_scores"), found.lists("neg_scores")
+        return found.ragged("pos_scores"), found.ragged("neg_scores")
 
     def group(self, row: int) -> Group:
         """The group of one input line."""
@@ -204,9 +204,9 @@ class FinetuneShards(_Shards):
                     return first + start + int(min(nulls))
         return None
 
-    def passages(self, prows_K: np.ndarray) -> Lists:
+    def passages(self, prows_K: np.ndarray) -> RaggedArrays:
         """Token ids of passages, special tokens included, copied."""
-        return self._tables["passages"].find(prows_K).lists("ids")
+        return self._tables["passages"].find(prows_K).ragged("ids")
 
     def passage(self, prow: int) -> np.ndarray:
         """Token ids of one passage, as a read-only view of its shard."""
