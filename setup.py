@@ -68,6 +68,7 @@ setup(
         "xxhash",
         "zstandard",
         "filelock",
+        "msgspec",
         "tqdm",
         "safetensors",
         "ir-measures",

@@ -26,13 +26,14 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from sides import different_texts, open_lines
 
 from bge_ds import preprocess
 from bge_ds.data.preprocess import validate
-from bge_ds.data.ragged import Lists
-from bge_ds.data.shards import shard_reader, shard_writer
+from bge_ds.data.ragged import RaggedArrays
+from bge_ds.data.shards import manifest_file, shard_reader
 
 GROUP = 8
 
@@ -87,7 +88,7 @@ def time_command(asked: dict) -> dict:
     seconds = time.perf_counter() - began
     if failed:
         raise SystemExit(f"preprocess ended with status {failed}")
-    return {"seconds": seconds, "counts": shard_reader.read_manifest(target)["counts"]}
+    return {"seconds": seconds, "counts": manifest_file.read_manifest(target).counts}
 
 
 def time_bare(asked: dict) -> dict:
@@ -111,18 +112,18 @@ def time_bare(asked: dict) -> dict:
 def link_shards(asked: dict) -> dict:
     """As if that much input had been preprocessed: every shard is whole, and its rows are read like any other's."""
     source, target = Path(asked["shards"]), Path(asked["target"])
-    manifest = shard_reader.read_manifest(source)
-    entry, size = manifest["shards"][0], 0
+    manifest = manifest_file.read_manifest(source)
+    entry, size = manifest.shards[0], 0
     entries = []
     while size < asked["bytes"]:
         k = len(entries)
-        entries.append(entry | {"file": f"texts-00000-{k:06d}.arrow", "source": 0, "segment": k})
-        os.link(source / entry["file"], target / entries[-1]["file"])
-        size += entry["bytes"]
-    rows = entry["rows"] * len(entries)
-    made = {key: value for key, value in manifest.items() if key not in ("schema_version", "fingerprint")}
-    made |= {"shards": entries, "sources": [manifest["sources"][0] | {"rows": [0, rows]}]}
-    shard_writer.write_manifest(target, made | {"counts": manifest["counts"] | {"texts": rows}})
+        entries.append(msgspec.structs.replace(entry, file=f"texts-00000-{k:06d}.arrow", source=0, segment=k))
+        os.link(source / entry.file, target / entries[-1].file)
+        size += entry.bytes
+    rows = entry.rows * len(entries)
+    made = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in ("schema_version", "fingerprint")}
+    made |= {"shards": entries, "sources": [msgspec.structs.replace(manifest.sources[0], rows=(0, rows))]}
+    manifest_file.write_manifest(target, made | {"counts": manifest.counts | {"texts": rows}})
     return {"shards": len(entries), "bytes": size}
 
 
@@ -180,7 +181,7 @@ def time_reads(asked: dict) -> dict:
     return {"seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-def texts_of(data: shard_reader.FinetuneShards, rows: np.ndarray) -> Lists:
+def texts_of(data: shard_reader.FinetuneShards, rows: np.ndarray) -> RaggedArrays:
     """The first positive and 7 negatives of each group."""
     pos, neg = data.passage_rows(rows)
     passages = np.empty((len(rows), GROUP), np.int64)
@@ -221,16 +222,16 @@ def plan(asked: dict):
     import torch
 
     from bge_ds.data import collate
-    from bge_ds.data.sampling.sampler import Order
+    from bge_ds.data.sampling.sampler import EpochSampler
 
     torch.set_num_threads(1)
     data = shard_reader.open_folder(asked["shards"])
-    spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
-    order = Order(seed=42, spans=spans, global_batch=asked["batch"])
+    spans = tuple(source.rows for source in data.manifest.sources)
+    order = EpochSampler(seed=42, spans=spans, global_batch=asked["batch"])
     if isinstance(data, shard_reader.PretrainShards):
-        options = {"seed": 42, "encoder_share": 0.3, "max_seq_length": data.manifest["max_seq_length"]}
+        options = {"seed": 42, "encoder_share": 0.3, "max_seq_length": data.manifest.max_seq_length}
         return order, collate.collate_texts, options
-    lengths = {name: data.manifest[name] for name in ("query_max_len", "passage_max_len")}
+    lengths = {name: getattr(data.manifest, name) for name in ("query_max_len", "passage_max_len")}
     return order, collate.collate_groups, {"seed": 42, "group_size": GROUP, **lengths}
 
 

@@ -88,8 +88,8 @@ def square_rate(dtype: torch.dtype, device: torch.device) -> float:
 def same_batches(asked: dict) -> list[collate.ContrastiveBatch]:
     """The batches of a run with --train_sampling_strategy sequential over the same shards."""
     data = shard_reader.open_folder(Path(asked["shards"]))
-    spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
-    line = sampler.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
+    spans = tuple(source.rows for source in data.manifest.sources)
+    line = sampler.EpochSampler(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
     options = dict(
         seed=42, group_size=asked["group"], query_max_len=asked["query_max_len"], passage_max_len=asked["passage_max_len"]
     )

@@ -68,10 +68,10 @@ def joined(texts: Iterator[str], tokenizer, least_tokens: int) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ the input pipeline
 
 
-def order_of(asked: dict, data: shard_reader.PretrainShards) -> sampler.Order:
+def order_of(asked: dict, data: shard_reader.PretrainShards) -> sampler.EpochSampler:
     """The order of a run with --train_sampling_strategy sequential."""
-    spans = tuple(tuple(source["rows"]) for source in data.manifest["sources"])
-    return sampler.Order(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
+    spans = tuple(source.rows for source in data.manifest.sources)
+    return sampler.EpochSampler(seed=42, spans=spans, global_batch=asked["batch"], shuffle=False)
 
 
 def batches_of(asked: dict) -> Iterator[collate.PretrainBatch]:

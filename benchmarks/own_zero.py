@@ -19,7 +19,7 @@ from transformers import AutoModel, BertConfig
 
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.sampler import EpochSampler
 from bge_ds.deepspeed_engine import ds_config as configs
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives, communication_profile
@@ -79,7 +79,7 @@ def measure(asked: dict) -> dict:
     before = resident(device)
     model = Encoder(AutoModel.from_config(shape, add_pooling_layer=False), "cls", normalize=True)
     rows = 1000 * asked["batch"] * world
-    plan = StepPlan.make(args, Order(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
+    plan = StepPlan.make(args, EpochSampler(seed=0, spans=((0, rows),), global_batch=asked["batch"] * world))
     engine, config = setup.build_engine(args, model, plan)
     elements = engines.count_elements(model)
     held = resident(device) - before

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import dataloader
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.sampler import EpochSampler
+from bge_ds.data.shards.manifest_file import SourceEntry
 from bge_ds.training import data_order
 from bge_ds.training.step_plan import StepPlan
 
@@ -24,10 +26,9 @@ class Data:
         self.folders, sources, first = [Path(f"f{k}") for k in range(len(folders))], [], 0
         for k, name in ((k, f"f{k}/{n}.jsonl") for k, sizes in enumerate(folders) for n in range(len(sizes))):
             size = folders[k][int(Path(name).stem)]
-            sources.append({"path": name, "rows": [first, first + size], "folder": k})
-            sources[-1] |= {} if skipped is None else {"skipped": skipped}
+            sources.append(SourceEntry(path=name, rows=(first, first + size), folder=k, skipped=skipped))
             first += size
-        self.manifest = {"sources": sources, "counts": {"skipped": skipped or 0}}
+        self.manifest = SimpleNamespace(sources=sources, counts={"skipped": skipped or 0})
 
     def lengths(self, rows_K, *longest):
         return LENGTHS[rows_K]
@@ -108,7 +109,7 @@ def test_an_entry_without_rows_has_no_share():
 def test_without_a_mixture_the_order_is_that_of_earlier_versions():
     """Several folders are one line over all their files, as one folder's files are: a run of before goes on."""
     order = order_of(*MODES["plain"], most=70)
-    assert order == Order(42, ((0, 100), (100, 160), (160, 160), (160, 310)), 8, 70)
+    assert order == EpochSampler(42, ((0, 100), (100, 160), (160, 160), (160, 310)), 8, 70)
 
 
 def test_shares():

@@ -9,15 +9,15 @@ import pytest
 
 from bge_ds import finetune, preprocess, pretrain
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.data.sampling.sampler import Order
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.sampler import EpochSampler
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.training.step_plan import StepPlan
 
 
 def plan(rows=100, batch=10, kind=FinetuneArguments, **flags):
     common = {"output_dir": "o", "train_data": "d", "model_name_or_path": "m"}
     args = kind.build(**common, **flags)
-    return StepPlan.make(args, Order(0, ((0, rows),), batch))
+    return StepPlan.make(args, EpochSampler(0, ((0, rows),), batch))
 
 
 def test_epochs_and_shares():
@@ -43,7 +43,7 @@ def test_epoch_ends():
 def test_the_plan_of_a_token_budget():
     """Epochs end at the step in which their last text is seen, the run's last one with the run; the budget is named."""
     lengths = np.random.default_rng(0).integers(3, 40, 500)
-    order = TokenOrder(Order(0, ((0, 500),), 1), lengths.__getitem__, 40, 100, 4)
+    order = TokenBatchSampler(EpochSampler(0, ((0, 500),), 1), lengths.__getitem__, 40, 100, 4)
     flags = {"output_dir": "o", "train_data": "d", "per_device_train_tokens": 100, "max_seq_length": 40}
     planned = StepPlan.make(PretrainArguments.build(**flags, num_train_epochs=3), order)
     assert planned.total == order.steps(3) and planned.epoch(planned.total) >= 3 > planned.epoch(planned.total - 1)
@@ -55,7 +55,7 @@ def test_the_plan_of_a_token_budget():
     with pytest.raises(ValueError, match=r"500 rows do not fill one step .* lower --per_device_train_tokens"):
         StepPlan.make(
             PretrainArguments.build(**flags, num_train_epochs=1, dataloader_drop_last=True),
-            TokenOrder(order.line, order.lengths, 40, 100, 10**4),
+            TokenBatchSampler(order.line, order.lengths, 40, 100, 10**4),
         )
 
 

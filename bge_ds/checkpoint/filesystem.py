@@ -13,9 +13,10 @@ import socket
 import time
 from pathlib import Path
 
-from bge_ds.data.shards.shard_reader import hash_file
+from bge_ds.data.files import PARTIAL as PARTIAL
+from bge_ds.data.files import hash_file, write_whole
 
-PARTIAL, OLD, LOCK = ".partial", ".old", "run.lock"
+OLD, LOCK = ".old", "run.lock"
 _LEFT_OVER = re.compile(r"(checkpoint-\d+|model|encoder_model|best\.json|metrics\.jsonl)(\.partial|\.old)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
 _held: dict[Path, object] = {}  # the open files, whose locks end with this process
@@ -43,7 +44,7 @@ def hashes(folder: Path, known: dict[str, tuple[int, str]]) -> dict[str, tuple[i
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in found:
-            found[name] = path.stat().st_size, hash_file(path).hexdigest()
+            found[name] = path.stat().st_size, hash_file(path)
     return found
 
 
@@ -54,7 +55,7 @@ def damage(path: Path, size: int, digest: str) -> str | None:
             return f"{path} is missing"
         if (here := path.stat().st_size) != size:
             return f"{path} has {here:,} bytes, {size:,} were written"
-        if (found := hash_file(path).hexdigest()) != digest:
+        if (found := hash_file(path)) != digest:
             return f"{path} has the hash {found}, {digest} was written"
     except OSError as error:
         return f"{path} cannot be read ({error})"
@@ -62,14 +63,7 @@ def damage(path: Path, size: int, digest: str) -> str | None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, in place of what is there."""
-    aside = path.with_name(path.name + PARTIAL)
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), sync=False)
 
 
 def replace_folder(new: Path, final: Path) -> None:

@@ -21,6 +21,6 @@ def with_values(args: _Arguments, **values: Any) -> _Arguments:
     return made.frozen()
 
 
-def fill_from_shards(args: _Arguments, manifest: dict[str, Any], names: tuple[str, ...]) -> _Arguments:
+def fill_from_shards(args: _Arguments, manifest: object, names: tuple[str, ...]) -> _Arguments:
     """Those of `names` that the user did not give, as the shards have them."""
-    return with_values(args, **{name: manifest[name] for name in names if name not in args.explicit})
+    return with_values(args, **{name: getattr(manifest, name) for name in names if name not in args.explicit})

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import masks
 from bge_ds.kernels.packed import Movable, PackedTexts, chunk_bounds, lay_out, split_further
@@ -95,7 +95,7 @@ class PretrainBatch(Movable):
         yield from ((int(row), "text", ids) for row, ids in zip(self.rows_N.tolist(), self.texts.split_ids(), strict=True))
 
 
-def pack_ragged(texts: Lists) -> tuple[PackedTexts, np.ndarray]:
+def pack_ragged(texts: RaggedArrays) -> tuple[PackedTexts, np.ndarray]:
     """As `kernels.packed.pack`, of arrays that lie end to end already."""
     order = np.argsort(texts.lengths, kind="stable")
     row = texts.take(order)
@@ -136,7 +136,7 @@ def collate_groups(
     own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
     max_texts, max_tokens: of a piece; both None for one piece.
     """
-    suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
+    suffix = len(shards.manifest.tokenizer.suffix_ids)
     pos, neg = shards.passage_rows(rows_B)
     chosen = choose_groups(pos.lengths, neg.lengths, group_size, seed, epochs_B, rows_B)
     taken_BG = np.concatenate([chosen[0][:, None], chosen[1]], 1) >= 0
@@ -146,7 +146,7 @@ def collate_groups(
     if distill:
         teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
     passages = shards.passages(passages_P).cut(passage_max_len, suffix)
-    texts, _ = pack_ragged(Lists.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
+    texts, _ = pack_ragged(RaggedArrays.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
     hashes = shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64)
     known_BK = pos.starts[:, None] + np.minimum(np.arange(pos.lengths.max()), pos.lengths[:, None] - 1)
     own_only_B = np.zeros(len(rows_B), bool)
@@ -165,7 +165,7 @@ def collate_groups(
     )
 
 
-def _taken(pos: Lists, neg: Lists, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _taken(pos: RaggedArrays, neg: RaggedArrays, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """What is listed for the texts that `choose_groups` chose, shape (B, G), the positive first, 0 where there is none."""
     chosen_B, chosen_BN = chosen
     taken_BG = np.zeros((len(chosen_B), 1 + chosen_BN.shape[1]), pos.values.dtype)
@@ -177,7 +177,7 @@ def _taken(pos: Lists, neg: Lists, chosen: tuple[np.ndarray, np.ndarray]) -> np.
 
 def collate_texts(shards, epochs_N, rows_N, *, seed: int, max_seq_length: int, encoder_share: float) -> PretrainBatch:
     """A `PretrainBatch` of the texts `rows_N` as visited in `epochs_N`. encoder_share: of the words masked."""
-    suffix = len(shards.manifest["tokenizer"]["suffix_ids"])
+    suffix = len(shards.manifest.tokenizer.suffix_ids)
     ids, words = (part.cut(max_seq_length, suffix) for part in shards.texts(rows_N))
     texts, order = pack_ragged(ids)
     words_T = torch.from_numpy(words.take(order).values.astype(np.int64))

@@ -1,9 +1,9 @@
-"""Batches ahead of the step that needs them: worker processes over `order` and `batches`.
+"""Batches ahead of the step that needs them: worker processes over `sampling` and `collate`.
 
 The loader's state is two integers, the seed and the step: step s is found by arithmetic, so a loader that begins there
 goes on exactly as one that came from step 0 would, with any number of workers. Nothing of it is in a checkpoint.
 
-A worker hands a batch over as its bytes, packed small (`batches._Movable`), through the loader's queue. They become
+A worker hands a batch over as its bytes, packed small (`collate.Movable`), through the loader's queue. They become
 tensors where they arrive: in the thread that pins memory where there is a GPU, else in the loop's own process.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
-from bge_ds.data.sampling.sampler import Line
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.sampler import Sampler
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.data.shards import shard_reader
 
 
@@ -32,7 +32,7 @@ class StepDataset(Dataset):
     that reads them.
     """
 
-    def __init__(self, folders: list[Path], order: Line | TokenOrder, place: tuple[int, int, int], collate: Callable):
+    def __init__(self, folders: list[Path], order: Sampler | TokenBatchSampler, place: tuple[int, int, int], collate: Callable):
         self.folders, self.order, self.place, self.collate = folders, order, place, collate
         self._shards = None
 
@@ -69,7 +69,7 @@ def _end_workers() -> None:
 
 def steps(
     folders: list[Path],
-    order: Line | TokenOrder,
+    order: Sampler | TokenBatchSampler,
     collate: Callable,
     *,
     first_step: int,

@@ -15,18 +15,18 @@ _MOST_COUNTED = 1 << 20
 _counted = np.arange(0)
 
 
-class Lists(NamedTuple):
+class RaggedArrays(NamedTuple):
     """values_T: of all arrays, one after the other. lengths_K: int64, how many each has."""
 
     values: np.ndarray
     lengths: np.ndarray
 
     @classmethod
-    def of(cls, arrays: Sequence[np.ndarray]) -> Lists:
+    def of(cls, arrays: Sequence[np.ndarray]) -> RaggedArrays:
         return cls(np.concatenate(arrays), np.fromiter(map(len, arrays), np.int64, len(arrays)))
 
     @classmethod
-    def join(cls, parts: Sequence[Lists]) -> Lists:
+    def join(cls, parts: Sequence[RaggedArrays]) -> RaggedArrays:
         """The arrays of all parts."""
         if len(parts) == 1:
             return parts[0]
@@ -41,16 +41,16 @@ class Lists(NamedTuple):
         ends = np.cumsum(self.lengths).tolist()
         return [self.values[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-    def take(self, order_K: np.ndarray) -> Lists:
+    def take(self, order_K: np.ndarray) -> RaggedArrays:
         """The arrays order_K, in that order."""
         lengths_K = self.lengths[order_K]
-        return Lists(stretches(self.values, self.starts[order_K], lengths_K), lengths_K)
+        return RaggedArrays(stretches(self.values, self.starts[order_K], lengths_K), lengths_K)
 
     def at(self, array_K: np.ndarray, index_K: np.ndarray) -> np.ndarray:
         """Value number index_K of each of the arrays array_K."""
         return self.values[self.starts[array_K] + index_K]
 
-    def cut(self, max_length: int, suffix: int) -> Lists:
+    def cut(self, max_length: int, suffix: int) -> RaggedArrays:
         """Each array at most max_length long, its last `suffix` values (a text's closing special tokens) kept."""
         if self.lengths.max(initial=0) <= max_length:
             return self
@@ -58,7 +58,7 @@ class Lists(NamedTuple):
         kept = stretches(np.arange(len(self.values)), self.starts, lengths_K)
         tail = (np.cumsum(lengths_K)[:, None] - np.arange(suffix, 0, -1))[self.lengths > max_length]
         kept[tail] = (ends_K[:, None] - np.arange(suffix, 0, -1))[self.lengths > max_length]
-        return Lists(self.values[kept], lengths_K)
+        return RaggedArrays(self.values[kept], lengths_K)
 
 
 def stretches(values: np.ndarray, begin_K: np.ndarray, lengths_K: np.ndarray) -> np.ndarray:

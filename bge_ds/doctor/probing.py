@@ -151,13 +151,13 @@ def held(path: str, cache_dir: str) -> dict:
     import xxhash
 
     from bge_ds.data.preprocess import input_files
-    from bge_ds.data.shards import digests, shard_reader
+    from bge_ds.data.shards import digests, manifest_file, shard_reader
 
     if path.startswith(input_files.table_files.HUB):
         return {"kind": "hub data set", "mark": path, "bytes": 0}
-    if (Path(path) / shard_reader.MANIFEST).is_file():
+    if (Path(path) / manifest_file.MANIFEST).is_file():
         reader = shard_reader.open_folder(path)  # every shard is there, in its size
-        size = sum((Path(path) / shard["file"]).stat().st_size for shard in reader.manifest["shards"])
+        size = sum((Path(path) / shard.file).stat().st_size for shard in reader.manifest.shards)
         return {"kind": "shards", "mark": reader.fingerprint, "bytes": size}
     files = [file for source in input_files.find_sources([path]) for file in source.files()]
     base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
@@ -171,7 +171,7 @@ def held(path: str, cache_dir: str) -> dict:
 
 def model_files(name: str, cache_dir: str) -> dict:
     """A model folder's files -> a mark each: the hash of small ones, the size of weights; or a hub model's revision here."""
-    from bge_ds.data.shards import shard_reader
+    from bge_ds.data.files import hash_file
 
     folder = Path(name)
     if folder.is_dir():
@@ -182,7 +182,7 @@ def model_files(name: str, cache_dir: str) -> dict:
             if path.suffix in _WEIGHTS:  # maybe many gigabytes: the size tells other models apart
                 marks[path.name] = f"{path.stat().st_size} bytes"
             elif path.suffix in (".json", ".txt", ".model"):
-                marks[path.name] = shard_reader.hash_file(path).hexdigest()
+                marks[path.name] = hash_file(path)
         return {"kind": "folder", "files": marks}
     from huggingface_hub import try_to_load_from_cache
 

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bge_ds import preprocess
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.config.run_config import fill_from_shards
 from bge_ds.data import collate
 from bge_ds.data.collate import Share
-from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess import prepare, validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -55,7 +54,7 @@ class ContrastiveObjective(Objective):
         self.data = open_data(args, self.tokenizer)
         self.args: FinetuneArguments = fill_from_shards(args, self.data.manifest, _FROM_SHARDS)
         self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
-        self.uniform = self.data.manifest["counts"]["groups_without_negatives"] == 0  # every group has negatives of its own
+        self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0  # every group has negatives of its own
         self.settings = objective_of(args)
         check_vocabulary(self.model_config, self.tokenizer)
         check_lengths(self.model_config, query_max_len=self.args.query_max_len, passage_max_len=self.args.passage_max_len)
@@ -155,7 +154,7 @@ class ContrastiveObjective(Objective):
     def save(self, engine, folder: Path) -> float:
         args, encoder = self.args, engine.module
         weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
-        suffix = len(self.data.manifest["tokenizer"]["suffix_ids"])
+        suffix = len(self.data.manifest.tokenizer.suffix_ids)
         ids = self.data.queries(np.arange(1)).cut(args.query_max_len, suffix).split()
         ids += self.data.passages(np.arange(min(8, self.data.num_passages))).cut(args.passage_max_len, suffix).split()
         live_ND = encoder.encode_ids(ids)
@@ -186,7 +185,7 @@ def open_data(args: FinetuneArguments, tokenizer) -> shard_reader.FinetuneShards
     """The shards, made from JSON lines where they must be."""
     say = print if is_first_on_host() else silent
     paths, weights = data_order.split_weights(args.train_data)
-    folders = preprocess.prepare_all(
+    folders = prepare.prepare_all(
         "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
         query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
         query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
@@ -205,17 +204,17 @@ def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> di
     for kind in ("query", "passage"):
         name = f"{kind}_instruction_for_retrieval"
         prompts[kind] = getattr(args, name) or ""
-        if data.manifest[name] is None:
+        if getattr(data.manifest, name) is None:
             manifests = [reader.manifest for reader in data.readers]
-            sets = [Path(manifest["sources"][0]["path"]).name.split(".")[0] for manifest in manifests]
+            sets = [Path(manifest.sources[0].path).name.split(".")[0] for manifest in manifests]
             names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
-            prompts |= {f"{kind}_{of}": manifest[name] for of, manifest in zip(names, manifests, strict=True)}
+            prompts |= {f"{kind}_{of}": getattr(manifest, name) for of, manifest in zip(names, manifests, strict=True)}
     return prompts
 
 
 def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
     """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
-    bare = data.manifest["counts"]["groups_without_negatives"]
+    bare = data.manifest.counts["groups_without_negatives"]
     if not uniform and not args.use_inbatch_neg:
         raise ValueError(
             f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
@@ -231,8 +230,8 @@ def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards,
 
 def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
     """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
-    marked = [s for s in data.manifest["sources"] if Path(s["path"]).name.split(".")[0].endswith("no_in_batch_neg")]
-    return tuple((first, last) for first, last in (source["rows"] for source in marked))
+    marked = [s for s in data.manifest.sources if Path(s.path).name.split(".")[0].endswith("no_in_batch_neg")]
+    return tuple((first, last) for first, last in (source.rows for source in marked))
 
 
 def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
@@ -241,7 +240,7 @@ def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, un
     if (row := data.first_without_scores()) is not None:
         raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
     if not uniform:
-        raise ValueError(f"{what}, and {data.manifest['counts']['groups_without_negatives']} have no negatives; leave them out")
+        raise ValueError(f"{what}, and {data.manifest.counts['groups_without_negatives']} have no negatives; leave them out")
 
 
 def add_adapters(backbone: torch.nn.Module, args: FinetuneArguments) -> None:

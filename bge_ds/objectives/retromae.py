@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import preprocess
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import PretrainArguments
 from bge_ds.config.run_config import fill_from_shards
 from bge_ds.data import collate
-from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess import prepare, validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -106,7 +105,7 @@ class RetroMAEObjective(Objective):
     def save(self, engine, folder: Path) -> float:
         """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors."""
         weights, model = engines.full_parameters(engine), engine.module
-        suffix = len(self.data.manifest["tokenizer"]["suffix_ids"])
+        suffix = len(self.data.manifest.tokenizer.suffix_ids)
         texts = self.data.texts(np.arange(min(8, len(self.data))))[0]
         ids = texts.cut(self.args.max_seq_length, suffix).split()
         live_ND = Encoder(model.model.base_model, "cls", normalize=False).encode_ids(ids)
@@ -132,7 +131,7 @@ class RetroMAEObjective(Objective):
 def open_data(args: PretrainArguments, tokenizer) -> shard_reader.PretrainShards:
     """The shards, made from JSON lines where they must be."""
     paths, weights = data_order.split_weights(args.train_data)
-    folders = preprocess.prepare_all(
+    folders = prepare.prepare_all(
         "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
         max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter, explicit=args.explicit,
         cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data,

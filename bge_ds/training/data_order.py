@@ -15,10 +15,10 @@ import numpy as np
 
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.config.validation import check_token_budget
-from bge_ds.data.sampling.length_grouping import WINDOW, LengthOrder
-from bge_ds.data.sampling.mixture import ByEpoch, ByWeight, Mixture, SetBatches, counts_of
-from bge_ds.data.sampling.sampler import Line, Order, mix64
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.length_grouping import WINDOW, LengthGroupedSampler
+from bge_ds.data.sampling.mixture import ByEpoch, ByWeight, MixtureSampler, SameDatasetBatchSampler, counts_of
+from bge_ds.data.sampling.sampler import EpochSampler, Sampler, mix64
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.distributed import collectives
 
 _SHOWN = 24  # sets in the table
@@ -98,10 +98,10 @@ def sets_of(args: TrainArguments, data) -> list[Set]:
 def _files(data, most: int | None) -> list[tuple[int, Set]]:
     """(number of its folder, the file as a set) of each input file."""
     found = []
-    for source in data.manifest["sources"]:
-        rows = source["rows"][1] - source["rows"][0]
+    for source in data.manifest.sources:
+        rows = source.rows[1] - source.rows[0]
         kept = rows if most is None else min(rows, most)
-        found.append((source.get("folder", 0), Set(source["path"], (tuple(source["rows"]),), kept, source.get("skipped"))))
+        found.append((source.folder, Set(source.path, (source.rows,), kept, source.skipped)))
     return found
 
 
@@ -115,7 +115,7 @@ def _apart(of: Set, files: list[Set]) -> list[Set]:
     return [replace(file, share=None if of.share is None else of.share * file.kept / of.kept) for file in files]
 
 
-def make_order(args: TrainArguments, data) -> Line | TokenOrder:
+def make_order(args: TrainArguments, data) -> Sampler | TokenBatchSampler:
     """What each step takes of the shards `data`: a number of texts, or of tokens where --per_device_train_tokens is given."""
     seed = args.seed if args.data_seed is None else args.data_seed
     micro_batches = args.gradient_accumulation_steps * collectives.world_size()
@@ -123,15 +123,15 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
     sets = sets_of(args, data)
     same, weighted = getattr(args, "same_dataset_within_batch", False), sets[0].share is not None
     one = partial(
-        Order,
+        EpochSampler,
         global_batch=batch,
         max_per_span=getattr(args, "max_example_num_per_dataset", None),
         shuffle=args.train_sampling_strategy != "sequential",
     )
     lengths = partial(_tokens, data, *args.text_lengths)
-    group = partial(LengthOrder, lengths=lengths) if args.train_sampling_strategy == "group_by_length" else None
+    group = partial(LengthGroupedSampler, lengths=lengths) if args.train_sampling_strategy == "group_by_length" else None
     if not (same or weighted):
-        line = one(seed=seed, spans=tuple(tuple(source["rows"]) for source in data.manifest["sources"]))
+        line = one(seed=seed, spans=tuple(source.rows for source in data.manifest.sources))
     else:
         lines = [one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets)]
         turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, lines)), batch, lines[0].shuffle)
@@ -139,11 +139,11 @@ def make_order(args: TrainArguments, data) -> Line | TokenOrder:
             # Each set keeps a window, as sets take turns: of many sets, smaller ones.
             window = max(8, min(WINDOW, 1024 // len(sets)))
             lines = [group(line, whole_batches=not weighted, window=window) for line in lines] if group else lines
-            return SetBatches(seed, tuple(lines), turns, batch)
-        line = Mixture(seed, tuple(lines), turns, batch)
+            return SameDatasetBatchSampler(seed, tuple(lines), turns, batch)
+        line = MixtureSampler(seed, tuple(lines), turns, batch)
     if args.per_device_train_tokens is not None:
         check_token_budget(args)
-        return TokenOrder(line, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
+        return TokenBatchSampler(line, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
     return group(line) if group else line
 
 
@@ -161,15 +161,15 @@ def _tokens(data, *longest_and_rows) -> np.ndarray:
     return data.lengths(rows_K, *longest) if len(longest) == 2 else np.minimum(data.lengths(rows_K), longest[0])
 
 
-def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> str:
+def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps: int) -> str:
     """What the run takes of each set in `steps` steps: rows kept, dropped and why, weight, share of the texts, epochs."""
     sets = sets_of(args, data)
-    if isinstance(order, TokenOrder):
+    if isinstance(order, TokenBatchSampler):
         order, texts = order.line, round(order.epochs(steps) * len(order))
     else:
         texts = steps * order.global_batch
     # A plain order has the input files for its spans, and some of them may be empty.
-    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), Order)]
+    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), EpochSampler)]
     weights = sum(of.share or 0 for of in sets)
     lines = [f"{'kept':>14}{'weight':>9}{'share':>9}{'epochs':>9}  set"]
     for of, texts_of in list(zip(sets, taken, strict=True))[:_SHOWN]:
@@ -181,7 +181,7 @@ def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> s
         lines.append(f"{of.kept:>14,}{weight:>9}{share:>9}{texts_of / of.kept:>9.2f}  {of.name}{note}")
     if len(sets) > _SHOWN:
         lines.append(f"{'':>14}and {len(sets) - _SHOWN} more sets")
-    bad = data.manifest["counts"].get("skipped", 0)
+    bad = data.manifest.counts.get("skipped", 0)
     if bad and any(of.skipped is None for of in sets):
         lines.append(
             f"{'':>14}{bad:,} bad lines were dropped when the shards were made; their folder's skipped.jsonl lists them"
@@ -189,5 +189,5 @@ def table(args: TrainArguments, data, order: Line | TokenOrder, steps: int) -> s
     return "\n".join(lines)
 
 
-def _bare(order: Line) -> Line:
-    return order.line if isinstance(order, LengthOrder) else order
+def _bare(order: Sampler) -> Sampler:
+    return order.line if isinstance(order, LengthGroupedSampler) else order

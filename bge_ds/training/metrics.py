@@ -160,7 +160,7 @@ class RunLog:
             kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= first_step]
         file.parent.mkdir(parents=True, exist_ok=True)
         if kept:  # whole at any time: what was logged is not made again
-            filesystem.write_whole(file, "".join(line + "\n" for line in kept))
+            filesystem.write_whole(file, "".join(line + "\n" for line in kept).encode(), sync=False)
         self.file = file.open("a" if kept else "w", encoding="utf-8")
 
     @contextmanager

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from bge_ds.config.arguments import TrainArguments, steps_from
-from bge_ds.data.sampling.mixture import SetBatches
-from bge_ds.data.sampling.sampler import Line
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.sampling.mixture import SameDatasetBatchSampler
+from bge_ds.data.sampling.sampler import Sampler
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class StepPlan:
     eval_after: float = 0.0
 
     @classmethod
-    def make(cls, args: TrainArguments, order: Line | TokenOrder) -> StepPlan:
+    def make(cls, args: TrainArguments, order: Sampler | TokenBatchSampler) -> StepPlan:
         if args.max_steps > 0:
             total, epochs = args.max_steps, order.epochs(args.max_steps)
         else:
             total, epochs = order.steps(args.num_train_epochs, args.dataloader_drop_last), args.num_train_epochs
-        if total < 1 and isinstance(order, SetBatches):
+        if total < 1 and isinstance(order, SameDatasetBatchSampler):
             raise ValueError(
                 f"no set's rows fill a batch of {order.global_batch} in {args.num_train_epochs:g} epochs; lower "
                 "--per_device_train_batch_size or raise --num_train_epochs, or drop --same_dataset_within_batch"

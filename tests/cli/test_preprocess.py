@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.data.preprocess import input_files, validate, workers
-from bge_ds.data.shards import digests, integrity, shard_reader
+from bge_ds.data.preprocess import input_files, prepare, validate, workers
+from bge_ds.data.shards import digests, integrity, manifest_file, shard_reader
 
 WHOLE = ["pretrain", "--input", "nowhere.jsonl", "--output", "o", "--tokenizer", "t"]
 GROUPS = [
@@ -51,8 +51,8 @@ def test_passages_are_stored_once_and_keep_their_places(tmp_path, minilm_path):
     data = write(tmp_path / "a.jsonl", GROUPS)
     assert run("finetune", data, tmp_path / "s", minilm_path, "--passage_max_len", "16") == 0
     opened = shard_reader.open_folder(tmp_path / "s")
-    assert opened.manifest["counts"]["passages"] == opened.num_passages == 40
-    assert opened.manifest["counts"]["duplicates"] == 120 and len(opened) == 40
+    assert opened.manifest.counts["passages"] == opened.num_passages == 40
+    assert opened.manifest.counts["duplicates"] == 120 and len(opened) == 40
     tokenizer = validate.load_tokenizer(minilm_path)
     for row, line in enumerate(GROUPS):
         group = opened.group(row)
@@ -85,10 +85,10 @@ def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path)
     assert third.pos.tolist() == [0]
     assert [data.notes(row) for row in range(3)] == [("sym", None), (None, "dog: "), (None, "")]
     manifest = data.manifest
-    assert (manifest["query_max_len"], manifest["passage_max_len"]) == (30, 40)
-    assert manifest["query_instruction_for_retrieval"] == "query: "
-    assert manifest["counts"]["cut_texts"] == 1 and manifest["counts"]["groups_without_negatives"] == 2
-    assert manifest["tokenizer"]["fingerprint"] == validate.fingerprint(tokenizer)
+    assert (manifest.query_max_len, manifest.passage_max_len) == (30, 40)
+    assert manifest.query_instruction_for_retrieval == "query: "
+    assert manifest.counts["cut_texts"] == 1 and manifest.counts["groups_without_negatives"] == 2
+    assert manifest.tokenizer.fingerprint == validate.fingerprint(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
@@ -104,9 +104,9 @@ def test_output_does_not_depend_on_workers(tmp_path, tiny_tokenizer_path, monkey
         more = ["--num_proc", processes, "--shard_bytes", "2000"]
         assert run(kind, parts, tmp_path / name, tiny_tokenizer_path, *more) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
-    manifest = shard_reader.read_manifest(tmp_path / "one")
-    assert [source["rows"] for source in manifest["sources"]] == [[0, 50], [50, len(lines)]]
-    assert len(manifest["shards"]) > 2 and integrity.verify_folder(tmp_path / "one") == []
+    manifest = manifest_file.read_manifest(tmp_path / "one")
+    assert [source.rows for source in manifest.sources] == [(0, 50), (50, len(lines))]
+    assert len(manifest.shards) > 2 and integrity.verify_folder(tmp_path / "one") == []
 
 
 def test_inputs_of_several_forms_give_the_same_rows(tmp_path, tiny_tokenizer_path):
@@ -186,7 +186,7 @@ def test_skipping_counts_and_lists_the_lines(tmp_path, tiny_tokenizer_path, caps
     assert len(listed) == 33 and listed[1]["line"] == 5 and '"pos"[2] is an empty text' in listed[1]["reason"]
     assert listed[-1] == {"file": given[1], "line": 0, "reason": "the file is empty"}
     data = shard_reader.open_folder(tmp_path / "s")
-    assert (len(data), data.num_passages, data.manifest["counts"]["skipped"]) == (40, 40, 33)
+    assert (len(data), data.num_passages, data.manifest.counts["skipped"]) == (40, 40, 33)
 
 
 def test_overwriting_is_asked_for(tmp_path, tiny_tokenizer_path, capsys):
@@ -267,17 +267,17 @@ def test_words_of_a_segmenter_reach_the_shards(tmp_path, tiny_tokenizer_path, ca
     for name in ("none", "jieba"):
         assert run("pretrain", given, tmp_path / name, tiny_tokenizer_path, "--word_segmenter", name) == 0
         data = shard_reader.open_folder(tmp_path / name)
-        assert data.manifest["word_segmenter"] == name
+        assert data.manifest.word_segmenter == name
         words[name] = data.words(0)
     assert words["none"].tolist() == list(range(15)) and words["jieba"][-1] < 14
     tokenizer, explicit = validate.load_tokenizer(tiny_tokenizer_path), frozenset({"word_segmenter"})
     caches = {
-        preprocess.prepare("pretrain", given, tokenizer, word_segmenter=name, cache_dir=str(tmp_path / "c")) for name in words
+        prepare.prepare("pretrain", given, tokenizer, word_segmenter=name, cache_dir=str(tmp_path / "c")) for name in words
     }
     assert len(caches) == 2
-    assert preprocess.prepare("pretrain", str(tmp_path / "jieba"), tokenizer) == tmp_path / "jieba"
+    assert prepare.prepare("pretrain", str(tmp_path / "jieba"), tokenizer) == tmp_path / "jieba"
     with pytest.raises(ValueError, match="word_segmenter 'none' differs from the 'jieba' in"):
-        preprocess.prepare("pretrain", str(tmp_path / "jieba"), tokenizer, word_segmenter="none", explicit=explicit)
+        prepare.prepare("pretrain", str(tmp_path / "jieba"), tokenizer, word_segmenter="none", explicit=explicit)
     assert preprocess.main(["inspect", str(tmp_path / "jieba"), "--sample", "0"]) == 0
     assert "word_segmenter  'jieba'" in capsys.readouterr().out
 
@@ -294,20 +294,20 @@ def test_json_lines_are_preprocessed_once(tmp_path, tokenizer):
     """The second run finds the cache; changed bytes, lengths or instructions each make a cache of their own."""
     given, said = write(tmp_path / "a.jsonl", GROUPS), []
     how = {"cache_dir": str(tmp_path / "cache"), "say": said.append}
-    first = preprocess.prepare("finetune", given, tokenizer, **how)
-    assert preprocess.prepare("finetune", given, tokenizer, query_max_len=32, **how) == first
+    first = prepare.prepare("finetune", given, tokenizer, **how)
+    assert prepare.prepare("finetune", given, tokenizer, query_max_len=32, **how) == first
     assert re.match(r"warning: \d+ % of the tokens are unknown to ", said.pop(0))
     assert said == [f"preprocessed 40 groups into {first}", f"using the cache {first}"]
     assert len(shard_reader.open_folder(first)) == 40
     others = [
-        preprocess.prepare("finetune", given, tokenizer, query_max_len=31, **how),
-        preprocess.prepare("finetune", given, tokenizer, query_instruction="q: ", **how),
-        preprocess.prepare("finetune", given, tokenizer, on_error="skip", **how),
+        prepare.prepare("finetune", given, tokenizer, query_max_len=31, **how),
+        prepare.prepare("finetune", given, tokenizer, query_instruction="q: ", **how),
+        prepare.prepare("finetune", given, tokenizer, on_error="skip", **how),
     ]
     before = os.stat(given)
     (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"question 7", b"question 8"))
     os.utime(given, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time, other bytes
-    others.append(preprocess.prepare("finetune", given, tokenizer, **how))
+    others.append(prepare.prepare("finetune", given, tokenizer, **how))
     assert len({first, *others}) == 5
 
 
@@ -317,15 +317,15 @@ def test_a_file_is_hashed_once(tmp_path, tokenizer, monkeypatch):
     original = digests.hash_file
     monkeypatch.setattr(digests, "hash_file", lambda path: (read.append(path.name), original(path))[1])
     how = {"cache_dir": str(tmp_path / "cache"), "say": lambda line: None}
-    first = preprocess.prepare("finetune", given, tokenizer, **how)
-    assert preprocess.prepare("finetune", given, tokenizer, **how) == first
+    first = prepare.prepare("finetune", given, tokenizer, **how)
+    assert prepare.prepare("finetune", given, tokenizer, **how) == first
     files = ["a.jsonl", "passages-00000-000000.arrow", "groups-00000-000000.arrow"]
     assert read == files
-    assert preprocess.prepare("finetune", given, tokenizer, **how) == first and read == files
+    assert prepare.prepare("finetune", given, tokenizer, **how) == first and read == files
     write(tmp_path / "a.jsonl", GROUPS[:-1])
-    assert preprocess.prepare("finetune", given, tokenizer, **how) != first and read == [*files, "a.jsonl"]
+    assert prepare.prepare("finetune", given, tokenizer, **how) != first and read == [*files, "a.jsonl"]
     (tmp_path / "cache" / "bge_ds" / digests.NAME).write_bytes(b"{")  # a hand or a full disk
-    preprocess.prepare("finetune", given, tokenizer, **how)
+    prepare.prepare("finetune", given, tokenizer, **how)
     assert read == [*files, "a.jsonl", *files]
 
 
@@ -340,41 +340,41 @@ def test_no_run_begins_on_a_flipped_byte(tmp_path, tokenizer):
     """A folder given to a trainer is held against its hashes before anything of it is read; the shard is named."""
     assert run("finetune", write(tmp_path / "a.jsonl", GROUPS), tmp_path / "s", tokenizer.name_or_path) == 0
     made, how = str(tmp_path / "s"), {"cache_dir": str(tmp_path / "cache")}
-    assert preprocess.prepare("finetune", made, tokenizer, **how) == tmp_path / "s"
+    assert prepare.prepare("finetune", made, tokenizer, **how) == tmp_path / "s"
     flip(tmp_path / "s" / "groups-00000-000000.arrow")
     with pytest.raises(ValueError, match=r"groups-00000-000000\.arrow: corrupted shard, hash \w+, the manifest says"):
-        preprocess.prepare("finetune", made, tokenizer, **how)
-    assert preprocess.prepare("finetune", made, tokenizer, verify_data=False, **how) == tmp_path / "s"
+        prepare.prepare("finetune", made, tokenizer, **how)
+    assert prepare.prepare("finetune", made, tokenizer, verify_data=False, **how) == tmp_path / "s"
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
     """A cache that a full disk or a hand cut short, or where a byte flipped, is rebuilt, not trained on and not an error."""
     given, said = write(tmp_path / "a.jsonl", GROUPS), []
     how = {"cache_dir": str(tmp_path / "cache"), "say": said.append}
-    folder = preprocess.prepare("finetune", given, tokenizer, **how)
+    folder = prepare.prepare("finetune", given, tokenizer, **how)
     (folder / "groups-00000-000000.arrow").write_bytes(b"")
-    assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
+    assert prepare.prepare("finetune", given, tokenizer, **how) == folder
     assert "preprocessed" in said[-1] and integrity.verify_folder(folder) == []
     flip(folder / "passages-00000-000000.arrow")
-    assert preprocess.prepare("finetune", given, tokenizer, **how) == folder
+    assert prepare.prepare("finetune", given, tokenizer, **how) == folder
     assert "preprocessed" in said[-1] and integrity.verify_folder(folder) == []
 
 
 def test_processes_of_a_host_build_once(tmp_path, tokenizer, monkeypatch):
     """Four callers at the same time: one builds, the others wait for it and use what it made."""
     given, built, said = write(tmp_path / "a.jsonl", GROUPS), [], []
-    original = preprocess.build
+    original = prepare.build
 
     def slow(*args, **kwargs):
         built.append(args)
         time.sleep(0.5)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(preprocess, "build", slow)
+    monkeypatch.setattr(prepare, "build", slow)
     found: list[object] = []
 
     def call():
-        found.append(preprocess.prepare("finetune", given, tokenizer, cache_dir=str(tmp_path / "c"), say=said.append))
+        found.append(prepare.prepare("finetune", given, tokenizer, cache_dir=str(tmp_path / "c"), say=said.append))
 
     callers = [threading.Thread(target=call) for _ in range(4)]
     for caller in callers:
@@ -388,12 +388,12 @@ def test_processes_of_a_host_build_once(tmp_path, tokenizer, monkeypatch):
 def test_several_entries_are_one_cache_or_one_each(tmp_path, tokenizer, tiny_tokenizer_path):
     """JSON lines alone go into one cache, as ever; beside a folder of shards, or where weights need it, each into its own."""
     given = [write(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": "more"}]) for name in "abc"]
-    shared = preprocess.prepare_all("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")
-    assert shared == [preprocess.prepare("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")]
-    apart = preprocess.prepare_all("pretrain", given, tokenizer, True, cache_dir=tmp_path / "cache")
+    shared = prepare.prepare_all("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")
+    assert shared == [prepare.prepare("pretrain", given, tokenizer, cache_dir=tmp_path / "cache")]
+    apart = prepare.prepare_all("pretrain", given, tokenizer, True, cache_dir=tmp_path / "cache")
     assert len(set(apart)) == 3 and all(len(shard_reader.open_folder(folder)) == 2 for folder in apart)
     assert run("pretrain", given[1], tmp_path / "s", tiny_tokenizer_path, "--max_seq_length", "512") == 0
-    beside = preprocess.prepare_all("pretrain", [given[0], str(tmp_path / "s")], tokenizer, cache_dir=tmp_path / "cache")
+    beside = prepare.prepare_all("pretrain", [given[0], str(tmp_path / "s")], tokenizer, cache_dir=tmp_path / "cache")
     assert beside == [apart[0], tmp_path / "s"]
 
 
@@ -402,7 +402,7 @@ def test_an_error_while_building_leaves_no_cache(tmp_path, tokenizer):
     given = write(tmp_path / "a.jsonl", [*GROUPS, b"{oops\n"])
     for _ in range(2):
         with pytest.raises(ValueError, match=r"a\.jsonl:41: not JSON"):
-            preprocess.prepare("finetune", given, tokenizer, cache_dir=str(tmp_path / "c"))
+            prepare.prepare("finetune", given, tokenizer, cache_dir=str(tmp_path / "c"))
     assert [path for path in (tmp_path / "c" / "bge_ds").iterdir() if path.is_dir()] == []
 
 
@@ -415,9 +415,9 @@ def made(tmp_path, tiny_tokenizer_path):
 
 def test_shards_that_fit_are_used_as_they_are(made, tokenizer):
     """Shorter lengths are the loader's to cut, and flags that the user did not give are not held against shards."""
-    assert preprocess.prepare("finetune", str(made), tokenizer, query_max_len=32, passage_max_len=128) == made
+    assert prepare.prepare("finetune", str(made), tokenizer, query_max_len=32, passage_max_len=128) == made
     asked = frozenset({"query_max_len", "passage_max_len", "query_instruction_for_retrieval"})
-    found = preprocess.prepare(
+    found = prepare.prepare(
         "finetune", made, tokenizer, query_max_len=8, passage_max_len=32, query_instruction="query: ", explicit=asked
     )
     assert found == made
@@ -445,14 +445,14 @@ def test_shards_that_fit_are_used_as_they_are(made, tokenizer):
 def test_shards_that_do_not_fit_are_refused_with_the_command_that_mends_it(made, tokenizer, kind, flag, given, message):
     """Training on rows cut shorter, or prefixed otherwise, than the flags say would be silent and wrong."""
     with pytest.raises(ValueError, match=message) as caught:
-        preprocess.prepare(kind, str(made), tokenizer, explicit=frozenset({flag}), **given)
+        prepare.prepare(kind, str(made), tokenizer, explicit=frozenset({flag}), **given)
     assert f"python -m bge_ds.preprocess {kind} --input" in str(caught.value)
 
 
 def test_shards_of_another_tokenizer_are_refused(made, minilm_path):
     """Ids of another vocabulary are valid numbers and wrong words: only the fingerprint tells."""
     with pytest.raises(ValueError, match=r"was made with another tokenizer: .* this run's is"):
-        preprocess.prepare("finetune", str(made), validate.load_tokenizer(minilm_path))
+        prepare.prepare("finetune", str(made), validate.load_tokenizer(minilm_path))
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
@@ -469,7 +469,7 @@ def test_bad_lines_keep_their_order_whoever_finds_them(tmp_path, minilm_path, on
         assert f'{given}:3: "text" is an empty text to this tokenizer' in said.err and "oops" not in said.err
         return
     assert [line.split(":")[1] for line in said.out.splitlines() if line.startswith("skipped /")] == ["3", "5", "7"]
-    assert shard_reader.read_manifest(tmp_path / "s")["counts"]["texts"] == 5
+    assert manifest_file.read_manifest(tmp_path / "s").counts["texts"] == 5
 
 
 def test_the_command_needs_no_torch(tmp_path, minilm_path):
@@ -485,5 +485,5 @@ def test_the_command_needs_no_torch(tmp_path, minilm_path):
     assert done.returncode == 0, done.stderr
     assert "PyTorch" not in done.stderr
     assert preprocess.main([*argv, str(tmp_path / "t")]) == 0
-    found, wanted = (shard_reader.read_manifest(tmp_path / name)["fingerprint"] for name in "st")
+    found, wanted = (manifest_file.read_manifest(tmp_path / name).fingerprint for name in "st")
     assert found == wanted

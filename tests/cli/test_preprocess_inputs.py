@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_preprocess import GROUPS, contents, run, write
 
 from bge_ds import preprocess
-from bge_ds.data.preprocess import input_files, validate
+from bge_ds.data.preprocess import input_files, prepare, validate
 from bge_ds.data.shards import integrity, shard_reader
 
 FULL = [line | {"pos_scores": [0.5], "neg_scores": [0.25, 1, 2], "type": "sym", "prompt": f"p{i % 2}: "}
@@ -107,7 +107,7 @@ def test_hub_sets_by_name(tmp_path, tiny_tokenizer_path, monkeypatch):
     assert run("pretrain", name, tmp_path / "hub", tiny_tokenizer_path, *how) == 0
     one, two = shard_reader.open_folder(tmp_path / "plain"), shard_reader.open_folder(tmp_path / "hub")
     assert [two.ids(row).tolist() for row in range(90)] == [one.ids(row).tolist() for row in range(90)]
-    assert [source["rows"] for source in two.manifest["sources"]] == [[0, 50], [50, 90]]
+    assert [source.rows for source in two.manifest.sources] == [(0, 50), (50, 90)]
     parts = [str(tmp_path / f"p{i}") for i in (1, 2)]
     for i, part in enumerate(parts, 1):
         assert run("pretrain", name, part, tiny_tokenizer_path, *how, "--partition", f"{i}/2") == 0
@@ -133,7 +133,7 @@ def test_groups_name_passages_of_a_corpus(tmp_path, minilm_path, monkeypatch):
     assert run("finetune", given, tmp_path / "s", minilm_path, *how, "--num_proc", "2") == 0
     data = shard_reader.open_folder(tmp_path / "s")
     assert (len(data), data.num_passages) == (50, 60) and integrity.verify_folder(tmp_path / "s") == []
-    assert [source["rows"] for source in data.manifest["corpus"]] == [[0, 35], [35, 60]]
+    assert [source.rows for source in data.manifest.corpus] == [(0, 35), (35, 60)]
     tokenizer = validate.load_tokenizer(minilm_path)
     for row, line in enumerate(NAMED):
         group = data.group(row)
@@ -199,7 +199,7 @@ def test_any_group_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path
     core = validate.core(tokenizer)
     if wide:
         core = preprocess.replace(core, vocab_size=70000)
-    job = preprocess.make_settings("finetune", query_max_len=lengths[0], passage_max_len=lengths[1]), core
+    job = prepare.make_settings("finetune", query_max_len=lengths[0], passage_max_len=lengths[1]), core
     source = input_files.Source(folder / "a.jsonl")
     write(source.path, groups)
     preprocess.build(folder / "s", [source], job, num_proc=1, shard_bytes=cut, say=lambda line: None)
@@ -230,7 +230,7 @@ def test_any_text_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path,
         core = preprocess.replace(core, vocab_size=70000)
     source = input_files.Source(folder / "a.jsonl")
     source.path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    job = preprocess.make_settings("pretrain", max_seq_length=length), core
+    job = prepare.make_settings("pretrain", max_seq_length=length), core
     preprocess.build(folder / "s", [source], job, num_proc=1, shard_bytes=1500, say=lambda line: None)
     data = shard_reader.open_folder(folder / "s")
     wanted = tokenizer(texts, truncation=True, max_length=length)["input_ids"]

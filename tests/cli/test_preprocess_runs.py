@@ -38,9 +38,9 @@ def test_passages_are_found_in_their_own_segment(tmp_path, minilm_path, small_bl
     given = [write(tmp_path / f"{name}.jsonl", part) for name, part in (("a", GROUPS), ("b", GROUPS[::-1]))]
     assert run("finetune", given, tmp_path / "s", minilm_path, "--shard_bytes", "900") == 0
     data = shard_reader.open_folder(tmp_path / "s")
-    entries = [entry for entry in data.manifest["shards"] if entry["table"] == "groups"]
+    entries = [entry for entry in data.manifest.shards if entry.table == "groups"]
     assert len(entries) > 6 and len(data) == 80
-    counts = data.manifest["counts"]
+    counts = data.manifest.counts
     assert 40 < counts["passages"] == data.num_passages == 320 - counts["duplicates"]
     tokenizer = preprocess.validate.load_tokenizer(minilm_path)
     for row, line in enumerate([*GROUPS, *GROUPS[::-1]]):
@@ -232,7 +232,7 @@ def test_a_changed_input_is_another_job(tmp_path, tiny_tokenizer_path, monkeypat
     how = ("pretrain", given, tmp_path / "s", tiny_tokenizer_path, "--shard_bytes", "500", "--num_proc", "1")
 
     def stop_at(number):
-        original, made = preprocess.build.__globals__["segments"].SegmentWriter.finish, []
+        original, made = preprocess.build.__globals__["segment_writer"].SegmentWriter.finish, []
 
         def finish(self):
             original(self)
@@ -248,7 +248,7 @@ def test_a_changed_input_is_another_job(tmp_path, tiny_tokenizer_path, monkeypat
     (left,) = tmp_path.glob(".s.partial-*")
     assert len(list(left.glob("segments/rows-00000-*.json"))) == 5
     made: list[int] = []
-    original = preprocess.build.__globals__["segments"].SegmentWriter.finish
+    original = preprocess.build.__globals__["segment_writer"].SegmentWriter.finish
     with monkeypatch.context() as patch:
         patch.setattr(
             "bge_ds.data.preprocess.segment_writer.SegmentWriter.finish",
@@ -290,7 +290,7 @@ def test_a_sample_is_the_first_lines_of_each_source(tmp_path, minilm_path, small
     given = [write(tmp_path / f"a{ending}", [b"\n", *GROUPS[:3], b"\n", *GROUPS[3:]]), write(tmp_path / "b.jsonl", GROUPS[:2])]
     assert run("finetune", given, tmp_path / "s", minilm_path, "--sample", "7", "--shard_bytes", "600") == 0
     data = shard_reader.open_folder(tmp_path / "s")
-    assert data.manifest["sample"] == 7 and [source["rows"] for source in data.manifest["sources"]] == [[0, 7], [7, 9]]
+    assert data.manifest.sample == 7 and [source.rows for source in data.manifest.sources] == [(0, 7), (7, 9)]
     tokenizer = preprocess.validate.load_tokenizer(minilm_path)
     shown = [tokenizer.decode(data.group(row).query, skip_special_tokens=True) for row in range(9)]
     assert shown == [f"question {i}" for i in (*range(7), 0, 1)]

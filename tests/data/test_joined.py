@@ -41,8 +41,8 @@ def test_groups_are_read_as_if_made_as_one(groups):
     whole = shard_reader.open_folder(together)
     for data in (shard_reader.open_folders(parts), pickle.loads(pickle.dumps(shard_reader.open_folders(parts)))):
         assert len(data) == 12 and data.num_passages == whole.num_passages
-        assert data.manifest["counts"] == whole.manifest["counts"]
-        assert [source["rows"] for source in data.manifest["sources"]] == [[0, 5], [5, 6], [6, 12]]
+        assert data.manifest.counts == whole.manifest.counts
+        assert [source.rows for source in data.manifest.sources] == [(0, 5), (5, 6), (6, 12)]
         for row in range(12):
             ours, theirs = data.group(row), whole.group(row)
             assert ours.query.tolist() == theirs.query.tolist()
@@ -79,7 +79,7 @@ def test_texts_and_the_smallest_length(tmp_path, tiny_tokenizer_path):
     first = make(tmp_path / "a", "pretrain", tiny_tokenizer_path, [{"text": t} for t in TEXTS[:7]], "--max_seq_length", 20)
     second = make(tmp_path / "b", "pretrain", tiny_tokenizer_path, [{"text": t} for t in TEXTS[7:]], "--max_seq_length", 12)
     data, second = shard_reader.open_folders([first, second]), shard_reader.open_folder(second)
-    assert data.manifest["max_seq_length"] == 12 and len(data) == 40
+    assert data.manifest.max_seq_length == 12 and len(data) == 40
     assert data.ids(8).tolist() == second.ids(1).tolist() and data.words(39).tolist() == second.words(32).tolist()
     assert data.lengths(np.array([39, 7])).tolist() == second.lengths(np.array([32, 0])).tolist()
 
@@ -91,7 +91,7 @@ def test_differing_instructions_have_no_common_one(tmp_path, tiny_tokenizer_path
         make(tmp_path / f"s{i}", "finetune", tiny_tokenizer_path, rows, flag, text) for i, text in enumerate(["a: ", "b: "])
     ]
     manifest = shard_reader.open_folders(made).manifest
-    assert manifest["query_instruction_for_retrieval"] is None and manifest["passage_instruction_for_retrieval"] == ""
+    assert manifest.query_instruction_for_retrieval is None and manifest.passage_instruction_for_retrieval == ""
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path, groups, tiny_tokenizer_path, minilm_path):

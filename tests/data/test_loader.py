@@ -18,7 +18,7 @@ import torch
 from bge_ds import preprocess
 from bge_ds.data import dataloader
 from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, collate_groups, collate_texts
-from bge_ds.data.sampling.sampler import Order, mix64
+from bge_ds.data.sampling.sampler import EpochSampler, mix64
 from bge_ds.data.shards import shard_reader
 from bge_ds.kernels import masks
 from bge_ds.kernels.packed import pack
@@ -54,13 +54,13 @@ def cut(ids, max_length, suffix):
     return ids if len(ids) <= max_length else np.concatenate([ids[: max_length - suffix], ids[len(ids) - suffix :]])
 
 
-def order_of(data) -> Order:
-    return Order(seed=3, spans=((0, 30), (30, len(data))), global_batch=8)
+def order_of(data) -> EpochSampler:
+    return EpochSampler(seed=3, spans=((0, 30), (30, len(data))), global_batch=8)
 
 
 def steps(folder, first=0, end=6, workers=0, context=None, rank=0, world=2, **more):
     data = shard_reader.open_folder(folder)
-    collate, options = COLLATE[data.manifest["kind"]]
+    collate, options = COLLATE[data.manifest.kind]
     return dataloader.steps(
         [folder], order_of(data), collate, first_step=first, end_step=end, accumulation=2, rank=rank, world=world,
         workers=workers, pin_memory=False, context=context, **options, **more,
@@ -79,8 +79,8 @@ def assert_same_steps(found, wanted) -> None:
 
 def one_by_one(data, epochs, rows, seed, distill):
     """The batch by its definition: group after group, text after text, each read alone."""
-    suffix = len(data.manifest["tokenizer"]["suffix_ids"])
-    if data.manifest["kind"] == "pretrain":
+    suffix = len(data.manifest.tokenizer.suffix_ids)
+    if data.manifest.kind == "pretrain":
         texts, order = pack([cut(data.ids(row), 12, suffix) for row in rows])
         words = np.concatenate([cut(data.words(rows[i]), 12, suffix) for i in order]).astype(np.int64)
         keys = [int(mix64(seed, int(epochs[i]), int(rows[i])).view(np.int64)) for i in order]
@@ -123,8 +123,8 @@ def one_by_one(data, epochs, rows, seed, distill):
 def test_a_batch_is_its_texts_one_by_one(folder, distill):
     """Reading many rows at once must give the texts, hashes and places that reading them one after the other gives."""
     data = shard_reader.open_folder(folder)
-    collate, options = COLLATE[data.manifest["kind"]]
-    if data.manifest["kind"] == "finetune":
+    collate, options = COLLATE[data.manifest.kind]
+    if data.manifest.kind == "finetune":
         options = options | {"distill": distill}
     for step in range(9):
         epochs, rows = order_of(data).step_rows(step)
@@ -216,10 +216,10 @@ FAILING = """
 import sys
 from pathlib import Path
 from bge_ds.data import collate as batches, dataloader as loader
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.sampler import EpochSampler
 
 folder = Path(sys.argv[1])
-order = Order(seed=3, spans=((0, 60),), global_batch=8)
+order = EpochSampler(seed=3, spans=((0, 60),), global_batch=8)
 options = {"max_seq_length": 12, "encoder_share": 0.3}
 batches_of_steps = iter(loader.steps([folder], order, batches.collate_texts, first_step=0, end_step=50, accumulation=1, rank=0,
                                      world=1, workers=2, pin_memory=False, seed=3, **options))
@@ -230,7 +230,7 @@ raise RuntimeError("the step failed")
 
 def test_a_failed_run_ends_although_it_has_workers(folder):
     """An error amid the steps ends the process with its words: workers ignore the SIGTERM by which Python would end them."""
-    if shard_reader.open_folder(folder).manifest["kind"] == "finetune":
+    if shard_reader.open_folder(folder).manifest.kind == "finetune":
         pytest.skip("the same for both kinds")
     command = [sys.executable, "-c", FAILING, str(folder)]
     done = subprocess.run(

@@ -12,25 +12,25 @@ from bge_ds.data.sampling.mixture import (
     ByEpoch,
     ByWeight,
     Cycle,
-    Mixture,
-    SetBatches,
+    MixtureSampler,
+    SameDatasetBatchSampler,
     counts_of,
     floor_sums,
     golden_step,
 )
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.sampler import EpochSampler
 
 counts_and_offset = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 sizes_of_sets = st.lists(st.integers(1, 60), min_size=2, max_size=5)
 
 
-def lines(sizes, batch, shuffle=True) -> tuple[Order, ...]:
+def lines(sizes, batch, shuffle=True) -> tuple[EpochSampler, ...]:
     """Set i has rows 1000 i ... 1000 i + size - 1."""
-    return tuple(Order(i, ((1000 * i, 1000 * i + size),), batch, shuffle=shuffle) for i, size in enumerate(sizes))
+    return tuple(EpochSampler(i, ((1000 * i, 1000 * i + size),), batch, shuffle=shuffle) for i, size in enumerate(sizes))
 
 
-def by_epoch(sizes, batch, seed=0, shuffle=True) -> SetBatches:
-    return SetBatches(seed, lines(sizes, batch, shuffle), ByEpoch(seed, tuple(sizes), batch, shuffle), batch)
+def by_epoch(sizes, batch, seed=0, shuffle=True) -> SameDatasetBatchSampler:
+    return SameDatasetBatchSampler(seed, lines(sizes, batch, shuffle), ByEpoch(seed, tuple(sizes), batch, shuffle), batch)
 
 
 @given(
@@ -96,7 +96,7 @@ def test_counts_are_the_nearest_whole_ones():
 def test_each_set_of_a_mixture_is_its_own_line(sizes, seed, step):
     """Whatever the weights, a set's texts come as its own order has them: each once an epoch of the set, none left out."""
     sets = lines(sizes, 8)
-    mixture = Mixture(seed, sets, ByWeight(seed, counts_of([1 + i for i in range(len(sizes))])), 8)
+    mixture = MixtureSampler(seed, sets, ByWeight(seed, counts_of([1 + i for i in range(len(sizes))])), 8)
     parts = [mixture.step_rows(s) for s in range(step + 1)]
     epochs, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
     for i, line in enumerate(sets):
@@ -148,7 +148,7 @@ def test_1_2_4_and_8_ranks_see_equal_global_batches(batches_of_one, weighted):
     """The set of a batch, and all of its texts, are the same on any number of ranks, at any step, asked in any order."""
     sets = lines([50, 9, 70], 16)
     turns = ByWeight(3, counts_of([1, 2, 3])) if weighted or not batches_of_one else ByEpoch(3, (50, 9, 70), 16)
-    order = (SetBatches if batches_of_one else Mixture)(3, sets, turns, 16)
+    order = (SameDatasetBatchSampler if batches_of_one else MixtureSampler)(3, sets, turns, 16)
     for step in (70, 3, 0, 71):
         for world in (1, 2, 4, 8):
             parts = [order.micro_batches(step, 2, rank, world) for rank in range(world)]
@@ -158,11 +158,11 @@ def test_1_2_4_and_8_ranks_see_equal_global_batches(batches_of_one, weighted):
 
 def test_ten_thousand_million_rows_need_no_memory():
     """Far into a run over huge sets, a step is computed from its number alone."""
-    sets = tuple(Order(i, ((i * 10**10, (i + 1) * 10**10),), 512) for i in range(3))
+    sets = tuple(EpochSampler(i, ((i * 10**10, (i + 1) * 10**10),), 512) for i in range(3))
     for order in (
-        Mixture(0, sets, ByWeight(0, counts_of([5, 3, 2])), 512),
-        SetBatches(0, sets, ByWeight(0, counts_of([5, 3, 2])), 512),
-        SetBatches(0, sets, ByEpoch(0, (10**10,) * 3, 512), 512),
+        MixtureSampler(0, sets, ByWeight(0, counts_of([5, 3, 2])), 512),
+        SameDatasetBatchSampler(0, sets, ByWeight(0, counts_of([5, 3, 2])), 512),
+        SameDatasetBatchSampler(0, sets, ByEpoch(0, (10**10,) * 3, 512), 512),
     ):
         _, rows = order.step_rows(10**6)
         assert len(np.unique(rows)) == 512 and rows.max() > 9 * 10**9

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 
 from bge_ds import preprocess
+from bge_ds.data.files import hash_file
 from bge_ds.data.preprocess import output_folder
-from bge_ds.data.shards import integrity, memory_map, shard_reader, shard_writer
+from bge_ds.data.shards import integrity, manifest_file, memory_map, shard_reader, shard_writer
 
 MADE_WITH = {"name": "t", "fingerprint": "f", "vocab_size": 300, "prefix_ids": [1], "suffix_ids": [2]}
 
@@ -41,7 +42,7 @@ def write_pretrain(folder, rows, segment_rows=1000, batch_bytes=shard_writer.BAT
             made += table.close()
         manifest = {"kind": "pretrain", "tokenizer": MADE_WITH, "max_seq_length": 512, "counts": {"texts": len(rows)}}
         manifest |= {"sources": [{"path": "a", "rows": [0, len(rows)]}], "shards": made}
-        return shard_writer.write_manifest(partial, manifest)
+        return manifest_file.write_manifest(partial, manifest)
 
 
 @pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(5, 1), (70, 500), (1000, 1), (1000, 1 << 20)])
@@ -49,9 +50,9 @@ def test_rows_come_back_over_shard_borders(tmp_path, segment_rows, batch_bytes):
     """Every row is found in its shard and record batch; an off-by-one at a border would give a neighbour's text."""
     rows = texts(203)
     manifest = write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
-    assert len(manifest["shards"]) == {5: 41, 70: 3, 1000: 1}[segment_rows]
+    assert len(manifest.shards) == {5: 41, 70: 3, 1000: 1}[segment_rows]
     data = shard_reader.open_folder(tmp_path / "s")
-    assert len(data) == 203 and sum(entry["rows"] for entry in manifest["shards"]) == 203
+    assert len(data) == 203 and sum(entry.rows for entry in manifest.shards) == 203
     for row in [202, 0, *range(203)]:
         assert data.ids(row).dtype == np.uint16
         np.testing.assert_array_equal(data.ids(row), rows[row])
@@ -95,7 +96,7 @@ def test_opening_reads_no_rows(tmp_path, monkeypatch):
         raise AssertionError("a shard's batches were read at opening")
 
     with monkeypatch.context() as patch:
-        patch.setattr(memory_map.Table, "_load", refuse)
+        patch.setattr(memory_map.MappedTable, "_load", refuse)
         data = shard_reader.open_folder(tmp_path / "s")
         assert len(data) == 203
         with pytest.raises(AssertionError):
@@ -110,7 +111,7 @@ def test_a_pickled_reader_opens_the_folder_again(tmp_path):
     sent = pickle.dumps(shard_reader.open_folder(tmp_path / "s"))
     assert len(sent) < 500
     np.testing.assert_array_equal(pickle.loads(sent).ids(49), rows[49])
-    lengths = pickle.loads(pickle.dumps(shard_reader.open_folder(tmp_path / "s").lengths))  # what a `TokenOrder` carries
+    lengths = pickle.loads(pickle.dumps(shard_reader.open_folder(tmp_path / "s").lengths))  # what a `TokenBatchSampler` carries
     assert lengths(np.array([49])).tolist() == [len(rows[49])]
 
 
@@ -171,10 +172,10 @@ def test_a_shard_of_other_columns_is_named_though_its_hash_is_right(tmp_path):
     """A shard of another schema version under a manifest that was mended by hand: named, and no row of it is read."""
     write_pretrain(tmp_path / "s", texts(40), 20)
     damage(tmp_path / "s", "columns")
-    path = tmp_path / "s" / shard_reader.MANIFEST
+    path = tmp_path / "s" / manifest_file.MANIFEST
     known = orjson.loads(path.read_bytes())
-    known["shards"][0]["hash"] = shard_reader.hash_file(tmp_path / "s" / "texts-00000-000000.arrow").hexdigest()
-    path.write_bytes(orjson.dumps(known))
+    known["shards"][0]["hash"] = hash_file(tmp_path / "s" / "texts-00000-000000.arrow")
+    path.write_bytes(orjson.dumps(known | {"fingerprint": manifest_file.fingerprint(known)}))
     assert any("texts-00000-000000.arrow: its columns are" in problem for problem in integrity.verify_folder(tmp_path / "s"))
     with pytest.raises(ValueError, match=r"texts-00000-000000\.arrow: its columns are"):
         shard_reader.open_folder(tmp_path / "s").ids(0)
@@ -193,7 +194,7 @@ def test_lengths_are_counted_without_reading_values(tmp_path, monkeypatch, segme
 def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
     """The fingerprint covers the manifest's own claims; a shard left from elsewhere is no part of the data."""
     write_pretrain(tmp_path / "s", texts(20))
-    path = tmp_path / "s" / shard_reader.MANIFEST
+    path = tmp_path / "s" / manifest_file.MANIFEST
     manifest = orjson.loads(path.read_bytes())
     path.write_bytes(orjson.dumps(manifest | {"max_seq_length": 128}))
     (tmp_path / "s" / "texts-00009.arrow").write_bytes(b"x")
@@ -204,15 +205,16 @@ def test_verify_finds_an_edited_manifest_and_a_stray_shard(tmp_path):
 def test_fingerprint_ignores_names_and_keeps_content(tmp_path):
     """The same rows from a renamed file and a moved tokenizer resume each other's runs; other rows never do."""
     one = write_pretrain(tmp_path / "a", texts(20))
-    renamed = one | {"sources": [{"path": "b", "rows": [0, 20]}], "bge_ds_version": "9"}
-    renamed["tokenizer"] = one["tokenizer"] | {"name": "elsewhere"}
-    assert shard_reader.fingerprint(renamed) == one["fingerprint"]
-    assert write_pretrain(tmp_path / "c", texts(21))["fingerprint"] != one["fingerprint"]
-    assert shard_reader.fingerprint(one | {"tokenizer": MADE_WITH | {"fingerprint": "g"}}) != one["fingerprint"]
+    known = orjson.loads((tmp_path / "a" / manifest_file.MANIFEST).read_bytes())
+    renamed = known | {"sources": [{"path": "b", "rows": [0, 20]}], "bge_ds_version": "9"}
+    renamed["tokenizer"] = known["tokenizer"] | {"name": "elsewhere"}
+    assert manifest_file.fingerprint(renamed) == one.fingerprint == manifest_file.fingerprint(one)
+    assert write_pretrain(tmp_path / "c", texts(21)).fingerprint != one.fingerprint
+    assert manifest_file.fingerprint(known | {"tokenizer": MADE_WITH | {"fingerprint": "g"}}) != one.fingerprint
 
 
 def damage(folder, how):
-    shard, manifest = folder / "texts-00000-000000.arrow", folder / shard_reader.MANIFEST
+    shard, manifest = folder / "texts-00000-000000.arrow", folder / manifest_file.MANIFEST
     if how == "missing":
         shard.unlink()
     elif how == "cut":
@@ -225,7 +227,7 @@ def damage(folder, how):
             writer.write_table(table)
         known = orjson.loads(manifest.read_bytes())
         known["shards"][0]["bytes"] = shard.stat().st_size
-        manifest.write_bytes(orjson.dumps(known))
+        manifest.write_bytes(orjson.dumps(known | {"fingerprint": manifest_file.fingerprint(known)}))
     elif how == "no manifest":
         manifest.unlink()
     elif how == "not json":
@@ -290,7 +292,7 @@ def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
         writers["groups"].write([pa.array(v, t) for v, t in zip(rows, fields["groups"].types, strict=True)])
         made = [entry for writer in writers.values() for entry in writer.close()]
         manifest = {"kind": "finetune", "tokenizer": MADE_WITH | {"vocab_size": 70000}, "counts": {}, "sources": []}
-        shard_writer.write_manifest(partial, manifest | {"shards": made})
+        manifest_file.write_manifest(partial, manifest | {"shards": made})
     data = shard_reader.open_folder(tmp_path / "s")
     assert (tmp_path / "s" / "groups-00003-000007.arrow").exists()
     first, second = data.group(0), data.group(1)

@@ -35,7 +35,7 @@ def open_by(library: str, path) -> list[dict]:
 def test_others_read_the_same_rows(folder, library):
     """What docs/data.md promises: every passage, hash and group, by the files that the manifest lists."""
     data = shard_reader.open_folder(folder)
-    files = {entry["table"]: folder / entry["file"] for entry in data.manifest["shards"]}
+    files = {entry.table: folder / entry.file for entry in data.manifest.shards}
     passages, groups = open_by(library, files["passages"]), open_by(library, files["groups"])
     assert [row["ids"] for row in passages] == [data.passage(row).tolist() for row in range(data.num_passages)]
     assert [row["hash"] for row in passages] == data.hashes(np.arange(data.num_passages)).tolist()

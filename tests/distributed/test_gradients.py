@@ -15,12 +15,11 @@ import torch
 from contrastive_reference import reference_loss
 from transformers import AutoModelForMaskedLM
 
-from bge_ds import preprocess
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data import collate
-from bge_ds.data.preprocess import validate
-from bge_ds.data.sampling.sampler import Order
-from bge_ds.data.sampling.token_batching import TokenOrder
+from bge_ds.data.preprocess import prepare, validate
+from bge_ds.data.sampling.sampler import EpochSampler
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.data.shards import shard_reader
 from bge_ds.modeling.encoder import Encoder, load_backbone, pool, run_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
@@ -158,10 +157,10 @@ def data(tmp_path_factory, tiny_bert_path):
     tokenizer = validate.load_tokenizer(str(tiny_bert_path))
     quiet = {"cache_dir": str(base / "cache"), "say": lambda _: None}
     groups = [
-        preprocess.prepare("finetune", str(base / f"{name}.jsonl"), tokenizer, query_max_len=16, passage_max_len=40, **quiet)
+        prepare.prepare("finetune", str(base / f"{name}.jsonl"), tokenizer, query_max_len=16, passage_max_len=40, **quiet)
         for name in ("groups", "bare")
     ]
-    pretrain = preprocess.prepare("pretrain", str(base / "texts.jsonl"), tokenizer, max_seq_length=40, **quiet)
+    pretrain = prepare.prepare("pretrain", str(base / "texts.jsonl"), tokenizer, max_seq_length=40, **quiet)
     return *groups, pretrain
 
 
@@ -172,7 +171,7 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     model = Encoder.load(str(model_path), "mean", attention="sdpa")
     model.backbone.double()
     opened = shard_reader.open_folder(folder)
-    order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), GROUPS)
+    order = EpochSampler(42, tuple(s.rows for s in opened.manifest.sources), GROUPS)
     epochs, rows = order.step_rows(0)
     batch = collate.collate_groups(
         opened,
@@ -215,10 +214,10 @@ def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bo
     for p in model.decoder.parameters() if model.decoder else ():
         p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
     opened = shard_reader.open_folder(folder)
-    order = Order(42, tuple(tuple(s["rows"]) for s in opened.manifest["sources"]), 12)
+    order = EpochSampler(42, tuple(s.rows for s in opened.manifest.sources), 12)
     epochs, rows = order.step_rows(0)
     if tokens:
-        bins = TokenOrder(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
+        bins = TokenBatchSampler(order, opened.lengths, 40, tokens, BINS).micro_batches(0, BINS, 0, 1)
         assert len({len(rows) for _, rows in bins}) > 1  # micro batches of equal counts would hide a mean of means
         epochs, rows = (np.concatenate(parts) for parts in zip(*bins, strict=True))
     batch = collate.collate_texts(opened, epochs, rows, seed=42, max_seq_length=40, encoder_share=0.3)

@@ -12,7 +12,7 @@ import torch
 from bge_ds import preprocess
 from bge_ds.data import dataloader
 from bge_ds.data.collate import collate_texts
-from bge_ds.data.sampling.sampler import Order, mix64
+from bge_ds.data.sampling.sampler import EpochSampler, mix64
 from bge_ds.kernels import linear_logsumexp, masks, matmul, max_logits, packed
 from bge_ds.kernels.attention import varlen_attention
 from bge_ds.kernels.decoder_attention import choose, decoder_attention
@@ -183,8 +183,8 @@ def test_a_loader_s_batches_are_pinned(tmp_path, tiny_tokenizer_path):
     argv = ["pretrain", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "s"), "--tokenizer"]
     assert preprocess.main([*argv, str(tiny_tokenizer_path)]) == 0
     found = dataloader.steps(
-        [tmp_path / "s"], Order(0, ((0, 6),), 2), collate_texts, first_step=0, end_step=3, accumulation=1, rank=0, world=1,
-        workers=1, pin_memory=True, seed=0, max_seq_length=32, encoder_share=0.3,
+        [tmp_path / "s"], EpochSampler(0, ((0, 6),), 2), collate_texts, first_step=0, end_step=3, accumulation=1, rank=0,
+        world=1, workers=1, pin_memory=True, seed=0, max_seq_length=32, encoder_share=0.3,
     )  # fmt: skip
     for (batch,) in found:
         tensors = (

@@ -241,12 +241,12 @@ def test_decoder_starts_random_and_small():
 
 def test_a_head_from_scratch_starts_at_the_token_frequencies():
     """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible."""
-    from bge_ds.data.ragged import Lists
+    from bge_ds.data.ragged import RaggedArrays
     from bge_ds.objectives.retromae import start_at_frequencies
 
     class Rows(list):
         def texts(self, rows):
-            return Lists.of([self[row] for row in rows]), None
+            return RaggedArrays.of([self[row] for row in rows]), None
 
     bias = torch.zeros(6)
     start_at_frequencies(bias, Rows([np.array([1, 1, 2]), np.array([2, 1, 3])]))

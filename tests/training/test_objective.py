@@ -9,7 +9,7 @@ import torch
 from programs import toy_objective
 from safetensors.torch import load_file
 
-from bge_ds import preprocess
+from bge_ds.data.preprocess import prepare
 
 PROGRAM = helpers.REPO / "tests" / "programs" / "toy_objective.py"
 
@@ -20,7 +20,7 @@ def test_a_toy_objective_trains_checkpoints_and_resumes_exactly(tmp_path, stage)
 
     Without it, an objective could come to need parts of the loop that only the two shipped ones bring."""
     base = helpers.make_training_folder(tmp_path / "base")
-    preprocess.prepare_all(
+    prepare.prepare_all(
         "pretrain", [str(base / "texts.jsonl")], toy_objective.validate.load_tokenizer(str(base / "model"), None), False,
         max_seq_length=40, word_segmenter="none", explicit=frozenset(), cache_dir=str(base / "cache"), on_error="raise",
         verify_data=True, say=print,

@@ -1,8 +1,8 @@
 """Inputs -> a folder of shards, segment by segment, so that it can be shared out, killed and gone on with.
 
 Memory holds some blocks and one segment's passages, whatever the input. Each segment that is finished has a record
-(`segments.py`); a run of the same job does only what has none, and the manifest is made of the records alone
-(`parts.py`). So the bytes of the result depend on the input and the settings, not on processes, parts or kills.
+(`segment_writer.py`); a run of the same job does only what has none, and the manifest is made of the records alone
+(`merge.py`). So the bytes of the result depend on the input and the settings, not on processes, parts or kills.
 """
 
 import contextlib
@@ -21,8 +21,22 @@ from tqdm import tqdm
 from bge_ds import __version__
 from bge_ds.data.preprocess import corpus_index, input_files, merge, output_folder, segment_writer, validate
 from bge_ds.data.preprocess.input_files import Block, Source
-from bge_ds.data.preprocess.workers import Job, Settings, run_blocks
+from bge_ds.data.preprocess.rows import BlockRows
+from bge_ds.data.preprocess.workers import Job, PreprocessSettings, run_blocks
 from bge_ds.data.shards import shard_reader
+from bge_ds.data.shards.manifest_file import (
+    MANIFEST,
+    PART,
+    SCHEMA_VERSION,
+    SKIPPED,
+    Header,
+    Manifest,
+    Part,
+    PartSource,
+    TokenizerEntry,
+    read_part,
+    write_part,
+)
 
 SHOWN = 20  # skipped lines that are listed on the screen
 
@@ -56,58 +70,53 @@ def build(
     corpus_inputs: list[Source] | None = None,
     share: Share | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Manifest | Part:
     """Preprocesses inputs into the folder `output`, which appears when all is written. Returns the manifest.
 
     `num_proc` 0 means one process for each core this one may use; `shard_bytes` is a segment's bytes of the input. With
-    a share of several parts the result is a part for `parts.merge`, and what is returned is what it is of. A killed run
+    a share of several parts the result is a part for `merge.merge`, and what is returned is what it is of. A killed run
     is gone on with by the same call. Raises ValueError that names file and line."""
     settings, tokenizer = job
-    settings.check(validate.Encoder(tokenizer, settings.word_segmenter))
+    settings.check(validate.BatchTokenizer(tokenizer, settings.word_segmenter))
     share = share or Share()
     if not num_proc:
         num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    run = _Run(inputs, corpus_inputs or [], settings, tokenizer, shard_bytes, share, num_proc)
+    run = _Build(inputs, corpus_inputs or [], settings, tokenizer, shard_bytes, share, num_proc)
     run.refuse_empty()
     with output_folder.new_folder(output, overwrite, run.job_hash(), say) as folder:
-        if not (folder / shard_reader.MANIFEST).exists() and not (share.of > 1 and (folder / shard_reader.PART).exists()):
+        if not (folder / MANIFEST).exists() and not (share.of > 1 and (folder / PART).exists()):
             run.write(folder, say)
             part = run.part(folder)
             if share.of == 1:
                 merge.assemble(folder, [folder], part)
             else:
                 corpus_index.remove_index(folder / segment_writer.JOURNAL)
-                merge.write_part(folder, part)
-        result = merge.finish(folder) if share.of == 1 else part_of(folder)
+                write_part(folder, part)
+        result = merge.finish(folder) if share.of == 1 else read_part(folder)
     if share.of == 1:
         tell(output, result, tokenizer.name, say)
     return result
 
 
-def part_of(folder: Path) -> dict[str, Any]:
-    """What a finished part is of."""
-    return orjson.loads((folder / shard_reader.PART).read_bytes())
-
-
-def tell(output: Path, manifest: dict[str, Any], tokenizer: str, say: Callable[[str], None]) -> None:
+def tell(output: Path, manifest: Manifest, tokenizer: str, say: Callable[[str], None]) -> None:
     """Says which lines were skipped, and whether the tokenizer knows the language."""
     for line in merge.shown_skipped(output, SHOWN):
         say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
-    counts = manifest["counts"]
+    counts = manifest.counts
     if counts["skipped"]:
-        say(f"skipped {counts['skipped']} lines in all, listed in {output / shard_reader.SKIPPED}")
+        say(f"skipped {counts['skipped']} lines in all, listed in {output / SKIPPED}")
     if counts["unknown_tokens"] > counts["tokens"] / 10:
         percent = 100 * counts["unknown_tokens"] / counts["tokens"]
         say(f"warning: {percent:.0f} % of the tokens are unknown to {tokenizer}: is it made for this language?")
 
 
 @dataclass
-class _Run:
+class _Build:
     """One call of `build`: what goes in, and the steps to the records of all its segments."""
 
     inputs: list[Source]
     corpus: list[Source]
-    settings: Settings
+    settings: PreprocessSettings
     tokenizer: validate.TokenizerCore
     cut: int
     share: Share
@@ -122,7 +131,7 @@ class _Run:
     def plan(self) -> list[Any]:
         """All that decides the rows and their places, but for the bytes of the inputs."""
         settings = asdict(self.settings)
-        return [shard_reader.SCHEMA_VERSION, __version__, settings, self.tokenizer.fingerprint, self.cut, self.share.sample]
+        return [SCHEMA_VERSION, __version__, settings, self.tokenizer.fingerprint, self.cut, self.share.sample]
 
     def job_hash(self) -> str:
         """Tells whether what a killed run left can be gone on with: the same job on inputs that nobody touched."""
@@ -131,34 +140,33 @@ class _Run:
         inputs = [[source.identity() for source in group] for group in (self.inputs, self.corpus)]
         return xxhash.xxh3_128_hexdigest(orjson.dumps([plan, inputs, self.share.part, self.share.of]))
 
-    def part(self, folder: Path) -> dict[str, Any]:
-        """What `parts.merge` needs to know of a run beside its records."""
+    def part(self, folder: Path) -> Part:
+        """What `merge.merge` needs to know of a run beside its records."""
         core = self.tokenizer
-        named = {name: getattr(core, name) for name in ("name", "fingerprint", "vocab_size")}
-        named |= {"prefix_ids": list(core.prefix_ids), "suffix_ids": list(core.suffix_ids)}
-        header = {"kind": self.settings.kind, "bge_ds_version": __version__, "tokenizer": named, **self.settings.named()}
-        if self.share.sample:
-            header["sample"] = self.share.sample
-        listed = {
-            stage: [
-                {"path": source.name, "first_number": source.first_number}
-                | {"segments": segment_writer.count_segments(folder, stage, number)}
-                for number, source in enumerate(group)
+        tokenizer = TokenizerEntry(
+            name=core.name, fingerprint=core.fingerprint, vocab_size=core.vocab_size,
+            prefix_ids=list(core.prefix_ids), suffix_ids=list(core.suffix_ids),
+        )  # fmt: skip
+        header = Header(
+            kind=self.settings.kind, bge_ds_version=__version__, tokenizer=tokenizer, sample=self.share.sample or None,
+            **self.settings.named(),
+        )  # fmt: skip
+
+        def listed(stage: str, group: list[Source]) -> list[PartSource]:
+            counts = [segment_writer.count_segments(folder, stage, number) for number in range(len(group))]
+            return [
+                PartSource(path=source.name, first_number=source.first_number, segments=count)
+                for source, count in zip(group, counts, strict=True)
             ]
-            for stage, group in (("rows", self.inputs), ("corpus", self.corpus))
-        }
+
         # Times are left out: hosts may have copies of the inputs.
         sizes = [[source.name, source.num_bytes()] for source in (*self.inputs, *self.corpus)]
-        return {
-            "schema_version": shard_reader.SCHEMA_VERSION,
-            "part": self.share.part,
-            "of": self.share.of,
-            "plan": xxhash.xxh3_128_hexdigest(orjson.dumps([self.plan(), sizes])),
-            "on_error": self.settings.on_error,
-            "header": header,
-            "sources": listed["rows"],
-            "corpus": listed["corpus"],
-        }
+        return Part(
+            schema_version=SCHEMA_VERSION, part=self.share.part, of=self.share.of,
+            plan=xxhash.xxh3_128_hexdigest(orjson.dumps([self.plan(), sizes])),
+            on_error=self.settings.on_error, header=header,
+            sources=listed("rows", self.inputs), corpus=listed("corpus", self.corpus),
+        )  # fmt: skip
 
     def write(self, folder: Path, say: Callable[[str], None]) -> None:
         """Makes all segments of this run's share that have no record yet."""
@@ -184,7 +192,7 @@ class _Run:
                 with contextlib.closing(results):
                     self._take(folder, stage, group, settings, results, bar)
 
-    def _blocks(self, folder: Path, stage: str, number: int, source: Source, settings: Settings) -> Iterator[Block]:
+    def _blocks(self, folder: Path, stage: str, number: int, source: Source, settings: PreprocessSettings) -> Iterator[Block]:
         done = segment_writer.finished(folder, stage, number, clean=settings.on_error == "raise")
         count = segment_writer.count_segments(folder, stage, number)
         mine = partial(self.share.takes, number)
@@ -200,8 +208,8 @@ class _Run:
         folder: Path,
         stage: str,
         group: list[Source],
-        settings: Settings,
-        results: Iterable[tuple[Block, dict[str, Any]]],
+        settings: PreprocessSettings,
+        results: Iterable[tuple[Block, BlockRows | None]],
         bar: Any,
     ) -> None:
         """Writes what the workers send, which comes in the order of the input."""
@@ -218,15 +226,15 @@ class _Run:
                     writer.finish()
                     writer = None
                     continue
-                if result["bad"] and settings.on_error == "raise":
-                    self._refuse(group[block.source], block, result["bad"][0], settings)
+                if result.bad and settings.on_error == "raise":
+                    self._refuse(group[block.source], block, result.bad[0], settings)
                 writer.add(result)
                 bar.update(block.advance)
         finally:
             if writer is not None:
                 writer.abort()
 
-    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: Settings) -> None:
+    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: PreprocessSettings) -> None:
         before = block.before
         if before is None:
             before = input_files.lines_before(source, block.segment, self.cut, settings.input_columns())

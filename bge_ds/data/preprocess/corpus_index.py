@@ -60,7 +60,7 @@ def _identities(
     source: Source, block: Block, cut: int, columns: tuple[tuple[str, str], ...], wanted: tuple[str, ...]
 ) -> Iterable[tuple[int, str]]:
     """(line in the segment, id) of a block of a corpus."""
-    lines: Any = table_files.unpack(block.data) if block.is_arrow else block.data.split(b"\n")
+    lines: Any = table_files.from_bytes(block.data) if block.is_arrow else block.data.split(b"\n")
     for number, line in enumerate(lines, block.first):
         if not block.is_arrow and not line.strip():
             continue

@@ -6,7 +6,7 @@ parts. Which line belongs to which segment must therefore depend on the input on
     lines              a line belongs to segment (offset of its first byte) // cut. A segment of a plain file is found by
                        one seek and one search for a line's end; a compressed one counts decompressed bytes and is read
                        through from its beginning, as a stream has no other way.
-    tables             rows [k * r, (k + 1) * r), r such that a segment has about `cut` bytes (`tables.py`)
+    tables             rows [k * r, (k + 1) * r), r such that a segment has about `cut` bytes (`table_files.py`)
 
 A part that takes only some segments asks for those; a stream's others are read over without being tokenised.
 """
@@ -152,7 +152,7 @@ def read_segments(
     `cut` is a segment's bytes, `columns` those that a table is read for. Raises ValueError for a broken input."""
     block_bytes = block_bytes or BLOCK_BYTES
     if source.is_table:
-        yield from _read_rows(table_files.Table(source.path, source.is_dataset, columns), index, cut, wanted, block_bytes)
+        yield from _read_rows(table_files.InputTable(source.path, source.is_dataset, columns), index, cut, wanted, block_bytes)
     elif source.is_stream:
         yield from _read_stream(source, index, cut, wanted, block_bytes, columns)
     else:
@@ -169,7 +169,7 @@ def read_blocks(source: Source, index: int, block_bytes: int = 0) -> Iterator[Bl
 def lines_before(source: Source, segment: int, cut: int, columns: tuple[str, ...] = ()) -> int:
     """How many lines (rows) of a source stand before a segment. Reads what precedes: for an error's line number only."""
     if source.is_table:
-        return segment * table_files.Table(source.path, source.is_dataset, columns).segment_rows(cut)
+        return segment * table_files.InputTable(source.path, source.is_dataset, columns).segment_rows(cut)
     assert not source.is_stream, "a stream's blocks carry the count"
     with open(source.path, "rb") as file:
         left, count = _line_start(file, segment * cut), 0
@@ -203,7 +203,7 @@ def first_lines(blocks: Iterable[Block], count: int) -> Iterator[Block]:
 
 
 def _read_rows(
-    table: table_files.Table, index: int, cut: int, wanted: Callable[[int], bool], block_bytes: int
+    table: table_files.InputTable, index: int, cut: int, wanted: Callable[[int], bool], block_bytes: int
 ) -> Iterator[Block]:
     rows = table.segment_rows(cut)
     segments = max(1, -(-table.rows // rows))

@@ -14,6 +14,7 @@ import numpy as np
 from bge_ds.data.preprocess import validate
 from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS
 from bge_ds.data.shards import shard_reader
+from bge_ds.data.shards.manifest_file import TABLES, Manifest
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 PICTURES = (".png", ".svg")
@@ -35,32 +36,32 @@ def inspect(folder: Path, sample: int = 3, histogram: Path | None = None, say: C
     if histogram is not None:
         check_picture(histogram)
     data = shard_reader.open_folder(folder)
-    manifest, kind = data.manifest, data.manifest["kind"]
-    made = manifest["tokenizer"]
-    say(f"{folder}: {kind} shards, schema version {manifest['schema_version']}, by bge_ds {manifest['bge_ds_version']}")
-    say(f"tokenizer    {made['name']}, {made['vocab_size']:,} ids, fingerprint {made['fingerprint']}")
+    manifest, kind = data.manifest, data.manifest.kind
+    made = manifest.tokenizer
+    say(f"{folder}: {kind} shards, schema version {manifest.schema_version}, by bge_ds {manifest.bge_ds_version}")
+    say(f"tokenizer    {made.name}, {made.vocab_size:,} ids, fingerprint {made.fingerprint}")
     for name in (*LENGTHS[kind], *INSTRUCTIONS[kind]):
-        say(f"{name}  {manifest[name]!r}")
-    if "word_segmenter" in manifest:
-        say(f"word_segmenter  {manifest['word_segmenter']!r}")
-    say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items()))
+        say(f"{name}  {getattr(manifest, name)!r}")
+    if manifest.word_segmenter is not None:
+        say(f"word_segmenter  {manifest.word_segmenter!r}")
+    say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest.counts.items()))
     for line in shares(manifest):
         say(line)
-    for source in manifest["sources"]:
-        say(f"source       {source['path']}: rows {source['rows'][0]:,} to {source['rows'][1]:,}")
-    for table in shard_reader.TABLES[kind]:
-        entries = [entry for entry in manifest["shards"] if entry["table"] == table]
-        size = sum(entry["bytes"] for entry in entries) / (1 << 20)
-        say(f"{table:<12} {sum(entry['rows'] for entry in entries):,} rows in {len(entries)} shards, {size:,.1f} MiB")
+    for source in manifest.sources:
+        say(f"source       {source.path}: rows {source.rows[0]:,} to {source.rows[1]:,}")
+    for table in TABLES[kind]:
+        entries = [entry for entry in manifest.shards if entry.table == table]
+        size = sum(entry.bytes for entry in entries) / (1 << 20)
+        say(f"{table:<12} {sum(entry.rows for entry in entries):,} rows in {len(entries)} shards, {size:,.1f} MiB")
     say(f"fingerprint  {data.fingerprint}")
-    counted = {key: data.length_counts(*key) for key in COLUMNS if key[0] in shard_reader.TABLES[kind]}
+    counted = {key: data.length_counts(*key) for key in COLUMNS if key[0] in TABLES[kind]}
     for line in length_table(counted):
         say(line)
     if histogram is not None:
         draw(histogram, counted, manifest)
         say(f"histogram    {histogram}")
     try:
-        tokenizer = validate.load_tokenizer(made["name"])
+        tokenizer = validate.load_tokenizer(made.name)
     except ValueError as error:
         say(f"samples are shown as ids: {error}")
         tokenizer = None
@@ -68,10 +69,10 @@ def inspect(folder: Path, sample: int = 3, histogram: Path | None = None, say: C
         _show(data, row, tokenizer, say)
 
 
-def shares(manifest: dict[str, Any]) -> list[str]:
+def shares(manifest: Manifest) -> list[str]:
     """Lines about how much was cut, and how often a passage is named."""
-    counts = manifest["counts"]
-    texts = counts["texts"] if manifest["kind"] == "pretrain" else counts["groups"] + counts["passages"]
+    counts = manifest.counts
+    texts = counts["texts"] if manifest.kind == "pretrain" else counts["groups"] + counts["passages"]
     lines = [f"cut          {counts['cut_texts']:,} of {texts:,} texts ({counts['cut_texts'] / texts:.2%})"]
     if "duplicates" in counts:
         stored, named = counts["passages"], counts["passages"] + counts["duplicates"]
@@ -115,7 +116,7 @@ def check_picture(path: Path) -> None:
         ) from None
 
 
-def draw(path: Path, counted: dict[tuple[str, str], np.ndarray], manifest: dict[str, Any]) -> None:
+def draw(path: Path, counted: dict[tuple[str, str], np.ndarray], manifest: Manifest) -> None:
     """A panel for each column: how many rows have which length, the median, the 95 % quantile and the length it is cut to."""
     from matplotlib.figure import Figure
 
@@ -126,11 +127,11 @@ def draw(path: Path, counted: dict[tuple[str, str], np.ndarray], manifest: dict[
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, (key, counts_L) in zip(axes, panels, strict=False):
         title, bound = COLUMNS[key]
-        _panel(axis, counts_L, title, manifest[bound] if bound else None)
+        _panel(axis, counts_L, title, getattr(manifest, bound) if bound else None)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    counts = manifest["counts"]
-    rows = "texts" if manifest["kind"] == "pretrain" else "groups"
+    counts = manifest.counts
+    rows = "texts" if manifest.kind == "pretrain" else "groups"
     figure.suptitle(f"{counts[rows]:,} {rows}, {counts['tokens']:,} tokens", fontsize=12, fontweight="bold")
     figure.savefig(path)
 

@@ -13,55 +13,49 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 
 from bge_ds.data.preprocess import output_folder, segment_writer
-from bge_ds.data.shards import shard_reader
-from bge_ds.data.shards.shard_writer import write_manifest, write_whole
+from bge_ds.data.preprocess.rows import SegmentRecord
+from bge_ds.data.shards import manifest_file
+from bge_ds.data.shards.manifest_file import (
+    Manifest,
+    Part,
+    PartSource,
+    ShardEntry,
+    SourceEntry,
+    read_manifest,
+    read_part,
+    write_manifest,
+)
 
 SUMMED = ("tokens", "unknown_tokens", "cut_texts")
 
 
-def write_part(folder: Path, part: dict[str, Any]) -> None:
-    """Writes what a part is of; see `merge`. Its records are complete by now."""
-    write_whole(folder / shard_reader.PART, orjson.dumps(part, option=orjson.OPT_INDENT_2) + b"\n")
-
-
-def merge(parts: list[Path], output: Path, overwrite: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+def merge(parts: list[Path], output: Path, overwrite: bool = False, say: Callable[[str], None] = print) -> Manifest:
     """Joins all parts of a partitioned run into the folder `output`. Returns the manifest.
 
     Raises ValueError for a part that is missing, given twice, of another run or unfinished."""
-    read = {folder: _read_part(folder) for folder in parts}
+    read = {folder: read_part(folder) for folder in parts}
     first = read[parts[0]]
     owners: dict[int, Path] = {}
     for folder, part in read.items():
         for name, what in (("plan", "inputs or settings"), ("of", "number of parts")):
-            if part[name] != first[name]:
+            if getattr(part, name) != getattr(first, name):
                 raise ValueError(f"{folder} is of another run than {parts[0]}: other {what}: merge the parts of one run")
-        if part["part"] in owners:
-            raise ValueError(f"{folder} is part {part['part']}/{part['of']}, and so is {owners[part['part']]}: name each once")
-        owners[part["part"]] = folder
+        if part.part in owners:
+            raise ValueError(f"{folder} is part {part.part}/{part.of}, and so is {owners[part.part]}: name each once")
+        owners[part.part] = folder
     if len(read) < len(parts):
         twice = next(folder for folder in parts if parts.count(folder) > 1)
         raise ValueError(f"{twice} is given twice: name each part once")
-    if missing := sorted(set(range(1, first["of"] + 1)) - owners.keys()):
-        raise ValueError(f"part {missing[0]}/{first['of']} is missing: preprocess it (--partition {missing[0]}/{first['of']})")
-    with output_folder.new_folder(output, overwrite, job=f"merge{first['plan']}", say=say) as folder:
+    if missing := sorted(set(range(1, first.of + 1)) - owners.keys()):
+        raise ValueError(f"part {missing[0]}/{first.of} is missing: preprocess it (--partition {missing[0]}/{first.of})")
+    with output_folder.new_folder(output, overwrite, job=f"merge{first.plan}", say=say) as folder:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return assemble(folder, [owners[i] for i in sorted(owners)], first)
-
-
-def _read_part(folder: Path) -> dict[str, Any]:
-    path = folder / shard_reader.PART
-    if not path.is_file():
-        whole = " (it is a whole folder of shards)" if (folder / shard_reader.MANIFEST).is_file() else ""
-        raise ValueError(f"{folder} is no finished part: no {shard_reader.PART} in it{whole}: make it with --partition i/n")
-    part = orjson.loads(path.read_bytes())
-    if part["schema_version"] != shard_reader.SCHEMA_VERSION:
-        version = part["schema_version"]
-        raise ValueError(f"{path}: schema version {version}; this bge_ds reads {shard_reader.SCHEMA_VERSION}: preprocess again")
-    return part
 
 
 def _link(path: Path, target: Path) -> None:
@@ -76,97 +70,97 @@ def _link(path: Path, target: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- assembling
 
 
-def assemble(folder: Path, parts: list[Path], part: dict[str, Any]) -> dict[str, Any]:
+def assemble(folder: Path, parts: list[Path], part: Part) -> Manifest:
     """Writes the list of skipped lines and the manifest of `folder` from the records in `parts`. Returns the manifest.
 
     Raises ValueError where nothing can be trained on, or, with on_error "raise", for a source without a line."""
     total = _Totals(folder, parts, part)
-    header = {key: part["header"][key] for key in part["header"]}
-    if part["corpus"]:
-        header["corpus"] = total.read_stage("corpus", part["corpus"])
+    header = msgspec.to_builtins(part.header)
+    if part.corpus:
+        header["corpus"] = total.read_stage("corpus", part.corpus)
     try:
-        with open(folder / f".{shard_reader.SKIPPED}", "wb") as total.skip_file:
-            found = total.read_stage("rows", part["sources"])
+        with open(folder / f".{manifest_file.SKIPPED}", "wb") as total.skip_file:
+            found = total.read_stage("rows", part.sources)
         try:
-            counts = total.counts(part["header"]["kind"])
+            counts = total.counts(part.header.kind)
         except ValueError:
             shutil.rmtree(folder / output_folder.JOURNAL, ignore_errors=True)  # no way to go on: the input must change
             raise
         if total.skipped:
-            os.replace(folder / f".{shard_reader.SKIPPED}", folder / shard_reader.SKIPPED)
+            os.replace(folder / f".{manifest_file.SKIPPED}", folder / manifest_file.SKIPPED)
     finally:
-        (folder / f".{shard_reader.SKIPPED}").unlink(missing_ok=True)
-    tables = shard_reader.TABLES[part["header"]["kind"]]
-    total.files.sort(key=lambda entry: tables.index(entry["table"]))  # stable: within a table the input's order stays
+        (folder / f".{manifest_file.SKIPPED}").unlink(missing_ok=True)
+    tables = manifest_file.TABLES[part.header.kind]
+    total.files.sort(key=lambda entry: tables.index(entry.table))  # stable: within a table the input's order stays
     for entry in total.files:
-        owner = total.owners[entry["file"]]
-        if not (owner / entry["file"]).is_file():
-            raise ValueError(f"{owner / entry['file']} is missing: copy this part again, or make it again")
+        owner = total.owners[entry.file]
+        if not (owner / entry.file).is_file():
+            raise ValueError(f"{owner / entry.file} is missing: copy this part again, or make it again")
         if owner != folder:
-            _link(owner / entry["file"], folder / entry["file"])
+            _link(owner / entry.file, folder / entry.file)
     return write_manifest(folder, {**header, "counts": counts, "sources": found, "shards": total.files})
 
 
 class _Totals:
     """Adds up records in the order of the input."""
 
-    def __init__(self, folder: Path, parts: list[Path], part: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, parts: list[Path], part: Part) -> None:
         self.folder, self.parts, self.part = folder, parts, part
-        self.files: list[dict[str, Any]] = []
+        self.files: list[ShardEntry] = []
         self.owners: dict[str, Path] = {}  # file -> the folder that it is in
         self.sums = dict.fromkeys(("passages", "named", "alone", "rows", *SUMMED), 0)
         self.only: set[str | None] = set()  # the one passage of each segment that has but one; None: a segment has more
         self.skipped, self.place, self.first_skipped = 0, "", ""
         self.skip_file: Any = None
 
-    def read_stage(self, stage: str, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read_stage(self, stage: str, sources: list[PartSource]) -> list[SourceEntry]:
         """The manifest's entries of a stage's sources."""
         found, row = [], 0
         for number, source in enumerate(sources):
             start, lines, skipped = row, 0, 0
             for segment, record in self._records(stage, number, source):
-                at = lines + source["first_number"]
-                self.files += record["files"]
-                self.owners |= {entry["file"]: self._owner(number, segment) for entry in record["files"]}
+                at = lines + source.first_number
+                self.files += record.files
+                self.owners |= {entry.file: self._owner(number, segment) for entry in record.files}
                 for name in SUMMED:
-                    self.sums[name] += record[name]
+                    self.sums[name] += getattr(record, name)
                 if stage == "rows":
-                    self._add(record, f"{source['path']}:{at + (record['first'] or 0)}")
-                    if record["skipped"]:
-                        self._list_skipped(number, segment, source["path"], at)
+                    self._add(record, f"{source.path}:{at + (record.first or 0)}")
+                    if record.skipped:
+                        self._list_skipped(number, segment, source.path, at)
                 else:
-                    self.sums["passages"] += record["rows"]
-                row, lines, skipped = row + record["rows"], lines + record["lines"], skipped + record["skipped"]
+                    self.sums["passages"] += record.rows
+                row, lines, skipped = row + record.rows, lines + record.lines, skipped + record.skipped
             if row == start and not skipped:
-                self._refuse_empty(source["path"], stage)
+                self._refuse_empty(source.path, stage)
                 skipped = 1
-            found.append({"path": source["path"], "rows": [start, row], "lines": lines, "skipped": skipped})
+            found.append(SourceEntry(path=source.path, rows=(start, row), lines=lines, skipped=skipped))
         return found
 
     def _owner(self, number: int, segment: int) -> Path:
         return self.parts[(number + segment) % len(self.parts)]
 
-    def _records(self, stage: str, number: int, source: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for segment in range(source["segments"]):
+    def _records(self, stage: str, number: int, source: PartSource) -> Iterator[tuple[int, SegmentRecord]]:
+        for segment in range(source.segments):
             owner = self._owner(number, segment)
             try:
                 yield segment, segment_writer.read_record(owner, stage, number, segment)
             except FileNotFoundError:
                 raise ValueError(
-                    f"{owner} lacks segment {segment} of {source['path']}: copy the part again, or make it again"
+                    f"{owner} lacks segment {segment} of {source.path}: copy the part again, or make it again"
                 ) from None
 
-    def _add(self, record: dict[str, Any], place: str) -> None:
+    def _add(self, record: SegmentRecord, place: str) -> None:
         for name in ("rows", "passages", "named", "alone"):
-            self.sums[name] += record.get(name, 0)
-        if record["rows"]:
+            self.sums[name] += getattr(record, name) or 0
+        if record.rows:
             self.place = self.place or place
-            self.only.add(record.get("only_passage"))
+            self.only.add(record.only_passage or None)
 
     def _list_skipped(self, number: int, segment: int, path: str, at: int) -> None:
         owner = self._owner(number, segment)
         for line in segment_writer.read_skipped(owner, "rows", number, segment):
-            self._skip({"file": path, "line": at + line["line"], "reason": line["reason"]})
+            self._skip({"file": path, "line": at + line.line, "reason": line.reason})
 
     def _skip(self, line: dict[str, Any]) -> None:
         self.skip_file.write(orjson.dumps(line) + b"\n")
@@ -174,7 +168,7 @@ class _Totals:
         self.skipped += 1
 
     def _refuse_empty(self, path: str, stage: str) -> None:
-        if self.part["on_error"] == "raise" or stage == "corpus":
+        if self.part.on_error == "raise" or stage == "corpus":
             raise ValueError(f"{path}: the file is empty: it holds no line")
         self._skip({"file": path, "line": 0, "reason": "the file is empty"})
 
@@ -188,29 +182,29 @@ class _Totals:
         else:
             passages, named = self.sums["passages"], self.sums["named"]
             # A corpus may hold passages that no group names, and says nothing of which are named.
-            one = passages == 1 or (not self.part["corpus"] and len(self.only) == 1 and None not in self.only)
+            one = passages == 1 or (not self.part.corpus and len(self.only) == 1 and None not in self.only)
             if self.sums["alone"] == total and (total == 1 or one):
                 raise ValueError(
                     f'{self.place}: nothing to compare against: no line has a "neg" text, and no other line has another'
                     " positive, which could serve as one: add negatives or more lines"
                 )
             counts = {"groups": total, "passages": passages}
-            if not self.part["corpus"]:
+            if not self.part.corpus:
                 counts["duplicates"] = named - passages
             counts["groups_without_negatives"] = self.sums["alone"]
         return counts | {name: self.sums[name] for name in SUMMED} | {"skipped": self.skipped}
 
 
-def finish(folder: Path) -> dict[str, Any]:
+def finish(folder: Path) -> Manifest:
     """Removes from a folder with a manifest what was needed to write it. Returns the manifest."""
-    (folder / shard_reader.PART).unlink(missing_ok=True)
+    (folder / manifest_file.PART).unlink(missing_ok=True)
     shutil.rmtree(folder / output_folder.JOURNAL, ignore_errors=True)
-    return shard_reader.read_manifest(folder)
+    return read_manifest(folder)
 
 
 def shown_skipped(folder: Path, count: int) -> list[dict[str, Any]]:
     """The first skipped lines of a folder."""
-    path = folder / shard_reader.SKIPPED
+    path = folder / manifest_file.SKIPPED
     if not path.exists():
         return []
     with open(path, "rb") as file:

@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bge_ds.data.shards.shard_reader import MANIFEST, PART, SKIPPED
+from bge_ds.data.shards.manifest_file import MANIFEST, PART, SKIPPED
 
-JOURNAL = "segments"  # the folder of what is known of each segment, see segments.py
+JOURNAL = "segments"  # the folder of what is known of each segment, see segment_writer.py
 
 
 @contextlib.contextmanager

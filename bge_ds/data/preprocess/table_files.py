@@ -18,7 +18,7 @@ HUB = "hf://"
 HUB_SYNTAX = "hf://NAME[:CONFIG][@SPLIT]"
 
 
-class Table:
+class InputTable:
     """The rows of a Parquet file, an Arrow file or stream, or a folder of `datasets.save_to_disk`.
 
     Raises ValueError for a table that cannot be read or has none of the columns asked for."""
@@ -68,7 +68,7 @@ class Table:
                     batch = batch.select(self.columns)
                 for start in range(0, batch.num_rows, step):
                     piece = batch.slice(start, step)
-                    yield piece.num_rows, pack(piece)
+                    yield piece.num_rows, to_bytes(piece)
                     at += piece.num_rows
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path}:{at}: the table cannot be read from this row on: {error}") from error
@@ -116,7 +116,7 @@ def _between(batches: Iterator[pa.RecordBatch], at: int, first: int, last: int) 
         at += batch.num_rows
 
 
-def pack(batch: pa.RecordBatch) -> bytes:
+def to_bytes(batch: pa.RecordBatch) -> bytes:
     """A record batch as an Arrow stream: only the rows of a slice, not what it is a slice of."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -124,16 +124,16 @@ def pack(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def unpack(data: bytes) -> list[dict[str, Any]]:
-    """The rows of `pack` as Python objects; a column that is null counts as absent."""
+def from_bytes(data: bytes) -> list[dict[str, Any]]:
+    """The rows of `to_bytes` as Python objects; a column that is null counts as absent."""
     rows = pa.ipc.open_stream(data).read_all().to_pylist()
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def head(data: bytes, rows: int) -> tuple[bytes, int]:
-    """The first rows of what `pack` gave, and how many there are."""
+    """The first rows of what `to_bytes` gave, and how many there are."""
     batch = pa.ipc.open_stream(data).read_next_batch().slice(0, rows)
-    return pack(batch), batch.num_rows
+    return to_bytes(batch), batch.num_rows
 
 
 # -------------------------------------------------------------------------------------------------------------- hub

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import orjson
 
-from bge_ds.data.ragged import Lists, stretches
+from bge_ds.data.ragged import RaggedArrays, stretches
 
 CHARACTERS = 1 << 20  # that are remembered (measured: some 20 MiB a process); then those that came once are forgotten
 TOGETHER = 64  # new stretches that are tokenized as one text: one by one takes twice as long
@@ -28,13 +28,13 @@ def is_local(tokenizer_json: str) -> bool:
     return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not spaced
 
 
-class Memo:
+class TokenCache:
     """Stretches and their tokens.
 
     encode: texts -> (ids of each, whether a word begins at each token, the character where each token begins), all whole
     and end to end."""
 
-    def __init__(self, encode: Callable[[list[str]], tuple[Lists, np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, encode: Callable[[list[str]], tuple[RaggedArrays, np.ndarray, np.ndarray]]) -> None:
         self._encode = encode
         self._known: dict[str, int] = {}  # stretch -> its number
         self._starts = self._lengths = np.zeros(0, np.int64)  # of each stretch, in `_tokens`
@@ -42,7 +42,7 @@ class Memo:
         self._uses = np.zeros(0, np.int64)  # of each stretch, since the last time that some were forgotten
         self._characters = 0
 
-    def look_up(self, texts: list[str]) -> tuple[Lists, np.ndarray]:
+    def look_up(self, texts: list[str]) -> tuple[RaggedArrays, np.ndarray]:
         """(ids of each text, whether a word begins at each token), without special tokens."""
         parts = [text.split(" ") for text in texts]
         flat = list(itertools.chain.from_iterable(parts))
@@ -60,7 +60,7 @@ class Memo:
         tokens = stretches(self._tokens, self._starts[places], lengths)
         ends = np.cumsum(list(map(len, parts)), dtype=np.int64)  # of each text, in stretches
         counts = np.diff(np.append(0, np.cumsum(lengths))[ends], prepend=0)
-        return Lists(tokens >> 1, counts), (tokens & 1).astype(bool)
+        return RaggedArrays(tokens >> 1, counts), (tokens & 1).astype(bool)
 
     def _learn(self, new: list[str]) -> None:
         texts = [" ".join(new[first : first + TOGETHER]) for first in range(0, len(new), TOGETHER)]

@@ -1,6 +1,6 @@
-"""Texts to token ids and words.
+"""TokenizedTexts to token ids and words.
 
-Texts are encoded many at a time, and what follows (cutting, word numbers, special tokens) is arithmetic on arrays of a
+TokenizedTexts are encoded many at a time, and what follows (cutting, word numbers, special tokens) is arithmetic on arrays of a
 whole batch: done text by text it took half as long again as the tokenizer itself. Nothing here knows about lines,
 ranks or torch.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bge_ds.data.preprocess import token_cache, word_segmentation, word_starts
-from bge_ds.data.ragged import Lists, inside
+from bge_ds.data.ragged import RaggedArrays, inside
 
 BATCH = 256  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
 
@@ -36,7 +36,7 @@ class TokenizerCore:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TokenizedTexts:
     """Texts as arrays, end to end, special tokens at the ends of each. Texts that say nothing are in `silent` alone."""
 
     ids: np.ndarray  # int32
@@ -46,10 +46,10 @@ class Texts:
     silent: np.ndarray  # bool, for all texts that were given: whether it gives no token
 
 
-class Encoder:
-    """Texts to token ids with the special tokens at the ends, cut to a length. One for each worker process.
+class BatchTokenizer:
+    """TokenizedTexts to token ids with the special tokens at the ends, cut to a length. One for each worker process.
 
-    word_segmenter: which library says what a word is in scripts without spaces, see `segmenting.py`. Raises ValueError
+    word_segmenter: which library says what a word is in scripts without spaces, see `word_segmentation.py`. Raises ValueError
     where it is not installed."""
 
     def __init__(self, tokenizer: TokenizerCore, word_segmenter: str = word_segmentation.NONE) -> None:
@@ -62,7 +62,7 @@ class Encoder:
         self._splits_at_space = len(set(self._backend.encode("a b", add_special_tokens=False).word_ids)) > 1
         # jieba finds words in whole texts.
         local = word_segmenter == word_segmentation.NONE and token_cache.is_local(tokenizer.json)
-        self._memo = token_cache.Memo(self._tokenize) if local else None
+        self._memo = token_cache.TokenCache(self._tokenize) if local else None
         self.count_prompt = lru_cache(maxsize=1024)(self._count)
 
     def check_room(self, length: int, name: str, instruction: str = "") -> None:
@@ -86,12 +86,14 @@ class Encoder:
             cuts += [len(body) > room for body in bodies]
         return rows, cuts
 
-    def encode(self, texts: list[str], length: int) -> "Texts":
+    def encode(self, texts: list[str], length: int) -> "TokenizedTexts":
         """Ids of each text, at most `length`, and the word of each token; a special token is a word of its own."""
         parts = [self._encode_some(some, length) for some in _batches(texts)]
-        return Texts(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Texts)))
+        return TokenizedTexts(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(TokenizedTexts))
+        )
 
-    def _encode_some(self, texts: list[str], length: int) -> "Texts":
+    def _encode_some(self, texts: list[str], length: int) -> "TokenizedTexts":
         room = length - self._affixes
         (ids, counts), starts = self._tokens(texts, room)
         silent, kept = self._without_text(ids, counts), np.minimum(counts, room)
@@ -102,7 +104,7 @@ class Encoder:
             ids = ids[inside(counts) < np.repeat(kept, counts)]
         return self._with_affixes(ids, starts, kept, counts > room, silent)
 
-    def _tokens(self, texts: list[str], room: int) -> tuple[Lists, np.ndarray]:
+    def _tokens(self, texts: list[str], room: int) -> tuple[RaggedArrays, np.ndarray]:
         """(ids of each, and, for the first `room` of each, whether a word begins there), without special tokens."""
         if self._memo is None:
             encodings = self._batch(texts)
@@ -112,8 +114,8 @@ class Encoder:
             starts = starts[inside(ids.lengths) < np.repeat(np.minimum(ids.lengths, room), ids.lengths)]
         return ids, starts
 
-    def _tokenize(self, texts: list[str]) -> tuple[Lists, np.ndarray, np.ndarray]:
-        """What `memo.Memo` asks for."""
+    def _tokenize(self, texts: list[str]) -> tuple[RaggedArrays, np.ndarray, np.ndarray]:
+        """What `token_cache.TokenCache` asks for."""
         encodings = self._batch(texts)
         ids = _ids(encodings)
         at = (begin for encoding in encodings for begin, _ in encoding.offsets)
@@ -122,14 +124,14 @@ class Encoder:
 
     def _with_affixes(
         self, ids: np.ndarray, starts: np.ndarray, kept: np.ndarray, cuts: np.ndarray, silent: np.ndarray
-    ) -> "Texts":
+    ) -> "TokenizedTexts":
         """Puts the special tokens around each text; `kept` are the lengths without them, none is 0."""
         head, lengths = len(self.core.prefix_ids), kept + self._affixes
         number = np.cumsum(starts, dtype=np.int32)
         first, last = number[np.cumsum(kept) - kept], number[np.cumsum(kept) - 1]
         begin = np.cumsum(lengths) - lengths
         place = inside(kept) + np.repeat(begin + head, kept)
-        made = Texts(np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.int32), lengths, cuts, silent)
+        made = TokenizedTexts(np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.int32), lengths, cuts, silent)
         made.ids[place] = ids
         made.words[place] = number - np.repeat(first - head, kept)
         for i, token in enumerate(self.core.prefix_ids):
@@ -184,9 +186,9 @@ def _batches(values: list[str]) -> Iterator[list[str]]:
     return (values[first : first + BATCH] for first in range(0, max(1, len(values)), BATCH))
 
 
-def _ids(encodings: list[Encoding]) -> Lists:
+def _ids(encodings: list[Encoding]) -> RaggedArrays:
     counts = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
-    return Lists(_flat((encoding.ids for encoding in encodings), counts), counts)
+    return RaggedArrays(_flat((encoding.ids for encoding in encodings), counts), counts)
 
 
 def _flat(lists: Iterable[list[int]], lengths: np.ndarray) -> np.ndarray:

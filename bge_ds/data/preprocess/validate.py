@@ -1,4 +1,4 @@
-"""Input lines: checking each; and taking the tokenizer apart that its texts are encoded by (`encoding.py`).
+"""Input lines: checking each; and taking the tokenizer apart that its texts are encoded by (`tokenize.py`).
 
 Nothing here knows about ranks, shards or torch. The tokenizer is used through its Rust core alone: the core can be sent
 to a worker process as text, and Python-side settings (truncation, padding, `model_max_length`) cannot change an id.
@@ -17,7 +17,7 @@ import orjson
 import xxhash
 from tokenizers import Tokenizer
 
-from bge_ds.data.preprocess.tokenize import Encoder as Encoder  # callers find all of a tokenizer's parts here
+from bge_ds.data.preprocess.tokenize import BatchTokenizer as BatchTokenizer  # callers find all of a tokenizer's parts here
 from bge_ds.data.preprocess.tokenize import TokenizerCore, environment_variable
 
 KEYS = {

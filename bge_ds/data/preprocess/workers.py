@@ -24,17 +24,20 @@ import xxhash
 
 from bge_ds.data.preprocess import corpus_index, table_files, validate, word_segmentation
 from bge_ds.data.preprocess.input_files import Block
+from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, TextRows
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import shard_reader
 
 LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32, "passage_max_len": 128}}
 INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
 WORDS = {"pretrain": ("word_segmenter",), "finetune": ()}  # what decides words, which fine-tuning has no use for
 EMPTY = "{} is an empty text to this tokenizer: it gives no token"
+NumberedRecord = tuple[int, dict[str, Any]]  # (number in its segment, what it holds)
 SEEN_LIMIT = 500_000  # passages a worker remembers (about 60 MB); past it some are tokenised again, no row changes
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreprocessSettings:
     """All that decides the rows, beside the input itself: the trainers' own flag names."""
 
     kind: str
@@ -44,16 +47,16 @@ class Settings:
     passage_max_len: int = 0
     query_instruction_for_retrieval: str = ""  # put before each query as it is
     passage_instruction_for_retrieval: str = ""
-    word_segmenter: str = word_segmentation.NONE  # of pretrain: a name of `segmenting.SEGMENTERS`
+    word_segmenter: str = word_segmentation.NONE  # of pretrain: a name of `word_segmentation.SEGMENTERS`
     columns: tuple[tuple[str, str], ...] = ()  # (field, its name in the input)
     stage: str = "rows"  # "corpus": the lines are a corpus's passages; "by_id": groups that name those
 
     @property
     def form(self) -> str:
-        """What a line holds: a key of `records.KEYS`."""
+        """What a line holds: a key of `validate.KEYS`."""
         return self.kind if self.stage == "rows" else self.stage
 
-    def at_stage(self, stage: str) -> "Settings":
+    def at_stage(self, stage: str) -> "PreprocessSettings":
         """The same for another kind of lines, with the columns that those have."""
         return replace(self, stage=stage, columns=tuple(pair for pair in self.columns if pair[0] in validate.KEYS[stage]))
 
@@ -66,7 +69,7 @@ class Settings:
         """The lengths and instructions that belong to the kind, as the manifest keeps them."""
         return {name: getattr(self, name) for name in (*LENGTHS[self.kind], *INSTRUCTIONS[self.kind], *WORDS[self.kind])}
 
-    def check(self, encoder: validate.Encoder) -> None:
+    def check(self, encoder: validate.BatchTokenizer) -> None:
         """Raises ValueError for a length that leaves no room for text."""
         if self.kind == "pretrain":
             encoder.check_room(self.max_seq_length, "max_seq_length")
@@ -81,14 +84,14 @@ class Settings:
 class Worker:
     """Turns blocks into compact arrays. The blocks it is given come in the order of the input, others between them."""
 
-    def __init__(self, settings: Settings, tokenizer: validate.TokenizerCore, index: Path | None = None) -> None:
-        self.settings, self.encoder = settings, validate.Encoder(tokenizer, settings.word_segmenter)
+    def __init__(self, settings: PreprocessSettings, tokenizer: validate.TokenizerCore, index: Path | None = None) -> None:
+        self.settings, self.encoder = settings, validate.BatchTokenizer(tokenizer, settings.word_segmenter)
         self.id_type = shard_reader.id_type(tokenizer.vocab_size).to_pandas_dtype()
         self.seen: set[bytes] = set()
         self.segment: tuple[int, int] | None = None  # that `seen` belongs to
         self.index = corpus_index.IdIndex(index) if index else None
 
-    def __call__(self, block: Block) -> dict[str, Any]:
+    def __call__(self, block: Block) -> BlockRows:
         """The rows of a block; `bad` lists (line of the segment from 0, reason). With on_error "raise" it stops there."""
         form, stops = self.settings.form, self.settings.on_error == "raise"
         if self.segment != (block.source, block.segment):
@@ -108,16 +111,16 @@ class Worker:
                 bad.append((number, str(error)))
                 if stops:
                     break
-        good, more, packed = self._texts(found) if form == "pretrain" else self._rows(found)
+        good, more, cuts, rows = self._texts(found) if form == "pretrain" else self._rows(found)
         # What only the tokenizer sees comes later, maybe for an earlier line.
         bad = sorted(bad + more)[: 1 if stops else None]
-        return {"good": len(good), "bad": bad, "first": good[0] if good else None, "lines": self._count_lines, **packed}
+        return BlockRows(len(good), bad, good[0] if good else None, self._count_lines, cuts, rows)
 
     def _lines(self, block: Block) -> Iterator[tuple[int, Any]]:
         """(number in the segment, line or row) of all that are not blank."""
         if block.is_arrow:
             try:
-                found: list[Any] = table_files.unpack(block.data)
+                found: list[Any] = table_files.from_bytes(block.data)
             except (ValueError, pa.ArrowException) as error:
                 found = [ValueError(f"the rows from here on cannot be decoded: {error}")]
             self._count_lines = len(found)
@@ -129,20 +132,20 @@ class Worker:
             if raw.strip():
                 yield number, raw
 
-    def _texts(self, found: list[tuple[int, dict[str, Any]]]) -> tuple[list[int], list[tuple[int, str]], dict[str, Any]]:
-        """(numbers of the good lines, the bad ones, their rows), as `_rows`; all texts as one array."""
+    def _texts(self, found: list[NumberedRecord]) -> tuple[list[int], list[tuple[int, str]], int, TextRows]:
+        """As `_rows`; all texts as one array."""
         made = self.encoder.encode([record["text"] for _, record in found], self.settings.max_seq_length)
         if made.silent.any() and self.settings.on_error == "raise":
             first = int(np.argmax(made.silent))
-            good, _, packed = self._texts(found[:first])
-            return good, [(found[first][0], EMPTY.format('"text"'))], packed
+            good, _, cuts, rows = self._texts(found[:first])
+            return good, [(found[first][0], EMPTY.format('"text"'))], cuts, rows
         bad = [(number, EMPTY.format('"text"')) for (number, _), silent in zip(found, made.silent, strict=True) if silent]
         good = [number for (number, _), silent in zip(found, made.silent, strict=True) if not silent]
-        ids, cuts = made.ids.astype(self.id_type), int(made.cuts.sum())
-        return good, bad, {"ids": ids, "lengths": made.lengths, "words": made.words, "cuts": cuts}
+        ids = RaggedArrays(made.ids.astype(self.id_type), made.lengths)
+        return good, bad, int(made.cuts.sum()), TextRows(ids, made.words)
 
-    def _rows(self, found: list[tuple[int, dict[str, Any]]]) -> tuple[list[int], list[tuple[int, str]], dict[str, Any]]:
-        """(numbers of the good lines, the bad ones, their rows) of entries or groups; stops at a bad one as told."""
+    def _rows(self, found: list[NumberedRecord]) -> tuple[list[int], list[tuple[int, str]], int, PassageRows | GroupRows]:
+        """(numbers of the good lines, the bad ones, texts cut, rows) of entries or groups; stops at a bad one as told."""
         form = self.settings.form
         take = {"finetune": self._group, "corpus": self._entry, "by_id": self._named_group}[form]
         rows: dict[str, list[Any]] = {"texts": [], "cuts": [], "passages": [], "hashes": [], "groups": []}
@@ -157,7 +160,8 @@ class Worker:
                 if self.settings.on_error == "raise":
                     break
         self._keys, self._fresh = {}, {}
-        return good, bad, (self._pack_entries if form == "corpus" else self._pack_groups)(rows)
+        pack = {"corpus": self._pack_entries, "by_id": self._pack_named_groups, "finetune": self._pack_groups}[form]
+        return good, bad, int(sum(rows["cuts"])), pack(rows)
 
     def _encode_ahead(self, found: list[dict[str, Any]]) -> Iterable[Any]:
         """For each record (ids, cut) of its text or query, all encoded at once. New passages of groups go to `_fresh`."""
@@ -236,39 +240,36 @@ class Worker:
         rows["groups"].append((query, *refs, *others))
         rows["cuts"].append(query_cut)
 
-    def _pack_entries(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        ids, lengths = self._join(rows["texts"])
-        return {"ids": ids, "lengths": lengths, "hash": np.array(rows["hashes"], dtype=np.uint64), "cuts": sum(rows["cuts"])}
+    def _pack_entries(self, rows: dict[str, list[Any]]) -> PassageRows:
+        return PassageRows(self._join(rows["texts"]), np.array(rows["hashes"], dtype=np.uint64))
 
-    def _pack_groups(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+    def _pack_named_groups(self, rows: dict[str, list[Any]]) -> GroupRows:
+        columns = list(zip(*rows["groups"], strict=True))[1:] or [()] * 6
+        return GroupRows(self._join([group[0] for group in rows["groups"]]), columns)
+
+    def _pack_groups(self, rows: dict[str, list[Any]]) -> GroupRows:
         if len(self.seen) > SEEN_LIMIT:
             self.seen.clear()
         sent = [passage for passage in rows["passages"] if passage is not None]
-        ids, lengths = self._join([ids for ids, _, _ in sent])
-        return {
-            "cuts": sum(rows["cuts"]),
-            "keys": rows["hashes"],
-            "sent": np.array([passage is not None for passage in rows["passages"]], dtype=bool),
-            "ids": ids,
-            "lengths": lengths,
-            "hash": np.array([number for _, number, _ in sent], dtype=np.uint64),
-            "passage_cuts": np.array([cut for _, _, cut in sent], dtype=bool),
-            "query": self._join([group[0] for group in rows["groups"]]),
-            "columns": list(zip(*rows["groups"], strict=True))[1:] or [()] * 6,
-        }
+        made = self._pack_named_groups(rows)
+        made.keys = rows["hashes"]
+        made.sent = np.array([passage is not None for passage in rows["passages"]], dtype=bool)
+        hashes = np.array([number for _, number, _ in sent], dtype=np.uint64)
+        made.passages = PassageRows(self._join([ids for ids, _, _ in sent]), hashes)
+        made.passage_cuts = np.array([cut for _, _, cut in sent], dtype=bool)
+        return made
 
-    def _join(self, lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Lists of ids -> (all ids end to end, lengths)."""
+    def _join(self, lists: list[list[int]]) -> RaggedArrays:
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         flat = np.fromiter(itertools.chain.from_iterable(lists), dtype=self.id_type, count=int(lengths.sum()))
-        return flat, lengths
+        return RaggedArrays(flat, lengths)
 
 
 _worker: Worker  # of this process, when it is a worker process
-Job = tuple[Settings, validate.TokenizerCore]
+Job = tuple[PreprocessSettings, validate.TokenizerCore]
 
 
-def _start(settings: Settings, tokenizer: validate.TokenizerCore, index: Path | None) -> None:
+def _start(settings: PreprocessSettings, tokenizer: validate.TokenizerCore, index: Path | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to report, once
     # A killed parent cannot stop its workers, and an idle worker would wait for its next block for ever.
@@ -277,14 +278,14 @@ def _start(settings: Settings, tokenizer: validate.TokenizerCore, index: Path | 
     _worker = Worker(settings, tokenizer, index)
 
 
-def _work(block: Block) -> dict[str, Any]:
+def _work(block: Block) -> BlockRows:
     return _worker(block)
 
 
 def run_blocks(
     blocks: Iterable[Block], job: Job, num_proc: int, index: Path | None = None
-) -> Iterator[tuple[Block, dict[str, Any]]]:
-    """Pairs of (block, its rows), in the order of the blocks; {} for a block that ends something.
+) -> Iterator[tuple[Block, BlockRows | None]]:
+    """Pairs of (block, its rows), in the order of the blocks; None for a block that ends something.
 
     One block alone, or one process, needs no pool. `index` is the corpus's, where groups name passages by id."""
     blocks = iter(blocks)
@@ -293,7 +294,7 @@ def run_blocks(
         head.append(block)
     if num_proc <= 1 or sum(not block.ends for block in head) < 2:
         worker = Worker(*job, index)
-        yield from ((block, {} if block.ends else worker(block)) for block in itertools.chain(head, blocks))
+        yield from ((block, None if block.ends else worker(block)) for block in itertools.chain(head, blocks))
         return
     # Forked where the system can: spawning would import the trainer's whole command, torch included, in every worker.
     methods = multiprocessing.get_all_start_methods()
@@ -305,10 +306,10 @@ def run_blocks(
             waiting.append((block, None if block.ends else pool.submit(_work, block)))
             if len(waiting) > 2 * num_proc:
                 first, future = waiting.popleft()
-                yield first, future.result() if future else {}
+                yield first, future.result() if future else None
         while waiting:
             first, future = waiting.popleft()
-            yield first, future.result() if future else {}
+            yield first, future.result() if future else None
     except BrokenProcessPool as error:
         raise ChildProcessError("a worker process died (out of memory?): try a smaller --num_proc") from error
     finally:

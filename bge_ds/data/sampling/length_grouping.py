@@ -1,8 +1,8 @@
-"""Batches of texts of similar length: a window of a line's batches, sorted by length, as a pure function of the step.
+"""Batches of texts of similar length: a window of a sampler's batches, sorted by length, as a pure function of the step.
 
 A window holds about WINDOW global batches. Its texts are sorted by length and cut into batches, which the window then
 takes in a shuffled order, so that a run does not go from short to long. Windows end where epochs do: at the end of an
-epoch, the texts seen are those that the line without grouping would have shown. The last window is kept, nothing else.
+epoch, the texts seen are those of the sampler without grouping. The last window is kept, nothing else.
 A mixture's shares hold over a window, not within each of its batches: one set's texts may be the longer ones.
 
 Within a batch the sorted texts are halved again and again, each time 0, 3, 4, 7, 8 ... to the one side and 1, 2, 5, 6 ...
@@ -17,20 +17,20 @@ from functools import lru_cache
 
 import numpy as np
 
-from bge_ds.data.sampling.sampler import Line, mix64, permute
+from bge_ds.data.sampling.sampler import Sampler, mix64, permute
 
 WINDOW = 64  # global batches
 
 
 @dataclass(eq=False)
-class LengthOrder(Line):
+class LengthGroupedSampler(Sampler):
     """`line` with the texts of each window put into batches of similar length.
 
     lengths: rows -> tokens of each text. whole_batches: an epoch ends with its last full batch (`mixture.ByEpoch`), not with
     the batch that holds its last text.
     """
 
-    line: Line
+    line: Sampler
     lengths: Callable[[np.ndarray], np.ndarray]
     whole_batches: bool = False
     window: int = WINDOW
@@ -48,7 +48,7 @@ class LengthOrder(Line):
         return self.line.global_batch
 
     def texts_of_sets(self, texts: int) -> np.ndarray:
-        """How many texts of each set the first `texts` of the line without grouping are; within a window it is not told."""
+        """How many of the first `texts` texts of `line` come from each set; within a window this is not exact."""
         return self.line.texts_of_sets(texts)
 
     def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ lies. Over a cycle every point is met once, so that the shares are exact; over a
 places, because golden steps fill a circle evenly. How often a set had its turn before place t is a sum of floors,
 found in O(log C), so that no position needs those before it.
 
-Each set is a line of its own (`Order`): its epochs laid end to end, none of its texts lost or doubled at their borders.
+Each set has a sampler of its own (`EpochSampler`): its epochs laid end to end, none of its texts lost or doubled at
+their borders.
 
 By weight, c_i of 2^30 places. Without weights, whole batches of one set (`ByEpoch`): in epoch e, set i of N_i texts has
 floor((e+1) N_i / G) - floor(e N_i / G) batches of G texts. What an epoch leaves over, less than a batch, begins the set's
@@ -21,7 +22,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from bge_ds.data.sampling.sampler import Line, LinesRows, Order, mix64
+from bge_ds.data.sampling.sampler import EpochSampler, RowLookup, Sampler, mix64
 
 CYCLE = 1 << 30  # so that a product of two places fits in 63 bits
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -172,11 +173,11 @@ def _cycle_of_epoch(order: ByEpoch, epoch: int) -> Cycle:
 
 
 @dataclass(frozen=True)
-class Mixture(Line):
-    """Texts of several sets in one line, by weight. An epoch is as many texts as the sets have together."""
+class MixtureSampler(Sampler):
+    """Texts of several sets in one sequence, by weight. An epoch is as many texts as the sets have together."""
 
     seed: int
-    sets: tuple[Order, ...]
+    sets: tuple[EpochSampler, ...]
     shares: ByWeight
     global_batch: int
 
@@ -189,23 +190,23 @@ class Mixture(Line):
         return self._rows.at(turns_K, sets_K)
 
     @cached_property
-    def _rows(self) -> LinesRows:
-        return LinesRows(self.sets)
+    def _rows(self) -> RowLookup:
+        return RowLookup(self.sets)
 
     def texts_of_sets(self, texts: int) -> np.ndarray:
-        """How many texts of each set the line's first `texts` are."""
+        """How many of the first `texts` texts come from each set."""
         return self.shares.before(texts)
 
 
 @dataclass(frozen=True)
-class SetBatches(Line):
+class SameDatasetBatchSampler(Sampler):
     """Global batches of one set each, the same set on all ranks and in all accumulation steps.
 
-    sets: lines cut into batches of `global_batch` texts. turns: whose batch a step takes, by epoch or by weight.
+    sets: samplers with batches of `global_batch` texts. turns: whose batch a step takes, by epoch or by weight.
     """
 
     seed: int
-    sets: tuple[Line, ...]
+    sets: tuple[Sampler, ...]
     turns: ByEpoch | ByWeight
     global_batch: int
 

@@ -2,7 +2,7 @@
 
 An epoch's order is a keyed permutation evaluated where it is needed (a Feistel network over the smallest 4^k that holds
 N, walked until the value falls below N), so that memory does not grow with the data, a resumed run costs nothing, and
-any number of ranks cuts the same global batches from the same line. Nothing is stored but the rows near the last step.
+any number of ranks cuts the same global batches from the same sequence. Nothing is stored but the rows near the last step.
 
 The rule at an epoch's end: epochs are laid end to end, and step s takes places [s G, (s+1) G) of that line, G texts a
 global batch. Every text is seen exactly once an epoch, no batch is short, and only the last step of a run may take
@@ -82,10 +82,10 @@ def _half_bits(size: int | np.ndarray) -> np.ndarray:
     return np.array(bits, np.uint64)[which].reshape(np.shape(size))
 
 
-class Line:
-    """An endless line of texts, cut into global batches: what every order answers to the loops and the loader.
+class Sampler:
+    """Base sampler: an infinite sequence of (epoch, row), cut into global batches.
 
-    A line has a `seed`, a `global_batch` (texts an optimizer step consumes, over all ranks and accumulation steps), a
+    A sampler has a `seed`, a `global_batch` (texts an optimizer step consumes, over all ranks and accumulation steps), a
     length (the texts of an epoch) and `rows_at`; the rest follows.
     """
 
@@ -96,18 +96,18 @@ class Line:
         raise NotImplementedError
 
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs_K, rows_K) at consecutive places along the line."""
+        """(epochs_K, rows_K) at consecutive places of the sequence."""
         raise NotImplementedError
 
     def texts_of_sets(self, texts: int) -> np.ndarray:
-        """How many texts of each set the line's first `texts` are."""
+        """How many of the first `texts` texts come from each set."""
         raise NotImplementedError
 
     def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_G, rows_G) of one optimizer step over all ranks, in batch order."""
         steps = max(1, _STRETCH // self.global_batch)
         stretch, inside = divmod(step, steps)
-        kept = self.__dict__.get("_stretch")  # the one asked for last; not a field, as lines are frozen
+        kept = self.__dict__.get("_stretch")  # the one asked for last; not a field, as samplers are frozen
         if kept is None or kept[0] != stretch:
             size = steps * self.global_batch
             kept = stretch, *self.rows_at(np.arange(stretch * size, (stretch + 1) * size, dtype=np.int64))
@@ -134,8 +134,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Order(Line):
-    """The line of rows that a run walks along.
+class EpochSampler(Sampler):
+    """Epochs end to end, each a permutation of the kept rows (without `shuffle`: the rows in order).
 
     spans: (first row, end row) of each input file of the shards, in order.
     global_batch: texts (or groups) an optimizer step consumes, over all ranks and accumulation steps.
@@ -159,22 +159,22 @@ class Order(Line):
         return int(self.kept.sum())
 
     def texts_of_sets(self, texts: int) -> np.ndarray:
-        """How many texts of each span the line's first `texts` are, on average."""
+        """How many of the first `texts` texts come from each span, on average."""
         return self.kept * (texts / len(self))
 
     def rows_at(self, places_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs_K, rows_K) at any places along the line of all epochs laid end to end."""
+        """(epochs_K, rows_K) at any places of the sequence of all epochs laid end to end."""
         return self._rows.at(places_K, 0)
 
     @cached_property
-    def _rows(self) -> LinesRows:
-        return LinesRows((self,))
+    def _rows(self) -> RowLookup:
+        return RowLookup((self,))
 
 
-class LinesRows:
-    """The rows of many lines at once: what `Order.rows_at` gives, with as many numpy calls for a thousand lines as for one."""
+class RowLookup:
+    """The rows of many `EpochSampler`s at once, with as many numpy calls for a thousand of them as for one."""
 
-    def __init__(self, lines: tuple[Order, ...]) -> None:
+    def __init__(self, lines: tuple[EpochSampler, ...]) -> None:
         self.shuffle = lines[0].shuffle
         self.sizes = np.array([len(line) for line in lines], np.int64)
         self.seeds = np.array([line.seed for line in lines], np.uint64)

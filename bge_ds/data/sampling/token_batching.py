@@ -1,4 +1,4 @@
-"""Micro batches by tokens: the line of `Order`, cut into bins that hold as many whole texts as a budget allows.
+"""Micro batches by tokens: the sequence of a sampler, cut into bins that hold as many whole texts as a budget allows.
 
 A bin takes texts in the order of the line while their tokens fit. Step s of W ranks and A accumulation steps takes bins
 [s W A, (s+1) W A), and bin s W A + a W + r is accumulation step a of rank r: what a bin holds depends on the seed, the
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bge_ds.data.sampling.sampler import Line, whole_steps
+from bge_ds.data.sampling.sampler import Sampler, whole_steps
 
 CHUNK = 1 << 16  # texts; one bin in hundreds is closed early
 
@@ -34,15 +34,15 @@ class _Packed(NamedTuple):
 
 
 @dataclass(eq=False)
-class TokenOrder:
-    """Which rows a step sees where micro batches are cut by tokens; asked as `Order` is.
+class TokenBatchSampler:
+    """A sampler whose micro batches are cut by tokens instead of by number of texts.
 
     line: the places; the size of its batches plays no part. lengths: rows -> tokens of each text, before it is cut.
     budget: most tokens of a bin, at least max_seq_length. step_bins: bins of an optimizer step, over all ranks and
     accumulation steps.
     """
 
-    line: Line
+    line: Sampler
     lengths: Callable[[np.ndarray], np.ndarray]
     max_seq_length: int
     budget: int
@@ -107,11 +107,11 @@ class TokenOrder:
             places_K = np.arange(chunk * self.chunk, (chunk + 1) * self.chunk, dtype=np.int64)
             epochs_K, rows_K = self.line.rows_at(places_K)
             lengths_K = np.minimum(self.lengths(rows_K), self.max_seq_length)
-            self._last = _Packed(chunk, epochs_K, rows_K, pack(lengths_K, self.budget))
+            self._last = _Packed(chunk, epochs_K, rows_K, cut_by_tokens(lengths_K, self.budget))
         return self._last
 
 
-def pack(lengths_K: np.ndarray, budget: int) -> np.ndarray:
+def cut_by_tokens(lengths_K: np.ndarray, budget: int) -> np.ndarray:
     """Where bins begin that take texts in order while they fit, and the end: [0, ..., K].
 
     A single text that is longer than the budget is a bin of its own.

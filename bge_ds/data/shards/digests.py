@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from bge_ds.data.shards.shard_reader import hash_file
-from bge_ds.data.shards.shard_writer import write_whole
+from bge_ds.data.files import hash_file, write_whole
 
 if TYPE_CHECKING:
     from bge_ds.data.preprocess.input_files import Source
@@ -48,7 +47,7 @@ def _look_up(files: list[Path], path: Path) -> list[str]:
     for file in files:
         stat = file.stat()
         key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
-        found.append(known.pop(key, None) or hash_file(file).hexdigest())
+        found.append(known.pop(key, None) or hash_file(file))
         known[key] = found[-1]  # last, as the one asked for last
     if known.keys() != before.keys():
         write_whole(path, orjson.dumps(dict(list(known.items())[-REMEMBERED:])))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import xxhash
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
+from bge_ds.data.shards.manifest_file import Manifest
 
 
 class Joined:
@@ -24,8 +25,8 @@ class Joined:
         self.folders = [folder for reader in readers for folder in reader.folders]
         first, *others = readers
         for reader in others:
-            for name, of in (("kind", str), ("tokenizer", lambda made: made["fingerprint"])):
-                if of(reader.manifest[name]) != of(first.manifest[name]):
+            for name, of in (("kind", lambda made: made.kind), ("tokenizer", lambda made: made.tokenizer.fingerprint)):
+                if of(reader.manifest) != of(first.manifest):
                     raise ValueError(
                         f"{first.folders[0]} and {reader.folders[0]} do not go together, each has a {name} of its own: give "
                         f"folders of one {name}, or preprocess again"
@@ -45,7 +46,7 @@ class Joined:
     def num_passages(self) -> int:
         return self.passage_starts[-1]
 
-    def texts(self, rows_N: np.ndarray) -> tuple[Lists, ...]:
+    def texts(self, rows_N: np.ndarray) -> tuple[RaggedArrays, ...]:
         return self._collect(self.starts, rows_N, lambda k, rows: self.readers[k].texts(rows))
 
     def ids(self, row: int) -> np.ndarray:
@@ -59,17 +60,17 @@ class Joined:
     def lengths(self, rows_K: np.ndarray, *longest: int) -> np.ndarray:
         return self._gather(self.starts, rows_K, np.int64, lambda reader, rows: reader.lengths(rows, *longest))
 
-    def queries(self, rows_B: np.ndarray) -> Lists:
+    def queries(self, rows_B: np.ndarray) -> RaggedArrays:
         return self._collect(self.starts, rows_B, lambda k, rows: (self.readers[k].queries(rows),))[0]
 
-    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, ...]:
-        def ask(k: int, rows: np.ndarray) -> tuple[Lists, ...]:
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[RaggedArrays, ...]:
+        def ask(k: int, rows: np.ndarray) -> tuple[RaggedArrays, ...]:
             first = self.passage_starts[k]
             return tuple(part._replace(values=part.values + first) for part in self.readers[k].passage_rows(rows))
 
         return self._collect(self.starts, rows_B, ask)
 
-    def scores(self, rows_B: np.ndarray) -> tuple[Lists, ...]:
+    def scores(self, rows_B: np.ndarray) -> tuple[RaggedArrays, ...]:
         return self._collect(self.starts, rows_B, lambda k, rows: self.readers[k].scores(rows))
 
     def group(self, row: int) -> Any:
@@ -82,7 +83,7 @@ class Joined:
         k = _find(self.starts, row)
         return self.readers[k].notes(row - self.starts[k])
 
-    def passages(self, prows_K: np.ndarray) -> Lists:
+    def passages(self, prows_K: np.ndarray) -> RaggedArrays:
         return self._collect(self.passage_starts, prows_K, lambda k, rows: (self.readers[k].passages(rows),))[0]
 
     def passage(self, prow: int) -> np.ndarray:
@@ -107,8 +108,10 @@ class Joined:
             found_K[here] = ask(self.readers[k], rows_K[here] - starts[k])
         return found_K
 
-    def _collect(self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]) -> tuple[Lists, ...]:
-        """The tuple of `Lists` that each folder (by its number) answers for its rows, put together in the order asked."""
+    def _collect(
+        self, starts: list[int], rows_K: np.ndarray, ask: Callable[[int, np.ndarray], tuple]
+    ) -> tuple[RaggedArrays, ...]:
+        """The `RaggedArrays` that each folder (by its number) answers for its rows, put together in the order asked."""
         here, answers = [], []
         for k, places in self._by_folder(starts, rows_K):
             here.append(places)
@@ -116,7 +119,7 @@ class Joined:
         if len(answers) == 1:
             return answers[0]
         back = np.argsort(np.concatenate(here))
-        return tuple(Lists.join(parts).take(back) for parts in zip(*answers, strict=True))
+        return tuple(RaggedArrays.join(parts).take(back) for parts in zip(*answers, strict=True))
 
     def _by_folder(self, starts: list[int], rows_K: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(folder, places in `rows_K` of its rows) of each folder that has one."""
@@ -137,24 +140,27 @@ def _find(starts: list[int], row: int) -> int:
     return bisect_right(starts, row) - 1
 
 
-def _join_manifests(manifests: list[dict[str, Any]], starts: list[int]) -> dict[str, Any]:
+def _join_manifests(manifests: list[Manifest], starts: list[int]) -> Manifest:
     """One manifest in the form of a folder's; each source has its rows shifted and the `folder` (a number) it is of.
 
     Lengths are the smallest. An instruction that differs between the folders is None.
     """
-    joined = dict(manifests[0])
-    for name, value in manifests[0].items():
-        values = [manifest.get(name) for manifest in manifests]
-        if name.endswith("instruction_for_retrieval"):
-            joined[name] = value if all(other == value for other in values) else None
-        elif name in ("max_seq_length", "query_max_len", "passage_max_len"):
-            joined[name] = min(values)
-    names = dict.fromkeys(name for manifest in manifests for name in manifest["counts"])
-    joined["counts"] = {name: sum(manifest["counts"].get(name, 0) for manifest in manifests) for name in names}
-    joined["sources"] = [
-        {**source, "rows": [start + row for row in source["rows"]], "folder": k}
-        for k, (manifest, (start, _)) in enumerate(zip(manifests, pairwise(starts), strict=True))
-        for source in manifest["sources"]
+    changed: dict[str, Any] = {}
+    for name in ("max_seq_length", "query_max_len", "passage_max_len"):
+        changed[name] = min((getattr(made, name) for made in manifests), key=lambda length: length or 0)
+    for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
+        values = {getattr(made, name) for made in manifests}
+        changed[name] = values.pop() if len(values) == 1 else None
+    names = dict.fromkeys(name for made in manifests for name in made.counts)
+    sources = [
+        msgspec.structs.replace(source, rows=(start + source.rows[0], start + source.rows[1]), folder=k)
+        for k, (made, start) in enumerate(zip(manifests, starts, strict=False))
+        for source in made.sources
     ]
-    joined["shards"] = [entry for manifest in manifests for entry in manifest["shards"]]
-    return joined
+    return msgspec.structs.replace(
+        manifests[0],
+        **changed,
+        counts={name: sum(made.counts.get(name, 0) for made in manifests) for name in names},
+        sources=sources,
+        shards=[entry for made in manifests for entry in made.shards],
+    )

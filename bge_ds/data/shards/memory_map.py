@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bge_ds.data.ragged import Lists, stretches
+from bge_ds.data.ragged import RaggedArrays, stretches
+from bge_ds.data.shards.manifest_file import ShardEntry
 
 MAPPED = 512  # shards of a table that stay mapped: bounds memory, and the maps a process may have
 
@@ -73,16 +74,16 @@ class _Shard:
         return (buffer.address - self.buffer.address) // itemsize if buffer else 0  # none: there is no value
 
 
-class Table:
+class MappedTable:
     """The shards of one table. Each is mapped when a row of it is first asked for, and the oldest maps are let go."""
 
-    def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[ShardEntry]) -> None:
         self.table, self.schema = table, schema
-        self.entries = [entry for entry in entries if entry["table"] == table]
-        self.paths = [folder / entry["file"] for entry in self.entries]
+        self.entries = [entry for entry in entries if entry.table == table]
+        self.paths = [folder / entry.file for entry in self.entries]
         for path, entry in zip(self.paths, self.entries, strict=True):
             check_size(path, entry)
-        ends = np.cumsum([0] + [entry["rows"] for entry in self.entries])
+        ends = np.cumsum([0] + [entry.rows for entry in self.entries])
         self.starts, self.rows = ends[:-1], int(ends[-1])
         self._starts = self.starts.tolist()
         self._shards: dict[int, _Shard] = {}
@@ -92,7 +93,7 @@ class Table:
         return self._shards.get(k) or self._load(k)
 
     def _load(self, k: int) -> _Shard:
-        shard = _Shard(self.paths[k], self.schema, self.entries[k]["rows"])
+        shard = _Shard(self.paths[k], self.schema, self.entries[k].rows)
         if len(self._shards) >= MAPPED:
             del self._shards[next(iter(self._shards))]
         self._shards[k] = shard
@@ -169,13 +170,13 @@ class Found(NamedTuple):
                 found[i] = values[a:b]
         return found
 
-    def lists(self, column: str) -> Lists:
+    def ragged(self, column: str) -> RaggedArrays:
         """The rows of a list column, copied together."""
         if len(self.parts) == 1:
             values, begin, end = self.parts[0].bounds(column)
             lengths = end - begin
-            return Lists(stretches(values, begin, lengths), lengths)
-        return Lists.of(self.views(column)) if self.parts else Lists(np.empty(0, np.int64), np.empty(0, np.int64))
+            return RaggedArrays(stretches(values, begin, lengths), lengths)
+        return RaggedArrays.of(self.views(column)) if self.parts else RaggedArrays(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def lengths(self, column: str) -> np.ndarray:
         """Values in each row of a list column, int64, shape K: differences of offsets, no value is read."""
@@ -206,7 +207,7 @@ class Found(NamedTuple):
         return found_K
 
 
-def check_size(path: Path, entry: dict[str, Any]) -> None:
+def check_size(path: Path, entry: ShardEntry) -> None:
     """Raises ValueError where a shard is missing, or of another size than its entry in the manifest says."""
     try:
         size = path.stat().st_size
@@ -214,9 +215,8 @@ def check_size(path: Path, entry: dict[str, Any]) -> None:
         raise ValueError(
             f"{path} is missing, though the manifest names it: copy the folder again, or preprocess again"
         ) from None
-    if size != entry["bytes"]:
-        wanted = entry["bytes"]
-        raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {wanted}: preprocess again")
+    if size != entry.bytes:
+        raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {entry.bytes}: preprocess again")
 
 
 def open_shard(file: pa.MemoryMappedFile | pa.Buffer, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchStreamReader:

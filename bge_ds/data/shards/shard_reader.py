@@ -7,7 +7,7 @@ A folder holds `manifest.json` and one or two tables, each cut into Arrow IPC fi
                groups    query: list<uint16|int32>, pos and neg: list<int64> rows of `passages`,
                          pos_scores and neg_scores: list<float32> or null, type and prompt: string or null
 
-A segment is a stretch of one input (`sources.py`), and its files are complete in themselves: `pos` and `neg` count from
+A segment is a stretch of one input (`input_files.py`), and its files are complete in themselves: `pos` and `neg` count from
 the first row of the segment's own passages, among which each text is stored once. So writing needs memory for one
 segment, and files are put together without touching them; the reader adds where a segment's passages begin. With a
 corpus (`--corpus`) the passages are the corpus's, and `pos` and `neg` are rows of the whole table.
@@ -24,19 +24,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 import pyarrow as pa
-import xxhash
 
-from bge_ds.data.ragged import Lists
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards.joined import Joined
-from bge_ds.data.shards.memory_map import Table
+from bge_ds.data.shards.manifest_file import MANIFEST, Manifest, read_manifest
+from bge_ds.data.shards.memory_map import MappedTable
 
-SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
-SKIPPED = "skipped.jsonl"
-PART = "part.json"  # in place of the manifest, in a part that waits to be merged
-TABLES = {"pretrain": ("texts",), "finetune": ("passages", "groups")}
 SHARD_BYTES = 256 << 20  # of the input, a segment
 
 
@@ -72,25 +66,6 @@ def plain_array(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
-def hash_file(path: Path, digest: "xxhash.xxh3_128 | None" = None) -> "xxhash.xxh3_128":
-    """Feeds a file's bytes to an xxh3_128 digest (a new one by default) and returns the digest."""
-    digest = xxhash.xxh3_128() if digest is None else digest
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-    return digest
-
-
-def fingerprint(manifest: dict[str, Any]) -> str:
-    """A hash over all in a manifest that decides what a row holds: folders of one fingerprint train alike."""
-    # Left out: the version and all names, which may change while every row stays the same.
-    content = {key: value for key, value in manifest.items() if key not in ("fingerprint", "bge_ds_version")}
-    content["tokenizer"] = manifest["tokenizer"] | {"name": None}
-    for key in {"sources", "corpus"} & content.keys():
-        content[key] = [source["rows"] for source in manifest[key]]
-    return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
@@ -107,11 +82,11 @@ class Group(NamedTuple):
 class _Shards:
     """What both kinds share. Pickling (a spawned loader worker) carries the path only."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.fingerprint: str = manifest["fingerprint"]
-        fields = schemas(manifest["kind"], manifest["tokenizer"]["vocab_size"], manifest.get("max_seq_length", 0))
-        self._tables = {name: Table(folder, name, schema, manifest["shards"]) for name, schema in fields.items()}
+        self.fingerprint: str = manifest.fingerprint
+        fields = schemas(manifest.kind, manifest.tokenizer.vocab_size, manifest.max_seq_length or 0)
+        self._tables = {name: MappedTable(folder, name, schema, manifest.shards) for name, schema in fields.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_folder, (self.folder,)
@@ -134,12 +109,12 @@ class PretrainShards(_Shards):
     def __len__(self) -> int:
         return self._tables["texts"].rows
 
-    def texts(self, rows_N: np.ndarray) -> tuple[Lists, Lists]:
+    def texts(self, rows_N: np.ndarray) -> tuple[RaggedArrays, RaggedArrays]:
         """(token ids, special ones included, uint16 or int32; the word that each token belongs to) of texts, copied.
 
         Word numbers never fall, and each special token is a word of its own."""
         found = self._tables["texts"].find(rows_N)
-        return found.lists("ids"), found.lists("words")
+        return found.ragged("ids"), found.ragged("words")
 
     def ids(self, row: int) -> np.ndarray:
         """Token ids of one text, as a read-only view of its shard."""
@@ -157,15 +132,15 @@ class PretrainShards(_Shards):
 class FinetuneShards(_Shards):
     """Groups of a query, its positives and its negatives; each distinct passage of a segment is stored once."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder, manifest)
         groups, passages = self._tables["groups"], self._tables["passages"]
-        own = {(e["source"], e["segment"]): start for e, start in zip(passages.entries, passages.starts, strict=True)}
-        places = [(entry["source"], entry["segment"]) for entry in groups.entries]
-        if "corpus" not in manifest and (lost := [place for place in places if place not in own]):
+        own = {(e.source, e.segment): start for e, start in zip(passages.entries, passages.starts, strict=True)}
+        places = [(entry.source, entry.segment) for entry in groups.entries]
+        if manifest.corpus is None and (lost := [place for place in places if place not in own]):
             raise ValueError(f"{folder / MANIFEST}: no passages for groups of source, segment {lost[0]}: preprocess again")
         # Where the passages of each shard of groups begin; those of a corpus are numbered through.
-        self._first_passage = np.array([0 if "corpus" in manifest else own[place] for place in places], np.int64)
+        self._first_passage = np.array([own[place] if manifest.corpus is None else 0 for place in places], np.int64)
 
     def __len__(self) -> int:
         return self._tables["groups"].rows
@@ -174,24 +149,24 @@ class FinetuneShards(_Shards):
     def num_passages(self) -> int:
         return self._tables["passages"].rows
 
-    def queries(self, rows_B: np.ndarray) -> Lists:
+    def queries(self, rows_B: np.ndarray) -> RaggedArrays:
         """Token ids of each group's query, special tokens included, copied."""
-        return self._tables["groups"].find(rows_B).lists("query")
+        return self._tables["groups"].find(rows_B).ragged("query")
 
-    def passage_rows(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+    def passage_rows(self, rows_B: np.ndarray) -> tuple[RaggedArrays, RaggedArrays]:
         """(positives, negatives) of each group: int64 rows of the passage table, copied. Negatives may be none."""
         found = self._tables["groups"].find(rows_B)
-        pos, neg = found.lists("pos"), found.lists("neg")
+        pos, neg = found.ragged("pos"), found.ragged("neg")
         if self._first_passage.any():
             first_B = self._first_passage_of(rows_B)
             for listed in (pos, neg):
                 listed.values[...] += np.repeat(first_B, listed.lengths)
         return pos, neg
 
-    def scores(self, rows_B: np.ndarray) -> tuple[Lists, Lists]:
+    def scores(self, rows_B: np.ndarray) -> tuple[RaggedArrays, RaggedArrays]:
         """The teacher's scores (float32) of each group's positives and negatives; an empty array where there are none."""
         found = self._tables["groups"].find(rows_B)
-        return found.lists("pos_scores"), found.lists("neg_scores")
+        return found.ragged("pos_scores"), found.ragged("neg_scores")
 
     def group(self, row: int) -> Group:
         """The group of one input line."""
@@ -229,9 +204,9 @@ class FinetuneShards(_Shards):
                     return first + start + int(min(nulls))
         return None
 
-    def passages(self, prows_K: np.ndarray) -> Lists:
+    def passages(self, prows_K: np.ndarray) -> RaggedArrays:
         """Token ids of passages, special tokens included, copied."""
-        return self._tables["passages"].find(prows_K).lists("ids")
+        return self._tables["passages"].find(prows_K).ragged("ids")
 
     def passage(self, prow: int) -> np.ndarray:
         """Token ids of one passage, as a read-only view of its shard."""
@@ -243,27 +218,6 @@ class FinetuneShards(_Shards):
         return self._tables["passages"].find(rows).numbers("hash").reshape(np.shape(prows))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of shards. Raises ValueError where there is none, or none that this version can read."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file() and (Path(folder) / PART).is_file():
-        raise ValueError(f"{folder} is one part of several: join them first (python -m bge_ds.preprocess merge)")
-    if not path.is_file():
-        raise ValueError(f"{folder} is no folder of shards: no {MANIFEST} in it (python -m bge_ds.preprocess makes it)")
-    try:
-        manifest = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}): preprocess again") from error
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema version {version}; this bge_ds reads {SCHEMA_VERSION}: preprocess again")
-    if missing := sorted({"kind", "tokenizer", "counts", "sources", "shards", "fingerprint"} - manifest.keys()):
-        raise ValueError(f"{path}: {missing[0]} is missing: preprocess again")
-    if manifest["kind"] not in TABLES:
-        raise ValueError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(TABLES)}")
-    return manifest
-
-
 def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
     """Opens a folder of shards. Checks the schema version and each shard's size; maps nothing yet.
 
@@ -271,7 +225,7 @@ def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
     a row of it is first asked for."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    return (PretrainShards if manifest["kind"] == "pretrain" else FinetuneShards)(folder, manifest)
+    return (PretrainShards if manifest.kind == "pretrain" else FinetuneShards)(folder, manifest)
 
 
 def open_folders(folders: Sequence[str | Path]) -> PretrainShards | FinetuneShards | Joined:

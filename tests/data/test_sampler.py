@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data.sampling.sampler import Order, mix64, permute
+from bge_ds.data.sampling.sampler import EpochSampler, mix64, permute
 
 
 @given(size=st.integers(1, 10_000), key=st.integers(0, 2**63))
@@ -44,7 +44,7 @@ def test_one_key_for_all_places_and_a_key_each_agree():
 
 def test_the_order_of_earlier_versions_is_kept():
     """A run that an earlier version began goes on with the same rows: the arithmetic must never change."""
-    order = Order(3, ((0, 100), (100, 103), (103, 900)), 8, max_per_span=20)
+    order = EpochSampler(3, ((0, 100), (100, 103), (103, 900)), 8, max_per_span=20)
     assert order.step_rows(5)[1].tolist() == [87, 94, 64, 642, 38, 560, 42, 873]
 
 
@@ -61,14 +61,14 @@ def test_permute_looks_shuffled():
 
 def test_ten_thousand_million_rows_need_no_memory():
     """One step of a corpus of 1e10 rows is computed from its places alone."""
-    epochs, rows = Order(0, ((0, 10**10),), 4096).step_rows(10**6)
+    epochs, rows = EpochSampler(0, ((0, 10**10),), 4096).step_rows(10**6)
     assert (epochs == 0).all() and len(np.unique(rows)) == 4096 and rows.max() > 9 * 10**9
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_epochs_are_laid_end_to_end(shuffle):
     """Over whole epochs every row is seen exactly once an epoch though batches straddle the border; epochs differ."""
-    order = Order(3, ((0, 10), (10, 17)), 5, shuffle=shuffle)
+    order = EpochSampler(3, ((0, 10), (10, 17)), 5, shuffle=shuffle)
     epochs, rows = (np.concatenate(parts) for parts in zip(*(order.step_rows(s) for s in range(17)), strict=True))
     for epoch in range(5):
         assert np.array_equal(np.sort(rows[epochs == epoch]), np.arange(17))
@@ -79,7 +79,7 @@ def test_epochs_are_laid_end_to_end(shuffle):
 
 def test_any_number_of_ranks_cuts_the_same_batches():
     """1 rank with batch 8, 2 with 4, 4 with 1 and two accumulation steps see the same rows in the same step."""
-    order = Order(1, ((0, 100),), 8)
+    order = EpochSampler(1, ((0, 100),), 8)
     _, rows = order.step_rows(7)
     for world, accumulation in ((1, 1), (2, 1), (4, 2), (8, 1)):
         ranks = [order.micro_batches(7, accumulation, rank, world) for rank in range(world)]
@@ -89,7 +89,7 @@ def test_any_number_of_ranks_cuts_the_same_batches():
 
 def test_subsample_of_each_file():
     """max_per_span draws the same rows of a longer file in every epoch, all of a shorter one, none twice."""
-    order = Order(5, ((0, 100), (100, 103)), 1, max_per_span=10)
+    order = EpochSampler(5, ((0, 100), (100, 103)), 1, max_per_span=10)
     assert len(order) == 13
     _, rows = order.rows_at(np.arange(26))
     assert set(rows[:13]) == set(rows[13:]) and len(set(rows[:13])) == 13
@@ -107,7 +107,7 @@ def test_subsample_of_each_file():
 def test_1_2_4_and_8_ranks_see_equal_global_batches(sizes, batch, most, step):
     """Rank slices cut the same line, whatever the files and wherever the run is: a resumed run may change its ranks."""
     ends = np.cumsum(sizes).tolist()
-    order = Order(11, tuple(zip([0, *ends], ends, strict=False)), batch, most)
+    order = EpochSampler(11, tuple(zip([0, *ends], ends, strict=False)), batch, most)
     expected = order.step_rows(step)
     for world in (1, 2, 4, 8):
         parts = [order.micro_batches(step, 1, rank, world)[0] for rank in range(world)]

@@ -10,19 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bge_ds.data import dataloader
-from bge_ds.data.sampling.sampler import Order
-from bge_ds.data.sampling.token_batching import TokenOrder, pack
+from bge_ds.data.sampling.sampler import EpochSampler
+from bge_ds.data.sampling.token_batching import TokenBatchSampler, cut_by_tokens
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 211)
 LONGEST, BUDGET = 40, 100
 
 
-def token_order(step_bins=4, budget=BUDGET, chunk=64, lengths=LENGTHS, **line) -> TokenOrder:
+def token_order(step_bins=4, budget=BUDGET, chunk=64, lengths=LENGTHS, **line) -> TokenBatchSampler:
     """Chunks of few texts, so that a short line has many borders; texts are cut at LONGEST."""
-    return TokenOrder(Order(7, ((0, len(lengths)),), 1, **line), lengths.__getitem__, LONGEST, budget, step_bins, chunk)
+    return TokenBatchSampler(
+        EpochSampler(7, ((0, len(lengths)),), 1, **line), lengths.__getitem__, LONGEST, budget, step_bins, chunk
+    )
 
 
-def bins_within(order: TokenOrder, epochs: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def bins_within(order: TokenBatchSampler, epochs: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The bins, one after the other, up to the one that holds the last text of these epochs."""
     found, texts = [], 0
     while texts < epochs * len(order):
@@ -45,12 +47,12 @@ def test_packing_equals_taking_texts_one_by_one(lengths, budget):
             expected.append(i)
             held = 0
         held += length
-    assert pack(np.array(lengths), budget).tolist() == [*expected, len(lengths)]
+    assert cut_by_tokens(np.array(lengths), budget).tolist() == [*expected, len(lengths)]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_text_once_an_epoch_and_no_bin_above_the_budget(shuffle):
-    """The bins hold the line of `Order` without a gap or a repeat; none is empty and none exceeds the budget."""
+    """The bins hold the sequence of its sampler without a gap or a repeat; none is empty and none exceeds the budget."""
     order = token_order(shuffle=shuffle)
     bins = bins_within(order, 4)
     epochs, rows = (np.concatenate(parts) for parts in zip(*bins, strict=True))

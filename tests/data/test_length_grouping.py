@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ds.data.sampling.length_grouping import LengthOrder, deal
-from bge_ds.data.sampling.mixture import ByEpoch, SetBatches
-from bge_ds.data.sampling.sampler import Order
+from bge_ds.data.sampling.length_grouping import LengthGroupedSampler, deal
+from bge_ds.data.sampling.mixture import ByEpoch, SameDatasetBatchSampler
+from bge_ds.data.sampling.sampler import EpochSampler
 
 LENGTHS = np.random.default_rng(1).integers(3, 500, 3000)
 
 
-def length_order(rows=1000, batch=8, window=10, first=0, **more) -> LengthOrder:
-    return LengthOrder(Order(4, ((first, first + rows),), batch), partial(np.take, LENGTHS), window=window, **more)
+def length_order(rows=1000, batch=8, window=10, first=0, **more) -> LengthGroupedSampler:
+    return LengthGroupedSampler(
+        EpochSampler(4, ((first, first + rows),), batch), partial(np.take, LENGTHS), window=window, **more
+    )
 
 
 def places(epochs: np.ndarray, rows: np.ndarray) -> list[int]:
@@ -79,7 +81,7 @@ def test_any_step_is_found_directly_and_on_any_ranks():
 def test_memory_is_a_window():
     """Of 1e10 texts, the lengths of one window alone are asked for, once for all of its steps."""
     asked = []
-    order = LengthOrder(Order(0, ((0, 10**10),), 16), lambda rows: asked.append(len(rows)) or rows % 500)
+    order = LengthGroupedSampler(EpochSampler(0, ((0, 10**10),), 16), lambda rows: asked.append(len(rows)) or rows % 500)
     for step in range(10**6, 10**6 + 3):
         order.step_rows(step)
     assert len(asked) <= 2 and max(asked) <= 64 * 16
@@ -89,7 +91,7 @@ def test_batches_of_one_set_are_grouped_within_the_set():
     """With batches of one set, each set has windows of its own, which end where its epochs' whole batches do."""
     sizes, batch = (300, 130), 8
     sets = tuple(length_order(size, batch, first=1000 * i, whole_batches=True) for i, size in enumerate(sizes))
-    order = SetBatches(1, sets, ByEpoch(1, sizes, batch), batch)
+    order = SameDatasetBatchSampler(1, sets, ByEpoch(1, sizes, batch), batch)
     for epochs in (1, 2, 5):
         found = [order.step_rows(step) for step in range(order.steps(epochs))]
         assert all(len(set((rows // 1000).tolist())) == 1 for _, rows in found)

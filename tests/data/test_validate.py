@@ -37,7 +37,7 @@ def ids_and_words(encoder, texts: list[str], length: int) -> tuple[list[list[int
 def pieces_by_word(tokenizer, text: str, length: int = 512) -> list[list[str]]:
     """The tokens of a text, those of one word together, special tokens left out."""
     core = validate.core(tokenizer)
-    (ids,), (words,), _ = ids_and_words(validate.Encoder(core), [text], length)
+    (ids,), (words,), _ = ids_and_words(validate.BatchTokenizer(core), [text], length)
     assert len(ids) == len(words)
     groups: dict[int, list[str]] = {}
     for token, word in zip(tokenizer.convert_ids_to_tokens(ids), words.tolist(), strict=True):
@@ -63,7 +63,7 @@ def test_baked_in_truncation_and_padding_change_nothing(minilm_path):
     raw = AutoTokenizer.from_pretrained(minilm_path)
     assert raw.backend_tokenizer.truncation["max_length"] == 128 and raw.backend_tokenizer.padding["length"] == 128
     for tokenizer in (raw, validate.load_tokenizer(minilm_path)):
-        (long, short), cuts = validate.Encoder(validate.core(tokenizer)).ids([LONG, "hi"], 300)
+        (long, short), cuts = validate.BatchTokenizer(validate.core(tokenizer)).ids([LONG, "hi"], 300)
         assert (len(long), len(short), cuts) == (300, 3, [True, False])
         assert long[0] == short[0] == 101 and long[-1] == short[-1] == 102
     assert raw.backend_tokenizer.truncation is not None, "core() changed a tokenizer that it was lent"
@@ -71,7 +71,7 @@ def test_baked_in_truncation_and_padding_change_nothing(minilm_path):
 
 def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
     """Rows equal what transformers itself gives with truncation, so training and serving see the same inputs."""
-    encoder = validate.Encoder(validate.core(tokenizer))
+    encoder = validate.BatchTokenizer(validate.core(tokenizer))
     texts = [*helpers.SENTENCES, LONG, "a", "北京 hello <mask> [MASK]"]
     for length in (3, 16, 64, 2048):
         wanted = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
@@ -83,7 +83,7 @@ def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
 
 def test_instruction_is_a_plain_prefix(tokenizer):
     """No separator is added: ids are those of the two strings put together, specials inside the length."""
-    rows, cuts = validate.Encoder(validate.core(tokenizer)).ids(["fox jumps", LONG], 20, "question: ")
+    rows, cuts = validate.BatchTokenizer(validate.core(tokenizer)).ids(["fox jumps", LONG], 20, "question: ")
     assert rows[0] == tokenizer("question: fox jumps")["input_ids"] and cuts == [False, True]
     assert rows[1] == tokenizer("question: " + LONG, truncation=True, max_length=20)["input_ids"]
 
@@ -92,14 +92,14 @@ def test_instruction_is_a_plain_prefix(tokenizer):
 @pytest.mark.parametrize("prefix", ["", "query: "])
 def test_a_text_without_a_token_of_its_own_is_empty(minilm_path, text, prefix):
     """Zero-width characters and special tokens say nothing; an instruction before them must not hide that."""
-    encoder = validate.Encoder(validate.core(validate.load_tokenizer(minilm_path)))
+    encoder = validate.BatchTokenizer(validate.core(validate.load_tokenizer(minilm_path)))
     rows, _ = encoder.ids([text, "fine", "!", "中"], 16, prefix)
     assert rows[0] == [] and all(rows[1:])
 
 
 def test_lengths_without_room_are_refused(tokenizer):
     """A length that the specials and the instruction fill would train on the instruction alone."""
-    encoder = validate.Encoder(validate.core(tokenizer))
+    encoder = validate.BatchTokenizer(validate.core(tokenizer))
     encoder.check_room(3, "query_max_len")
     with pytest.raises(ValueError, match=r"query_max_len 2 leaves no room for text: special tokens take 2 .* give 3"):
         encoder.check_room(2, "query_max_len")
@@ -185,7 +185,7 @@ def test_spaces_part_words_where_the_tokenizer_has_no_pre_tokenizer(tmp_path):
 
 def segmented(tokenizer, text: str, length: int = 512) -> list[str]:
     """The pieces of each word, joined, where jieba tells the words; the special tokens at the ends left out."""
-    encoder = validate.Encoder(validate.core(tokenizer), "jieba")
+    encoder = validate.BatchTokenizer(validate.core(tokenizer), "jieba")
     (ids,), (words,), _ = ids_and_words(encoder, [text], length)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     found = [[] for _ in range(words[-1] + 1)]
@@ -208,7 +208,7 @@ def test_segmented_words_do_not_depend_on_the_cut(minilm_path):
     """Only the stretch that the last token lies in is looked at, and it whole: a shorter length gives the same words."""
     pytest.importorskip("jieba")
     tokenizer = validate.load_tokenizer(minilm_path)
-    encoder = validate.Encoder(validate.core(tokenizer), "jieba")
+    encoder = validate.BatchTokenizer(validate.core(tokenizer), "jieba")
     text = "中华人民共和国的首都是北京。研究生命的起源，很有意思。" * 3
     _, (whole,), _ = ids_and_words(encoder, [text], 512)
     for length in range(3, 40):
@@ -220,7 +220,7 @@ def test_bytes_of_a_segmented_character_stay_together(tmp_path):
     """Byte-level tokens of one character begin no word, and no token is cut where a word ends."""
     pytest.importorskip("jieba")
     tokenizer = validate.load_tokenizer(helpers.make_tokenizer("bytes", tmp_path))
-    encoder = validate.Encoder(validate.core(tokenizer), "jieba")
+    encoder = validate.BatchTokenizer(validate.core(tokenizer), "jieba")
     (ids,), (words,), _ = ids_and_words(encoder, ["北京是中国的首都"], 512)
     assert (np.diff(words) >= 0).all() and (np.diff(words) <= 1).all() and len(ids) == len(words)
     assert words[-1] + 1 < 2 + 8
@@ -230,14 +230,14 @@ def test_a_missing_segmenter_is_named_with_the_remedy(minilm_path, monkeypatch):
     """Shards without the words asked for would be silent: the run ends, with the command that installs it."""
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ValueError, match=r"needs jieba, which is not installed: pip install jieba"):
-        validate.Encoder(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
+        validate.BatchTokenizer(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
 
 
 def test_a_batch_gives_what_each_text_gives_alone(tokenizer, monkeypatch):
     """Texts are encoded many at a time: neighbours, silent ones among them, and where a batch ends change no row."""
     unusual = ["</s>", "[SEP]", "\u200b", "北京 quick是", "กรุงเทพ hello", "a<mask>b [MASK]c", "e\u0301 ﾃｽﾄ 東京"]
     texts = [*helpers.SENTENCES, *unusual, LONG, "!", *unusual[::-1], LONG]
-    encoder = validate.Encoder(validate.core(tokenizer))
+    encoder = validate.BatchTokenizer(validate.core(tokenizer))
     alone = [ids_and_words(encoder, [text], 40) for text in texts]
     prefixes = (["", "query: ", "[SEP]"] * 8)[: len(texts)]
     alone_ids = [encoder.ids([text], 40, prefix) for text, prefix in zip(texts, prefixes, strict=True)]
@@ -256,7 +256,7 @@ def test_encoding_starts_no_thread():
 import os, sys
 from pathlib import Path
 from bge_ds.data.preprocess import validate as records
-encoder = records.Encoder(records.core(records.load_tokenizer(sys.argv[1])))
+encoder = records.BatchTokenizer(records.core(records.load_tokenizer(sys.argv[1])))
 before = os.listdir("/proc/self/task")
 encoder.encode(["the quick brown fox"] * 2000, 64), encoder.ids(["the quick brown fox"] * 2000, 64, "query: ")
 assert os.listdir("/proc/self/task") == before
@@ -280,7 +280,7 @@ def test_a_segmenters_dictionary_waits_for_the_first_text_that_needs_it(minilm_p
     made = []
     tokenizer = jieba.Tokenizer
     monkeypatch.setattr(jieba, "Tokenizer", lambda: made.append(1) or tokenizer())
-    encoder = validate.Encoder(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
+    encoder = validate.BatchTokenizer(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
     encoder.encode(["plain words, é"], 64)
     assert made == []
     encoder.encode(["北京大学"], 64), encoder.encode(["北京大学"], 64)

@@ -22,7 +22,7 @@ TEXTS = st.lists(st.lists(WORDS, max_size=12).map("".join), min_size=1, max_size
 def encoders(folder):
     """One that remembers, and one that tokenizes whole texts."""
     core = validate.core(validate.load_tokenizer(folder))
-    with_memo, without = validate.Encoder(core), validate.Encoder(core)
+    with_memo, without = validate.BatchTokenizer(core), validate.BatchTokenizer(core)
     assert with_memo._memo is not None
     without._memo = None
     return with_memo, without
@@ -84,4 +84,4 @@ def test_an_added_token_with_a_space_needs_whole_texts(tmp_path):
     tokenizer = validate.load_tokenizer(helpers.make_tokenizer("wordpiece", tmp_path))
     tokenizer.add_tokens(["quick fox"])
     core = validate.core(tokenizer)
-    assert not token_cache.is_local(core.json) and validate.Encoder(core)._memo is None
+    assert not token_cache.is_local(core.json) and validate.BatchTokenizer(core)._memo is None

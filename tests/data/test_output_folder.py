@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bge_ds.data.preprocess import output_folder
-from bge_ds.data.shards import shard_reader, shard_writer
+from bge_ds.data.shards import manifest_file, shard_reader
 
 
 def write_shards(folder) -> dict:
@@ -13,7 +13,7 @@ def write_shards(folder) -> dict:
     tokenizer = {"name": "t", "fingerprint": "f", "vocab_size": 300}
     with output_folder.new_folder(folder) as partial:
         manifest = {"kind": "pretrain", "tokenizer": tokenizer, "counts": {}, "sources": [], "shards": []}
-        return shard_writer.write_manifest(partial, manifest)
+        return manifest_file.write_manifest(partial, manifest)
 
 
 def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
@@ -26,7 +26,7 @@ def test_a_failed_run_leaves_nothing_and_keeps_the_old_folder(tmp_path):
     with pytest.raises(RuntimeError), output_folder.new_folder(tmp_path / "s", overwrite=True):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
-    assert shard_reader.open_folder(tmp_path / "s").fingerprint == manifest["fingerprint"]
+    assert shard_reader.open_folder(tmp_path / "s").fingerprint == manifest.fingerprint
 
 
 def test_a_killed_runs_folder_is_gone_on_with_by_the_same_job_alone(tmp_path):

@@ -99,7 +99,7 @@ def test_datasets_folders_are_read_by_row(tmp_path):
     block, *ends = input_files.read_segments(source, 0, 1 << 20, columns=validate.KEYS["finetune"])
     assert block.first == 0 and block.advance == source.num_bytes()
     assert [(end.ends, end.segment) for end in ends] == [("segment", 0), ("source", 1)]
-    parsed = [validate.check(row, "finetune") for row in table_files.unpack(block.data)]
+    parsed = [validate.check(row, "finetune") for row in table_files.from_bytes(block.data)]
     assert parsed == rows
     datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="is a DatasetDict of several splits: name the folder of one"):
@@ -126,7 +126,7 @@ def by_segment(source, cut, wanted=lambda k: True, block_bytes=0, columns=("text
             before = block.before
             if before is None:
                 before = input_files.lines_before(source, block.segment, cut, columns)
-            lines = table_files.unpack(block.data) if block.is_arrow else block.data.split(b"\n")
+            lines = table_files.from_bytes(block.data) if block.is_arrow else block.data.split(b"\n")
             kept = [(before + number + source.first_number, line) for number, line in enumerate(lines, block.first) if line]
             found.setdefault(block.segment, []).extend(kept)
     assert open_segment is None and list(found) == sorted(found)

@@ -1,0 +1,32 @@
+"""Hashes of files, and small files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import xxhash
+
+PARTIAL = ".partial"
+
+
+def hash_file(path: Path) -> str:
+    """The xxh3_128 of a file's bytes, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, content: bytes, sync: bool = True) -> None:
+    """Replaces a file atomically: after a kill it holds either the old content or all of the new.
+
+    With `sync` the same holds after a power cut; without it, the file may then be empty."""
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(partial, path)
