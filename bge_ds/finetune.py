@@ -28,7 +28,7 @@ from bge_ds.health import failure_detector
 from bge_ds.kernels import packed
 from bge_ds.losses import contrastive, grad_cache
 from bge_ds.modeling import export, lora
-from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config, say_how
+from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, describe_execution, load_config
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.training import data_order, resume, setup
 from bge_ds.training.metrics import Meter
@@ -84,7 +84,7 @@ def train(args: FinetuneArguments) -> None:
     passages = args.per_device_train_batch_size * args.train_group_size * ranks
     negatives = (passages if args.use_inbatch_neg else args.train_group_size) - 1
     facts = [
-        ("model", f"{args.model_name_or_path}, runs {say_how(model_config, device, engines.precision(engine))}"),
+        ("model", f"{args.model_name_or_path}, runs {describe_execution(model_config, device, engines.precision(engine))}"),
         ("data", f"{len(data)} groups, {data.num_passages} passages"),
         ("sets", data_order.table(args, data, order, plan.total)),
         ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),
@@ -281,9 +281,9 @@ def sizes_of(micro_batches: list[collate.ContrastiveBatch], args: FinetuneArgume
 
 
 def backward(
-    engine, batch: collate.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, seed,
+    engine, batch: collate.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.ContrastiveSettings, seed,
     shares: list[Share] | None = None,
-) -> contrastive.Parts:  # fmt: skip
+) -> contrastive.LossParts:  # fmt: skip
     """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k.
 
     shares: of every rank; None where their numbers are all this rank's own (`sizes_of`).
@@ -293,7 +293,7 @@ def backward(
     bounds = batch.cut_into(max(share.pieces for share in shares))
     pieces = packed.split(texts, bounds)
     fixed_scale = torch.full((), 1 / args.temperature, device=texts.ids_T.device)
-    parts: list[contrastive.Parts] = []
+    parts: list[contrastive.LossParts] = []
 
     def embed(k: int):
         seed(k)
@@ -311,8 +311,8 @@ def backward(
     return parts[0].detached()
 
 
-def objective_of(args: FinetuneArguments) -> contrastive.Objective:
-    return contrastive.Objective(
+def objective_of(args: FinetuneArguments) -> contrastive.ContrastiveSettings:
+    return contrastive.ContrastiveSettings(
         in_batch=args.use_inbatch_neg,
         bidirectional=args.bidirectional,
         mask_false_negatives=args.mask_false_negatives,
@@ -329,10 +329,10 @@ def contrastive_loss(
     vectors_ND: torch.Tensor,
     scale: torch.Tensor | float,
     batch: collate.ContrastiveBatch,
-    objective: contrastive.Objective,
+    objective: contrastive.ContrastiveSettings,
     cross_device: bool,
     shares: list[Share] | None = None,
-) -> contrastive.Parts:
+) -> contrastive.LossParts:
     """The loss of this rank's queries, gathering first what other ranks bring.
 
     vectors_ND: queries, then passages, in the batch's order. shares: of every rank, where other ranks' passages count.

@@ -23,19 +23,19 @@ from bge_ds.distributed import collectives
 from bge_ds.distributed.communication_profile import Pace
 from bge_ds.evaluation import during_training
 from bge_ds.health import failure_detector
-from bge_ds.kernels.decoder_attention import choose
+from bge_ds.kernels.decoder_attention import decoder_attention_backend
 from bge_ds.modeling import export
 from bge_ds.modeling.encoder import (
     Encoder,
     build_backbone,
     check_lengths,
     check_vocabulary,
+    describe_execution,
     load_backbone,
     load_config,
-    say_how,
 )
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
-from bge_ds.modeling.vocabulary import check_kind
+from bge_ds.modeling.vocabulary import check_can_pretrain
 from bge_ds.training import data_order, resume, setup
 from bge_ds.training.metrics import Meter
 from bge_ds.training.nonfinite import SkippedSteps
@@ -54,7 +54,7 @@ def train(args: PretrainArguments) -> None:
     data = open_data(args, tokenizer)
     eval_sets = during_training.open_sets(args)
     model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
-    check_kind(model_config)
+    check_can_pretrain(model_config)
     check_lengths(model_config, max_seq_length=args.max_seq_length)
     check_vocabulary(model_config, tokenizer)
     if tokenizer.mask_token_id is None:
@@ -63,7 +63,7 @@ def train(args: PretrainArguments) -> None:
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
     setup.check_compilation(args, model_config, device)
     taken = resume.take_up(args)
-    choose(args.kernels, device.type)  # what cannot run here is said before anything is loaded
+    decoder_attention_backend(args.kernels, device.type)  # what cannot run here is said before anything is loaded
     torch.manual_seed(args.seed)
     model = make_model(args, model_config, tokenizer, data)
     setup.compile_layers(args, model.model.base_model)
@@ -75,7 +75,7 @@ def train(args: PretrainArguments) -> None:
     log = setup.open_log(args, engine, first_step, plan)
     source = args.model_name_or_path or f"from scratch, {args.config_name}"
     facts = [
-        ("model", f"{source}, runs {say_how(model_config, device, engines.precision(engine))}"),
+        ("model", f"{source}, runs {describe_execution(model_config, device, engines.precision(engine))}"),
         ("objective", say_objective(args, model)),
         ("data", f"{len(data)} texts to {args.max_seq_length} tokens"),
         ("sets", data_order.table(args, data, order, plan.total)),
@@ -238,7 +238,7 @@ def say_objective(args: PretrainArguments, model: RetroMAE) -> str:
     """In words, for the summary."""
     words = f"{args.objective}: {args.encoder_mlm_probability:.0%} of the words masked"
     if model.decoder is not None:
-        kernels = choose(args.kernels, next(model.parameters()).device.type)
+        kernels = decoder_attention_backend(args.kernels, next(model.parameters()).device.type)
         words += f", {args.decoder_mlm_probability:.0%} hidden from each decoder row ({kernels} attention)"
     return words + (f", bag of words x {args.bow_loss_weight:g}" if args.objective == "dupmae" else "")
 

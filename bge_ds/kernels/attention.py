@@ -20,11 +20,11 @@ from functools import cache, lru_cache
 import torch
 import torch.nn.functional as F
 
-from bge_ds.kernels.cpu.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.cpu.blockwise_attention import ScoreBlock, as_bias, blockwise_attention
 from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.triton_support import is_gpu, obstacle
+from bge_ds.kernels.triton_support import is_gpu, triton_obstacle
 
-WAYS = {
+BACKENDS = {
     "flash": "FlashAttention, one call a layer",
     "fused": "fused attention, one call a layer",
     "runs": "attention text length by text length",
@@ -34,13 +34,13 @@ _LARGEST_HEAD = 256
 _WINDOW_BLOCK = 256
 
 
-def choose(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The way taken: one of WAYS."""
+def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The way taken: one of BACKENDS."""
     if not is_gpu(device_type) or head_dim > _LARGEST_HEAD:
         return "runs"
     if dtype in (torch.bfloat16, torch.float16) and _has_flash(device_type):
         return "flash"
-    return "runs" if obstacle(device_type) or dtype == torch.float64 else "fused"
+    return "runs" if triton_obstacle(device_type) or dtype == torch.float64 else "fused"
 
 
 @cache
@@ -50,9 +50,9 @@ def _has_flash(device_type: str) -> bool:
 
 def why_slow(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a GPU has to go length by length here, in words; None where it has not, and on a CPU."""
-    if not is_gpu(device_type) or choose(device_type, dtype, head_dim) != "runs":
+    if not is_gpu(device_type) or attention_backend(device_type, dtype, head_dim) != "runs":
         return None
-    return obstacle(device_type) or f"heads of {head_dim} features in {str(dtype).removeprefix('torch.')} have no kernel"
+    return triton_obstacle(device_type) or f"heads of {head_dim} features in {str(dtype).removeprefix('torch.')} have no kernel"
 
 
 def varlen_attention(
@@ -66,25 +66,25 @@ def varlen_attention(
     dropout: float = 0.0,
     causal: bool = False,
     window: int | None = None,
-    way: str | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each text on itself, T x H x D.
 
     cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together the N texts.
-    Keys may have fewer heads than queries (grouped-query attention). `way` overrides the choice, for tests.
+    Keys may have fewer heads than queries (grouped-query attention). `backend` overrides the choice, for tests.
     window: token i sees token j only where |i - j| < window; with causal, where 0 <= i - j < window.
     """
     if window is not None and window < 1:
         raise ValueError(f"attention window {window} lets a token see nothing; it is 1 or more, or None for no window")
-    way = way or choose(q_THD.device.type, q_THD.dtype, q_THD.shape[-1])
+    backend = backend or attention_backend(q_THD.device.type, q_THD.dtype, q_THD.shape[-1])
     longest = max((length for _, length in runs), default=0)
-    if way == "flash":
+    if backend == "flash":
         return _flash(q_THD, k_THD, v_THD, cu_seqlens, longest, scale, dropout, causal, window)
-    if way == "fused":
-        from bge_ds.kernels.attention_triton import Rule, fused_attention
+    if backend == "fused":
+        from bge_ds.kernels.attention_triton import Visibility, fused_attention
 
-        rule = Rule(causal=causal, window=window if window is not None and window < longest else None)
-        return fused_attention(q_THD, k_THD, v_THD, cu_seqlens, longest, rule=rule, scale=scale, p=dropout)
+        visibility = Visibility(causal=causal, window=window if window is not None and window < longest else None)
+        return fused_attention(q_THD, k_THD, v_THD, cu_seqlens, longest, visibility=visibility, scale=scale, p=dropout)
     grouped = q_THD.shape[1] != k_THD.shape[1]
     if dropout > 0 and q_THD.device.type == "cpu" and not grouped:
         bias = _bias(causal, window)
@@ -147,7 +147,7 @@ def _band(window: int, before: int, after: int, device: torch.device) -> torch.T
 def _bias(causal: bool, window: int | None):
     """What `blockwise_attention` adds to a block's scores."""
 
-    def bias(block: Block) -> torch.Tensor | None:
+    def bias(block: ScoreBlock) -> torch.Tensor | None:
         if not causal and (window is None or window >= block.length):
             return None
         return _block_bias(block.length, block.rows.start, block.rows.stop, causal, window)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from bge_ds.kernels import masks
-from bge_ds.kernels.masks_triton import at_least, dropout_state, kept, mark, mix, row_state
+from bge_ds.kernels.masks_triton import dropout_state, hash_at_least, kept, mark, mix, row_state
 from bge_ds.kernels.triton_support import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ def _visible(state, marks, rows, keys, last, DECODER: tl.constexpr, HIDDEN: tl.c
     """
     seen = keys <= last
     if DECODER:
-        shown = at_least(mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
+        shown = hash_at_least(mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
         seen = seen & shown & (rows != keys)
     elif CAUSAL:
         seen = seen & (keys <= rows)
@@ -279,7 +279,7 @@ def _backward_keys(
     _put(dv_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dv, KEY_HEADS * E, E, BLOCK_E)
 
 
-class Rule(NamedTuple):
+class Visibility(NamedTuple):
     """What a row sees. decoder_share: of the words hidden from each inner row of RetroMAE's decoder; None: not a decoder,
     then the whole text, with `causal` what precedes, with a window only tokens nearer than it."""
 
@@ -288,15 +288,15 @@ class Rule(NamedTuple):
     window: int | None = None
 
 
-def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, rule: Rule, p: float) -> dict:
+def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, visibility: Visibility, p: float) -> dict:
     """What the kernels are compiled for, but for the blocks."""
     dropped = masks.threshold(p) if p > 0 else 0
     # Products of fp32 inputs in fp32, or in TF32 where torch may take it; without effect on 16 bits.
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "HEADS": heads, "GROUP": heads // key_heads, "E": head_dim, "BLOCK_E": max(16, triton.next_power_of_2(head_dim)),
-        "DECODER": rule.decoder_share is not None, "HIDDEN": masks.threshold(rule.decoder_share or 0.0),
-        "CAUSAL": rule.causal, "WINDOW": rule.window or 0,
+        "DECODER": visibility.decoder_share is not None, "HIDDEN": masks.threshold(visibility.decoder_share or 0.0),
+        "CAUSAL": visibility.causal, "WINDOW": visibility.window or 0,
         "DROPPED": dropped, "KEEP": 1 - dropped / (1 << 31), "PRECISION": "tf32" if tf32 else "ieee",
     }  # fmt: skip
 
@@ -324,11 +324,11 @@ def blocks(kernel: str, head_dim: int, dtype: torch.dtype) -> dict:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, words_T, key_N, starts_N1, longest: int, rule: Rule, scale: float, p: float):
+    def forward(ctx, q, k, v, words_T, key_N, starts_N1, longest: int, visibility: Visibility, scale: float, p: float):
         # From the CPU's generator, so nothing waits; 31 bits stay in an int32, so that no seed compiles the kernels again.
         seed = int(torch.randint(1 << 31, ())) if p > 0 else 0
         query_starts_N = starts_N1
-        if rule.decoder_share is not None:
+        if visibility.decoder_share is not None:
             inner_N = (starts_N1.diff() - 2).clamp_(min=0)
             query_starts_N = (inner_N.cumsum(0) - inner_N).int()
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -336,7 +336,7 @@ class _Attention(torch.autograd.Function):
         # The kernels load what a decoder alone has where it is one; elsewhere any pointer will do.
         words_T, key_N = (starts_N1 if x is None else x.contiguous() for x in (words_T, key_N))
         places = words_T, key_N, starts_N1, query_starts_N
-        ctx.settings = constants(q.shape[1], k.shape[1], q.shape[2], q.dtype, rule, p), longest, scale, seed
+        ctx.settings = constants(q.shape[1], k.shape[1], q.shape[2], q.dtype, visibility, p), longest, scale, seed
         ctx.save_for_backward(q, k, v, out, lse_HM, *places)
         _Attention._launch(ctx, "forward", _forward, (q, k, v, out, lse_HM, *places), ())
         return out
@@ -371,11 +371,11 @@ class _Attention(torch.autograd.Function):
 
 
 def fused_attention(
-    q_MHE, k_TKE, v_TKE, cu_seqlens, longest: int, *, rule: Rule, scale: float, p: float, words_T=None, key_N=None
+    q_MHE, k_TKE, v_TKE, cu_seqlens, longest: int, *, visibility: Visibility, scale: float, p: float, words_T=None, key_N=None
 ) -> torch.Tensor:
     """Attention of each text's queries on its own tokens, M x H x E; M is T but for a decoder (its inner tokens).
 
     cu_seqlens: int32 of N + 1. longest: tokens of the longest text, or more. p: dropout of the weights. words_T, key_N:
     as in `PretrainBatch`, for a decoder. Heads of queries are a multiple of those of keys.
     """
-    return _Attention.apply(q_MHE, k_TKE, v_TKE, words_T, key_N, cu_seqlens, longest, rule, scale, p)
+    return _Attention.apply(q_MHE, k_TKE, v_TKE, words_T, key_N, cu_seqlens, longest, visibility, scale, p)

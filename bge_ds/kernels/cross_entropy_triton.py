@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bge_ds.kernels.matmul import room
+from bge_ds.kernels.matmul import empty_aligned
 from bge_ds.kernels.triton_support import launch
 
 # Columns that a program holds in registers; rows whose bias gradient it adds up; columns or rows on their way from memory.
@@ -23,7 +23,7 @@ _COLUMNS, _ROWS, _STAGES = 2048, 64, 3
 
 @triton.jit
 def _load(place, columns, logits_row, width):
-    """fp32 of the places; -inf behind the last column. The mask ends where the row's memory does: see `products.room`."""
+    """fp32 logits, -inf behind the last column. The mask ends with the row's memory (`matmul.empty_aligned`)."""
     x = tl.load(place + columns, mask=columns < logits_row, other=0.0).to(tl.float32)
     return tl.where(columns < width, x, float("-inf"))
 
@@ -83,7 +83,7 @@ def statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log-sum-exp of each row, its cross entropy, both fp32; int32 1 where no logit is above the target's).
 
-    logits_MV: rows of `products.room`. bias: as long as their memory; it is added in fp32.
+    logits_MV: rows of `matmul.empty_aligned`. bias: as long as their memory; it is added in fp32.
     """
     lse_M, loss_M = (torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device) for _ in range(2))
     right_M = torch.empty(len(logits_MV), dtype=torch.int32, device=logits_MV.device)
@@ -101,7 +101,7 @@ def to_gradient(
     """Turn the logits into the gradient of the sum of cross entropies, in place; sums: and return its sum over rows, fp32."""
     rows, width = logits_MV.shape
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS)
-    sums_RV = room(grid[0] if sums else 0, width, lse_M)
+    sums_RV = empty_aligned(grid[0] if sums else 0, width, lse_M)
     launch(
         _gradient, grid, logits_MV, logits_MV if bias is None else bias, target_M, lse_M, sums_RV, logits_MV.stride(0), rows,
         width, on=logits_MV, BIAS=bias is not None, SUMS=sums, BLOCK=_COLUMNS, ROWS=_ROWS, STAGES=_STAGES, num_warps=8,

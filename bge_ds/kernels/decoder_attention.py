@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from bge_ds.kernels import masks
-from bge_ds.kernels.cpu.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.cpu.blockwise_attention import ScoreBlock, as_bias, blockwise_attention
 from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.triton_support import interpreted, is_gpu, obstacle
+from bge_ds.kernels.triton_support import interpreted, is_gpu, triton_obstacle
 
 KERNELS = ("auto", "torch", "fused")
 # Scores of one call of torch's attention are kept below this many (texts x L x L), which bounds its memory.
@@ -31,13 +31,13 @@ _CALL_ELEMENTS = 1 << 22
 _CPU_MASKS = 1 << 24
 
 
-def choose(kernels: str, device_type: str) -> str:
+def decoder_attention_backend(kernels: str, device_type: str) -> str:
     """The way taken: "fused" or "torch"."""
     if kernels not in KERNELS:
         raise ValueError(f"--kernels {kernels}: unknown; it is one of {', '.join(KERNELS)}")
     if kernels == "torch" or (kernels == "auto" and not is_gpu(device_type)):
         return "torch"
-    reason = obstacle(device_type)
+    reason = triton_obstacle(device_type)
     if reason and kernels == "fused":
         raise ValueError(
             "--kernels fused: RetroMAE's fused decoder attention needs a CUDA device and the triton package; "
@@ -83,12 +83,12 @@ def decoder_attention(
     share: of the words hidden from a row. dropout: of the weights. Gradients flow to q, k and v, once.
     """
     scale = q_MHE.shape[-1] ** -0.5 if scale is None else scale
-    if choose(kernels, q_MHE.device.type) == "fused" and _fused_takes(q_MHE, kernels):
-        from bge_ds.kernels.attention_triton import Rule, fused_attention
+    if decoder_attention_backend(kernels, q_MHE.device.type) == "fused" and _fused_takes(q_MHE, kernels):
+        from bge_ds.kernels.attention_triton import Visibility, fused_attention
 
         longest = max((length for _, length in runs), default=0)
         return fused_attention(
-            q_MHE, k_THE, v_THE, cu_seqlens, longest, rule=Rule(decoder_share=share), scale=scale, p=dropout,
+            q_MHE, k_THE, v_THE, cu_seqlens, longest, visibility=Visibility(decoder_share=share), scale=scale, p=dropout,
             words_T=words_T, key_N=key_N,
         )  # fmt: skip
     kept = sum(texts * length * length for texts, length in runs)
@@ -99,7 +99,7 @@ def decoder_attention(
 
 
 def _bias(words_T: torch.Tensor, key_N: torch.Tensor, share: float):
-    def bias(block: Block) -> torch.Tensor:
+    def bias(block: ScoreBlock) -> torch.Tensor:
         keys = key_N[block.first : block.first + block.texts]
         words_NL = words_T[block.keys].unflatten(0, (block.texts, -1))
         # A block counts its rows from the first query, which is the text's second token.

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bge_ds.kernels.matmul import add_product, room
-from bge_ds.kernels.triton_support import takes
+from bge_ds.kernels.matmul import add_product, empty_aligned
+from bge_ds.kernels.triton_support import use_triton
 
 # Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; with half of it a step on a CPU took 8 % longer.
 _BLOCK_ELEMENTS = 1 << 24
@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(w_VD, dtype=torch.float32) if wants[1] else None
         db = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] else None
         blocks = _blocks(x_MD.shape[0], _gpu_step(w_VD.shape[0], x_MD.dtype.itemsize))
-        held = room(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0], x_MD)
+        held = empty_aligned(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0], x_MD)
         bias = None if bias_V is None else F.pad(bias_V, (0, held.stride(0) - len(bias_V)))
         losses, right = [], []
         for block in blocks:
@@ -144,4 +144,4 @@ def linear_cross_entropy(
     The loss is fp32 whatever the inputs; it is a sum, so that a mean over ranks and accumulation steps stays exact.
     Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
     """
-    return _LinearCrossEntropy.apply(x_MD, w_VD, bias_V, target_M, takes(x_MD) if fused is None else fused)
+    return _LinearCrossEntropy.apply(x_MD, w_VD, bias_V, target_M, use_triton(x_MD) if fused is None else fused)

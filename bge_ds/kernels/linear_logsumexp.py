@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 
 from bge_ds.kernels.matmul import add_product, multiply, to_narrow
-from bge_ds.kernels.triton_support import at_least_fp32, is_gpu, takes
+from bge_ds.kernels.triton_support import at_least_fp32, is_gpu, use_triton
 
 # Logits held at a time: 64 MiB in fp32 on a CPU, 512 MiB on a GPU (and half as much for their weights in 16 bits).
 _BLOCK_ELEMENTS = 1 << 24
@@ -27,7 +27,7 @@ _GPU_ELEMENTS = 1 << 27
 
 
 @dataclass
-class Excluded:
+class ExcludedPairs:
     """Pairs of a row and a column that do not count.
 
     These are, for each row, the columns from first_M on, count_M of them (int64), and all columns that share a key with it:
@@ -124,7 +124,7 @@ class _Fused(torch.autograd.Function):
     features instead, so that neither leaves the range of 16 bits."""
 
     @staticmethod
-    def forward(ctx, x_MD, w_VD, limit_M, excluded: Excluded, narrow: torch.dtype | None):
+    def forward(ctx, x_MD, w_VD, limit_M, excluded: ExcludedPairs, narrow: torch.dtype | None):
         from bge_ds.kernels.logsumexp_triton import statistics
 
         x, w = to_narrow(x_MD, narrow), to_narrow(w_VD, narrow)
@@ -171,7 +171,7 @@ class _Fused(torch.autograd.Function):
 def linear_logsumexp(
     x_MD: torch.Tensor,
     w_VD: torch.Tensor,
-    excluded: Excluded,
+    excluded: ExcludedPairs,
     limit_M: torch.Tensor | None = None,
     *,
     narrow: torch.dtype | None = None,
@@ -184,6 +184,6 @@ def linear_logsumexp(
     narrow: torch.bfloat16 or float16 lets a GPU multiply in that type, with fp32 sums; None in the inputs' own.
     fused: by the GPU's kernels or not, for tests.
     """
-    if takes(x_MD) if fused is None else fused:
+    if use_triton(x_MD) if fused is None else fused:
         return _Fused.apply(x_MD, w_VD, limit_M, excluded, narrow)
     return _Listed.apply(x_MD, w_VD, *excluded.pairs, limit_M)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bge_ds.kernels.linear_logsumexp import Excluded
+from bge_ds.kernels.linear_logsumexp import ExcludedPairs
 from bge_ds.kernels.triton_support import launch
 
 _ROWS, _COLUMNS = 4, 1024
@@ -92,7 +92,7 @@ def _weights(
     tl.store(place, share.to(weights_ptr.dtype.element_ty), mask=inside)
 
 
-def _arguments(logits: torch.Tensor, factor: torch.Tensor, excluded: Excluded, limit_M: torch.Tensor | None) -> tuple:
+def _arguments(logits: torch.Tensor, factor: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None) -> tuple:
     """What both kernels take of the logits and of what is excluded, and how many keys a row and a column have."""
     keys = excluded.row_keys_MR.contiguous(), excluded.column_keys_VC.contiguous()
     of_row, of_column = (part.shape[1] for part in keys)
@@ -102,7 +102,7 @@ def _arguments(logits: torch.Tensor, factor: torch.Tensor, excluded: Excluded, l
 
 
 def statistics(
-    logits: torch.Tensor, factor: torch.Tensor, excluded: Excluded, limit_M: torch.Tensor | None, lse_M: torch.Tensor,
+    logits: torch.Tensor, factor: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None, lse_M: torch.Tensor,
     over_M: torch.Tensor, block: slice,
 ) -> None:  # fmt: skip
     """Write the log-sum-exp and the number of logits above the limit of the block's rows into lse_M (fp32) and over_M (int64).
@@ -117,7 +117,7 @@ def statistics(
 
 
 def weights(
-    logits: torch.Tensor, shares: torch.Tensor, factor: torch.Tensor, excluded: Excluded, limit_M: torch.Tensor | None,
+    logits: torch.Tensor, shares: torch.Tensor, factor: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None,
     lse_M: torch.Tensor, block: slice,
 ) -> None:  # fmt: skip
     """Write exp(logit - log-sum-exp) of the block's rows into `shares` (it may be `logits`): 0 where a pair does not count."""

@@ -29,7 +29,7 @@ def to_narrow(x: torch.Tensor, dtype: torch.dtype | None) -> Narrow:
 _ALIGNED = 64  # elements: a multiple of 16 bytes in every type, and of 128 in 16 bits
 
 
-def room(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def empty_aligned(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """Memory of the type of `like` for logits, or for their gradient: rows x columns, each row followed by unused columns.
 
     So every row begins at a multiple of 16 bytes, which a GPU's thread moves at once. In rows of BERT's 30,522 columns and 16

@@ -18,9 +18,9 @@ from itertools import accumulate, pairwise
 import torch
 import torch.nn.functional as F
 
-from bge_ds.kernels.matmul import add_product, room
+from bge_ds.kernels.matmul import add_product, empty_aligned
 from bge_ds.kernels.packed import LengthRun, chunk_bounds
-from bge_ds.kernels.triton_support import takes
+from bge_ds.kernels.triton_support import use_triton
 
 # As in linear_cross_entropy: logits held at a time, and with them the rows of a block.
 _BLOCK_ELEMENTS = 1 << 22
@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
         out_NV = torch.empty(texts, columns, dtype=torch.float32, device=x_TD.device)
         from_NV = torch.empty(texts, columns, dtype=torch.int32, device=x_TD.device)
         ctx.chunks, ctx.most = _chunks(runs, columns * x_TD.dtype.itemsize)
-        held = room(ctx.most, columns, x_TD)
+        held = empty_aligned(ctx.most, columns, x_TD)
         for texts_of, rows in ctx.chunks:
             logits = torch.mm(x_TD[rows], w_VD.T, out=held[: rows.stop - rows.start])
             maxima(logits, cu_seqlens[texts_of.start : texts_of.stop + 1], out_NV[texts_of], from_NV[texts_of])
@@ -101,7 +101,7 @@ class _Fused(torch.autograd.Function):
 
         x_TD, w_VD, from_NV, cu_seqlens = ctx.saved_tensors
         grad_NV, dx, dw = grad_NV.contiguous(), torch.empty_like(x_TD), torch.zeros_like(w_VD, dtype=torch.float32)
-        held = room(ctx.most, len(w_VD), x_TD)
+        held = empty_aligned(ctx.most, len(w_VD), x_TD)
         for texts_of, rows in ctx.chunks:
             of_logits = held[: rows.stop - rows.start]
             starts = cu_seqlens[texts_of.start : texts_of.stop + 1]
@@ -129,6 +129,6 @@ def max_logits(
     cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together all T rows; every length
     is 1 or more. Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
     """
-    if takes(x_TD) if fused is None else fused:
+    if use_triton(x_TD) if fused is None else fused:
         return _Fused.apply(x_TD, w_VD, bias_V, cu_seqlens, runs)
     return _MaxLogits.apply(x_TD, w_VD, bias_V, runs)

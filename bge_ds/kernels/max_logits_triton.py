@@ -5,8 +5,8 @@ Shapes: N texts of a chunk, T tokens of them, V columns (vocabulary).
 A program takes some columns of one text and goes through its rows in their order, so that a maximum that several tokens reach
 is the first one's, and every element of the gradient is written once: the result is the same each time.
 
-Rows of logits are those of `products.room`, and the mask ends where their memory ends, so that a thread moves 16 bytes at once.
-The rows that come next are on their way from memory while one is compared.
+Logits lie in rows of `matmul.empty_aligned`, and the mask ends with a row's memory, so that a thread loads 16 bytes at once.
+Software pipelining loads the next rows while one is compared.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _grid(best_NV: torch.Tensor) -> tuple[int, int]:
 def maxima(logits_TV: torch.Tensor, starts: torch.Tensor, best_NV: torch.Tensor, from_NV: torch.Tensor) -> None:
     """Write each text's largest logits (fp32) and the token of the text that reached each (int32), into contiguous rows.
 
-    logits: rows of `products.room`. starts: int32 of N + 1, where the texts begin; the chunk's first row is `starts[0]`.
+    logits: rows of `matmul.empty_aligned`. starts: int32 of N + 1, where the texts begin; the chunk's first row is `starts[0]`.
     """
     launch(
         _maxima, _grid(best_NV), logits_TV, starts, best_NV, from_NV, logits_TV.stride(0), best_NV.shape[1], on=logits_TV,
@@ -74,7 +74,10 @@ def maxima(logits_TV: torch.Tensor, starts: torch.Tensor, best_NV: torch.Tensor,
 
 
 def gradient(grad_NV: torch.Tensor, from_NV: torch.Tensor, starts: torch.Tensor, out_TV: torch.Tensor) -> None:
-    """Write the gradient of the chunk's logits, rows of `room`: that of a maximum (fp32) where it came from, 0 elsewhere."""
+    """Write the gradient of the chunk's logits: that of each maximum (fp32) at the token it came from, 0 elsewhere.
+
+    out_TV: rows of `matmul.empty_aligned`.
+    """
     launch(
         _gradient, _grid(grad_NV), grad_NV, from_NV, starts, out_TV, out_TV.stride(0), grad_NV.shape[1], on=out_TV,
         COLUMNS=_COLUMNS, num_warps=4,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.triton_support import at_least_fp32, takes
+from bge_ds.kernels.triton_support import at_least_fp32, use_triton
 
 
 class _SegmentMean(torch.autograd.Function):
@@ -40,14 +40,14 @@ def segment_mean(
     cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together the N texts. Gradients
     flow once. fused: by the GPU's kernel or not, for tests.
     """
-    if takes(hidden_TD) if fused is None else fused:
+    if use_triton(hidden_TD) if fused is None else fused:
         return _SegmentMean.apply(hidden_TD, cu_seqlens)
     sizes = [n * length for n, length in runs]
     parts = zip(hidden_TD.split(sizes), runs, strict=True)
     return torch.cat([at_least_fp32(hidden.unflatten(0, run)).mean(1) for hidden, run in parts])
 
 
-class _Spread(torch.autograd.Function):
+class _SegmentExpand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, cu_seqlens, tokens):
         ctx.save_for_backward(cu_seqlens)
@@ -62,11 +62,11 @@ class _Spread(torch.autograd.Function):
         return (means(grad_TD, cu_seqlens) * cu_seqlens.diff()[:, None]).to(grad_TD.dtype), None, None
 
 
-def spread(x_ND: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, *, fused: bool | None = None) -> torch.Tensor:
+def segment_expand(x_ND: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, *, fused: bool | None = None) -> torch.Tensor:
     """T x D: row n of x for each row of text n. tokens: T, known on the host. fused: as for `segment_mean`.
 
     On a GPU the gradient is added up text by text, in fp32; autograd's own would scatter it, in an order that changes.
     """
-    if takes(x_ND) if fused is None else fused:
-        return _Spread.apply(x_ND, cu_seqlens, tokens)
+    if use_triton(x_ND) if fused is None else fused:
+        return _SegmentExpand.apply(x_ND, cu_seqlens, tokens)
     return x_ND.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=tokens)

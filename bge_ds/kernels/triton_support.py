@@ -28,7 +28,7 @@ def allow(kernels: str) -> None:
     _allowed = kernels != "torch"
 
 
-def obstacle(device_type: str) -> str | None:
+def triton_obstacle(device_type: str) -> str | None:
     """Why Triton kernels do not run on devices of this type; None where they do."""
     if not _allowed:
         return "--kernels torch leaves them out"
@@ -48,9 +48,9 @@ def is_gpu(device_type: str) -> bool:
     return device_type in ("cuda", "meta")
 
 
-def takes(x: torch.Tensor) -> bool:
+def use_triton(x: torch.Tensor) -> bool:
     """Whether an operation on this tensor is to go through its Triton kernel: on a GPU, in fp32 or 16 bits."""
-    return is_gpu(x.device.type) and obstacle(x.device.type) is None and x.dtype != torch.float64
+    return is_gpu(x.device.type) and triton_obstacle(x.device.type) is None and x.dtype != torch.float64
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from bge_ds.kernels.packed import LengthRun, PackedTexts
 _GRAPHS = 128
 
 
-def fill_up(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[PackedTexts, torch.Tensor]:
+def pad_to_bucket(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[PackedTexts, torch.Tensor]:
     """The texts and their ids with filler behind them, up to a multiple of `bucket` tokens.
 
     The filler is texts of token 0, none longer than the longest of the row: no position is new, and no kernel's work grows

@@ -32,12 +32,12 @@ from transformers import (
     PretrainedConfig,
 )
 
-from bge_ds.kernels.attention import WAYS, choose, varlen_attention, why_slow
+from bge_ds.kernels.attention import BACKENDS, attention_backend, varlen_attention, why_slow
 from bge_ds.kernels.cpu.dropout import use_fast_dropout
 from bge_ds.kernels.packed import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.segment_mean import segment_mean
 from bge_ds.kernels.triton_support import at_least_fp32
-from bge_ds.modeling.compilation import fill_up
+from bge_ds.modeling.compilation import pad_to_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | 
         return _run_padded(backbone, texts, ids_T)
     tokens, bucket = texts.tokens, getattr(backbone, "token_bucket", None)
     if bucket and backbone.training:
-        texts, ids_T = fill_up(texts, ids_T, bucket)
+        texts, ids_T = pad_to_bucket(texts, ids_T, bucket)
     positions = position_ids(config, texts)[None]
     out = backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **_no_cache(backbone))
     return out.last_hidden_state[0, :tokens]
@@ -360,12 +360,12 @@ def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def say_how(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
+def describe_execution(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
     """How the backbone runs, in words, for the summary."""
     if can_run_unpadded(config):
         facts = device.type, dtype, _head_dim(config)
         slow = why_slow(*facts)
-        return f"without padding, {WAYS[choose(*facts)]}" + (f" (slow on a GPU: {slow})" if slow else "")
+        return f"without padding, {BACKENDS[attention_backend(*facts)]}" + (f" (slow on a GPU: {slow})" if slow else "")
     return f"padded ({config.model_type} is not one of the families that run without padding: {unpadded_families()})"
 
 

@@ -32,10 +32,10 @@ from bge_ds.kernels import masks
 from bge_ds.kernels.cpu.dropout import Dropout
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.packed import LengthRun, PackedTexts, spans
-from bge_ds.kernels.segment_mean import spread
+from bge_ds.kernels.segment_mean import segment_expand
 from bge_ds.modeling.encoder import position_ids, run_backbone
 from bge_ds.modeling.flops import attention_flops, backbone_flops, linear_flops
-from bge_ds.modeling.vocabulary import Rotation, VocabularyHead, add_position, check_kind, embed, rotate, rotation
+from bge_ds.modeling.vocabulary import Rotation, VocabularyHead, add_position, check_can_pretrain, embed, rotate, rotation
 
 if TYPE_CHECKING:
     from bge_ds.data.collate import PretrainBatch
@@ -130,7 +130,7 @@ class RetroMAE(nn.Module):
 
     def __init__(self, model: nn.Module, settings: RetroMAESettings, kernels: str = "auto"):
         super().__init__()
-        check_kind(model.config)
+        check_can_pretrain(model.config)
         self.model, self.settings = model, settings
         if getattr(model.base_model, "pooler", None) is not None:
             model.base_model.pooler.requires_grad_(False)
@@ -187,7 +187,7 @@ class RetroMAE(nn.Module):
         h_ND = prepared.hidden_TD[first]
         embedded_TD = embed(model, positions_T, ids_T=texts.ids_T)
         keys_TD = embedded_TD.index_copy(0, first, h_ND.to(embedded_TD.dtype))
-        h_MD = spread(h_ND, F.pad(prepared.inner_N.cumsum(0), (1, 0)), inner_M.numel())
+        h_MD = segment_expand(h_ND, F.pad(prepared.inner_N.cumsum(0), (1, 0)), inner_M.numel())
         if self.settings.decoder_query == "raw":
             query_MD = add_position(model, h_MD, positions_T[inner_M])
         else:

@@ -35,7 +35,7 @@ class _Transform(nn.Module):
         return self.norm(self.activation(self.dense(x)))
 
 
-class Kind(NamedTuple):
+class PretrainFamily(NamedTuple):
     """transform: of a masked language model, from last hidden states to what the vocabulary's matrix is applied to.
 
     rotation: (base model, states, positions) -> (cos, sin), for a type without position embeddings.
@@ -45,15 +45,15 @@ class Kind(NamedTuple):
     rotation: Callable | None = None
 
 
-_BERT = Kind(lambda model: model.cls.predictions.transform)
-_ROBERTA = Kind(lambda model: _Transform(model.lm_head.dense, model.lm_head.layer_norm, "gelu"))
+_BERT = PretrainFamily(lambda model: model.cls.predictions.transform)
+_ROBERTA = PretrainFamily(lambda model: _Transform(model.lm_head.dense, model.lm_head.layer_norm, "gelu"))
 # A type that test_retromae.py holds for as it is can be added; one that needs more cannot.
-KINDS = {
+PRETRAIN_FAMILIES = {
     "bert": _BERT,
     "camembert": _ROBERTA,
-    "distilbert": Kind(lambda m: _Transform(m.vocab_transform, m.vocab_layer_norm, m.config.activation)),
+    "distilbert": PretrainFamily(lambda m: _Transform(m.vocab_transform, m.vocab_layer_norm, m.config.activation)),
     "ernie": _BERT,
-    "modernbert": Kind(lambda m: m.head, lambda base, x, positions: base.rotary_emb(x, positions, "full_attention")),
+    "modernbert": PretrainFamily(lambda m: m.head, lambda base, x, positions: base.rotary_emb(x, positions, "full_attention")),
     "nomic_bert": _BERT._replace(rotation=lambda base, x, positions: base.rotary_emb(x, positions)),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
@@ -61,31 +61,31 @@ KINDS = {
 }
 
 
-def check_kind(config: PretrainedConfig) -> None:
-    if config.model_type not in KINDS:
+def check_can_pretrain(config: PretrainedConfig) -> None:
+    if config.model_type not in PRETRAIN_FAMILIES:
         raise ValueError(
-            f"pre-training does not know {config.model_type!r} models; it knows {', '.join(KINDS)}; "
+            f"pre-training does not know {config.model_type!r} models; it knows {', '.join(PRETRAIN_FAMILIES)}; "
             "fine-tuning takes any encoder"
         )
 
 
 def embed(model: nn.Module, positions_T: torch.Tensor, *, ids_T=None, vectors_TD=None) -> torch.Tensor:
     """T x D from the model's own embedding module (word or given vector, type, position, norm, dropout)."""
-    where = {} if KINDS[model.config.model_type].rotation else {"position_ids": positions_T[None]}
+    where = {} if PRETRAIN_FAMILIES[model.config.model_type].rotation else {"position_ids": positions_T[None]}
     what = {"input_ids": ids_T, "inputs_embeds": vectors_TD}
     return model.base_model.embeddings(**{k: v if v is None else v[None] for k, v in what.items()}, **where)[0]
 
 
 def add_position(model: nn.Module, vectors_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
     """The vectors plus their positions' embeddings; as they are, where positions are rotations."""
-    if KINDS[model.config.model_type].rotation:
+    if PRETRAIN_FAMILIES[model.config.model_type].rotation:
         return vectors_TD
     return vectors_TD + model.base_model.embeddings.position_embeddings(positions_T)
 
 
 def rotation(model: nn.Module, states_TD: torch.Tensor, positions_T: torch.Tensor) -> Rotation | None:
     """(cos, sin), T x E each, by which queries and keys are rotated; None where positions are embedded."""
-    of_kind = KINDS[model.config.model_type].rotation
+    of_kind = PRETRAIN_FAMILIES[model.config.model_type].rotation
     if of_kind is None:
         return None
     cos, sin = of_kind(model.base_model, states_TD[None], positions_T[None])
@@ -110,7 +110,7 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.transform = KINDS[model.config.model_type].transform(model)
+        self.transform = PRETRAIN_FAMILIES[model.config.model_type].transform(model)
         output = model.get_output_embeddings()
         self.weight, self.bias = output.weight, output.bias
 

@@ -21,7 +21,7 @@ from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import decoder_attention as module
 from bge_ds.kernels import masks, triton_support
 from bge_ds.kernels.cpu import blockwise_attention
-from bge_ds.kernels.decoder_attention import choose, decoder_attention
+from bge_ds.kernels.decoder_attention import decoder_attention, decoder_attention_backend
 from bge_ds.kernels.packed import LengthRun
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
@@ -207,20 +207,20 @@ print(peak() - before)
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="of a process without the interpreter")
 def test_the_choice(monkeypatch):
     """On the CPU torch; fused where asked for without what it needs is an error that says what is missing."""
-    assert choose("auto", "cpu") == "torch" and choose("torch", "cuda") == "torch"
+    assert decoder_attention_backend("auto", "cpu") == "torch" and decoder_attention_backend("torch", "cuda") == "torch"
     with pytest.raises(ValueError, match="--kernels fast: unknown; it is one of auto, torch, fused"):
-        choose("fast", "cpu")
+        decoder_attention_backend("fast", "cpu")
     monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
-    assert choose("auto", "cuda") == "torch"
+    assert decoder_attention_backend("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match=r"needs a CUDA device and the triton package; the triton .* not installed; use auto"):
-        choose("fused", "cuda")
+        decoder_attention_backend("fused", "cuda")
     monkeypatch.setattr(triton_support, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"--kernels fused: .*; the device is 'cpu'; use auto or torch"):
-        choose("fused", "cpu")
+        decoder_attention_backend("fused", "cpu")
     with pytest.raises(ValueError, match="the device is 'cpu'"):
         Row([LengthRun(1, 3)]).attend(kernels="fused")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose("fused", "cpu") == "fused" and choose("auto", "cpu") == "torch"
+    assert decoder_attention_backend("fused", "cpu") == "fused" and decoder_attention_backend("auto", "cpu") == "torch"
 
 
 @interpreter.only

@@ -11,7 +11,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from bge_ds.data.preprocess.validate import load_tokenizer
 from bge_ds.kernels.packed import pack
 from bge_ds.modeling import encoder as encoder_module
-from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, longest_text, say_how, sees_only_before
+from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, longest_text, pool, sees_only_before
 from bge_ds.modeling.export import save_model
 
 # fp32 sums in another order: observed 4e-7 on the output.
@@ -121,6 +121,31 @@ def test_every_pooling_without_padding_equals_padded(tmp_path, family, pooling):
     """The same for the vector of one token: the first or last one of a text, not of a rectangle's row."""
     both = family == "qwen3" and pooling == "cls"
     assert_padding_free_equals_padded(make_model(family, tmp_path), pooling=pooling, bidirectional=both)
+
+
+@pytest.mark.parametrize(("pooling", "mode"), [("cls", "cls"), ("mean", "mean"), ("last_token", "lasttoken")])
+def test_every_pooling_is_that_of_sentence_transformers(pooling, mode):
+    """Vectors and gradients of each pooling, against a reference of other authors over padded texts.
+
+    The padded model of the other tests shares `pool` with the packed one: a wrong token would be the same in both.
+    """
+    from sentence_transformers.models import Pooling
+
+    texts, order = pack(helpers.random_texts(LENGTHS))
+    rows = [torch.randn(length, 8, generator=torch.Generator().manual_seed(n)) for n, length in enumerate(LENGTHS)]
+    padded_NLD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1e3).requires_grad_()
+    mask_NL = torch.nn.utils.rnn.pad_sequence([torch.ones(length, dtype=torch.int64) for length in LENGTHS], batch_first=True)
+    hidden_TD = torch.cat([rows[n] for n in order]).requires_grad_()
+
+    reference = Pooling(8, pooling_mode=mode)({"token_embeddings": padded_NLD, "attention_mask": mask_NL})["sentence_embedding"]
+    vectors_ND = pool(hidden_TD, texts, pooling)[texts.place_N]
+    assert (vectors_ND - reference).abs().max() < TOLERANCE
+
+    weights_ND = torch.randn(len(LENGTHS), 8, generator=torch.Generator().manual_seed(99))
+    (vectors_ND * weights_ND).sum().backward()
+    (reference * weights_ND).sum().backward()
+    expected_TD = torch.cat([padded_NLD.grad[n, : LENGTHS[n]] for n in order])
+    assert (hidden_TD.grad - expected_TD).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "bidirectional"), CASES)
@@ -252,7 +277,7 @@ def test_other_backbones_run_padded_and_say_so(tmp_path, attention):
     """A backbone whose attention cannot be replaced gives each text's own vector all the same, and is named."""
     encoder = build(helpers.make_model("mpnet", tmp_path), attention)
     assert not can_run_unpadded(encoder.backbone.config)
-    said = say_how(encoder.backbone.config, torch.device("cpu"), torch.float32)
+    said = encoder_module.describe_execution(encoder.backbone.config, torch.device("cpu"), torch.float32)
     assert said.startswith("padded (mpnet is not") and "modernbert" in said and said.count("mpnet") == 1
     texts = helpers.random_texts([9, 30, 4, 9])
     alone = torch.cat([encoder(pack([text])[0]) for text in texts])

@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from bge_ds.kernels.cpu.dropout import Masks, times
+from bge_ds.kernels.cpu.dropout import DropoutMasks, apply_mask
 from bge_ds.kernels.packed import LengthRun
 
 # Scores held at a time, 4 MiB: of 2**18 to 2**22 the fastest for 16 texts of 512 tokens with 12 heads, by a tenth to a fifth.
 _BLOCK_ELEMENTS = 1 << 20
 
 
-class Block(NamedTuple):
+class ScoreBlock(NamedTuple):
     """Texts first to first + texts - 1, all of one length: rows `rows` (counted from a text's first query)."""
 
     first: int
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 # What is added to a block's scores, fp32 n or 1 x 1 x R x L: 0 where a key is seen, minus infinity where it is hidden.
 # Added, because filling where a mask says so is the slowest thing one can do to a block (5 ns an element).
-Bias = Callable[[Block], torch.Tensor | None]
+Bias = Callable[[ScoreBlock], torch.Tensor | None]
 
 
 def as_bias(visible: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def _blocks(runs: list[LengthRun], heads: int, edge: int):
             n = min(step, texts - start)
             q, k = slice(query, query + n * queries), slice(key, key + n * length)
             for row in range(0, queries, rows):
-                yield Block(first, n, length, slice(row, min(row + rows, queries)), q, k, parts, tile)
+                yield ScoreBlock(first, n, length, slice(row, min(row + rows, queries)), q, k, parts, tile)
                 tile += len(parts)
             first, query, key = first + n, q.stop, k.stop
 
@@ -90,8 +90,8 @@ def _softmax(q, k, bias, texts: int) -> torch.Tensor:
     return scores.softmax(-1)
 
 
-def _masks(p: float, seed: int | None, tile: int) -> Masks | None:
-    return None if seed is None else Masks(p, seed + tile)
+def _masks(p: float, seed: int | None, tile: int) -> DropoutMasks | None:
+    return None if seed is None else DropoutMasks(p, seed + tile)
 
 
 @cache
@@ -104,12 +104,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _for_each_text(work: Callable[[Block], None], runs: list[LengthRun], heads: int, edge: int) -> None:
+def _for_each_text(work: Callable[[ScoreBlock], None], runs: list[LengthRun], heads: int, edge: int) -> None:
     """`work` on every block; blocks of the same texts, whose sums over rows meet, one after the other in one thread."""
     groups = [list(blocks) for _, blocks in groupby(_blocks(runs, heads, edge), lambda block: block.first)]
 
     @torch.no_grad()  # a setting of each thread
-    def work_on(group: list[Block]) -> None:
+    def work_on(group: list[ScoreBlock]) -> None:
         for block in group:
             work(block)
 
@@ -122,19 +122,19 @@ def _for_each_text(work: Callable[[Block], None], runs: list[LengthRun], heads: 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, runs, scale, p, edge, bias):
-        seed = Masks(p).seed if p > 0 else None
+        seed = DropoutMasks(p).seed if p > 0 else None
         ctx.save_for_backward(q, k, v)
         ctx.settings = runs, scale, p, seed, edge, bias
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
 
-        def attend(block: Block) -> None:
+        def attend(block: ScoreBlock) -> None:
             seen = None if bias is None else bias(block)
             for tile, heads in enumerate(block.heads, block.tile):
                 at, masks = (block.queries, block.texts, block.rows, heads), _masks(p, seed, tile)
                 k_b, v_b = (_tile(_part(x, block.keys, block.texts, slice(None), heads)) for x in (k, v))
                 weights = _softmax(_tile(_part(q, *at)) * scale, k_b, seen, block.texts)
                 if masks is not None:
-                    weights = times(weights, masks.draw(weights.shape))
+                    weights = apply_mask(weights, masks.draw(weights.shape))
                 y = torch.bmm(weights, v_b)
                 _part(out, *at).copy_(_untile(y if masks is None else y.div_(masks.keep), block.texts))
 
@@ -151,7 +151,7 @@ class _Attention(torch.autograd.Function):
         dtype = torch.promote_types(q.dtype, torch.float32)
         dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (k, v))
 
-        def carry_back(block: Block) -> None:
+        def carry_back(block: ScoreBlock) -> None:
             seen, n = None if bias is None else bias(block), block.texts
             for tile, heads in enumerate(block.heads, block.tile):
                 masks = _masks(p, seed, tile)
@@ -160,7 +160,7 @@ class _Attention(torch.autograd.Function):
                 k_b, v_b = (_tile(_part(x, *of_keys)) for x in (k, v))
                 weights = dropped = _softmax(q_b, k_b, seen, n)
                 if masks is not None:
-                    dropped, g = times(weights, masks.draw(weights.shape)), g / masks.keep
+                    dropped, g = apply_mask(weights, masks.draw(weights.shape)), g / masks.keep
                 # d softmax: w (g - sum w g), where g is already 0 at what was dropped.
                 ds = torch.bmm(g, v_b.transpose(1, 2)).mul_(dropped)
                 ds.addcmul_(weights, ds.sum(-1, keepdim=True), value=-1)

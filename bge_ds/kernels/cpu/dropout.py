@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Masks:
+class DropoutMasks:
     """A stream of masks, a function of its seed; keep: the share that stays."""
 
     def __init__(self, p: float, seed: int | None = None):
@@ -31,7 +31,7 @@ class Masks:
         return torch.from_numpy(words.view(np.int16)[:elements] >= self._threshold).view(shape)
 
 
-def times(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def apply_mask(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """x where kept, else 0. numpy multiplies floats by bytes faster than torch's `where` does, by 1.5 to 4 times."""
     if x.dtype not in (torch.float32, torch.float64):
         return torch.where(kept, x, 0)
@@ -41,15 +41,15 @@ def times(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        masks = Masks(p)
+        masks = DropoutMasks(p)
         ctx.p, ctx.seed = p, masks.seed
-        return times(x, masks.draw(x.shape)).div_(masks.keep)
+        return apply_mask(x, masks.draw(x.shape)).div_(masks.keep)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        masks = Masks(ctx.p, ctx.seed)
-        return times(grad, masks.draw(grad.shape)).div_(masks.keep), None
+        masks = DropoutMasks(ctx.p, ctx.seed)
+        return apply_mask(grad, masks.draw(grad.shape)).div_(masks.keep), None
 
 
 class Dropout(nn.Dropout):
