@@ -1,11 +1,10 @@
-"""The softmax of a block of logits and its gradient, in Triton: two passes over memory, in place.
+"""Softmax cross entropy of a block of logits and its gradient, in Triton: two passes over memory, in place.
 
 Shapes: M rows, V columns (vocabulary).
 
-`_statistics` reads each row once, with a running maximum and sum. `_gradient` reads it again and writes, in the same place,
-softmax minus one at the target: what the two products of the backward pass take. Arithmetic is fp32, whatever the logits'
-type. The gradient of the bias is a sum over rows: a program adds up its own rows, and torch the programs' sums, so that it
-is the same each time.
+`_statistics` reads each row once, with a running maximum and sum (online softmax). `_gradient` reads it again and overwrites it
+with softmax minus one-hot target, the input of the backward's two products. Arithmetic is fp32, whatever the logits' type. The
+bias gradient is a sum over rows: a program adds up its own rows and torch adds up the programs' sums, so it is deterministic.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import triton.language as tl
 from bge_ds.kernels.matmul import empty_aligned
 from bge_ds.kernels.triton_support import launch
 
-# Columns that a program holds in registers; rows whose bias gradient it adds up; columns or rows on their way from memory.
+# Columns a program holds in registers; rows whose bias gradient it adds up; stages of the software pipeline.
 _COLUMNS, _ROWS, _STAGES = 2048, 64, 3
 
 
@@ -81,9 +80,9 @@ def _gradient(
 def statistics(
     logits_MV: torch.Tensor, bias: torch.Tensor | None, target_M: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-sum-exp of each row, its cross entropy, both fp32; int32 1 where no logit is above the target's).
+    """(log-sum-exp of each row, its cross entropy, both fp32; int32 1 where no logit exceeds the target's).
 
-    logits_MV: rows of `matmul.empty_aligned`. bias: as long as their memory; it is added in fp32.
+    logits_MV: rows of `matmul.empty_aligned`. bias: padded to their stride; added in fp32.
     """
     lse_M, loss_M = (torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device) for _ in range(2))
     right_M = torch.empty(len(logits_MV), dtype=torch.int32, device=logits_MV.device)
@@ -98,7 +97,7 @@ def statistics(
 def to_gradient(
     logits_MV: torch.Tensor, bias: torch.Tensor | None, target_M: torch.Tensor, lse_M: torch.Tensor, *, sums: bool
 ) -> torch.Tensor | None:
-    """Turn the logits into the gradient of the sum of cross entropies, in place; sums: and return its sum over rows, fp32."""
+    """Overwrite the logits with the gradient of the summed cross entropy; with sums, return its sum over rows, fp32."""
     rows, width = logits_MV.shape
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS)
     sums_RV = empty_aligned(grid[0] if sums else 0, width, lse_M)

@@ -1,16 +1,16 @@
-"""Cross entropy of X W^T against one known target a row, without ever holding the whole matrix of logits.
+"""Cross entropy of X W^T against one known target a row, without the whole matrix of logits.
 
 Shapes: M rows (positions), V columns (vocabulary), D features.
 
-Rows are taken in blocks of logits; memory is that of X, W, their gradients, and one block. Each block's softmax becomes the
-gradients of X and W on the spot, in the forward pass; the backward only scales what is there. Three matrix products in all.
-(`linear_logsumexp` is for losses whose gradient is known only afterwards.)
+Logits are computed for one block of rows at a time. In the forward, each block's softmax is turned into gradients of X and W at
+once; the backward only scales them. Three matrix products in all; memory is that of X, W, their gradients and one block. (For a
+loss whose gradient is known only afterwards, see `linear_logsumexp`.)
 
-On a GPU the blocks are larger (their gradient of W goes through memory once a block), softmax and its gradient are Triton
-kernels that work in place (`cross_entropy_triton`), and the products stay cuBLAS's. Liger's fused loss works the same way.
-Apple's Cut-Cross-Entropy (arXiv 2411.09009) never writes logits, but computes them again in the backward pass: four to
-five products in place of three, in Triton, at two thirds of cuBLAS's rate. Passing over logits of 16 bits costs less: for
-768 features and 30,522 words some 0.06 us a row of a GPU with 3 TB/s, where the three products need 0.18 us.
+On a GPU blocks are larger (each reads and writes the gradient of W once), softmax and its gradient are in-place Triton kernels
+(`cross_entropy_triton`), and the products stay cuBLAS's, as in Liger Kernel. Cut Cross-Entropy (arXiv:2411.09009) never writes
+logits but recomputes them in the backward: four to five products instead of three, in Triton, at two thirds of cuBLAS's rate.
+Passing over 16-bit logits costs less: for 768 features and 30,522 words about 0.06 us a row on a GPU with 3 TB/s, where the
+three products need 0.18 us.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from bge_ds.kernels.matmul import add_product, empty_aligned
 from bge_ds.kernels.triton_support import use_triton
 
-# Logits held at a time: 16 M floats are 64 MiB, 550 rows of BERT's vocabulary; with half of it a step on a CPU took 8 % longer.
+# Logits held at a time: 64 MiB of fp32, 550 rows of BERT's vocabulary. With half of it, a step on a CPU took 8 % longer.
 _BLOCK_ELEMENTS = 1 << 24
-# Rows of a block at least, whatever the vocabulary: every block goes over the whole gradient of W once.
+# Fewest rows of a block, whatever the vocabulary: each block passes over the whole gradient of W.
 _BLOCK_ROWS = 256
-# On a GPU, which has no such caches and needs large products to be busy: bytes of logits held at a time, and fewest and most
-# rows of the vocabulary's blocks. A block reads and writes the fp32 gradient of W once, 8 bytes an element, and computes 6
-# operations a row and element: with 2,048 rows that is 15 % of the products' time at 3 TB/s and 800 TFLOP/s, with 4,096 half.
+# On a GPU, which needs large products: bytes of logits held at a time, and fewest and most rows of a block. A block reads and
+# writes the fp32 gradient of W once (8 bytes an element) and computes 6 operations a row and element: with 2,048 rows the
+# traffic takes 15 % of the products' time at 3 TB/s and 800 TFLOP/s, with 4,096 half of that.
 _GPU_BYTES, _GPU_ROWS = 512 << 20, (2048, 4096)
 
 
@@ -36,15 +36,15 @@ def _blocks(rows: int, step: int) -> list[slice]:
 
 
 def _gpu_step(columns: int, itemsize: int) -> int:
-    """Rows of a block of the vocabulary's logits on a GPU."""
+    """Rows of a block on a GPU."""
     return min(max(_GPU_BYTES // (columns * itemsize), _GPU_ROWS[0]), _GPU_ROWS[1])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, w_VD, bias_V, target_M, fused: bool):
-        of_way = _LinearCrossEntropy._fused if fused else _LinearCrossEntropy._plain
-        loss, correct, *gradients = of_way(x_MD, w_VD, bias_V, target_M, ctx.needs_input_grad)
+        compute = _LinearCrossEntropy._fused if fused else _LinearCrossEntropy._plain
+        loss, correct, *gradients = compute(x_MD, w_VD, bias_V, target_M, ctx.needs_input_grad)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = w_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(correct)
@@ -89,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if wants[1] else None
         db = torch.zeros(bias_V.shape, dtype=torch.float32, device=w_VD.device) if wants[2] else None
         blocks = _blocks(x_MD.shape[0], max(_BLOCK_ROWS, _BLOCK_ELEMENTS // w_VD.shape[0]))
-        # Fresh memory for every block costs a CPU a tenth of the whole: all products go to one place.
+        # One buffer for all blocks: fresh memory for each costs a CPU a tenth of the whole time.
         products = x_MD.new_empty(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0])
         for block in blocks:
             x, target = x_MD[block], target_M[block, None]
@@ -98,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits += bias_V  # after the cast: 16-bit sums would round twice
             found = logits.gather(-1, target)
             correct += (found >= logits.amax(-1, keepdim=True)).sum()
-            # Row by row in the processor's caches, and in place: on a CPU, passes over memory cost as much as the products.
+            # Row by row in the caches, and in place: on a CPU, passes over memory cost as much as the products.
             logits = torch.log_softmax(logits, -1, out=logits)
             loss -= logits.gather(-1, target).sum()
             if not any(wants[:3]):
@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dw, db = ctx.saved_tensors
         w_dtype, bias_dtype = ctx.dtypes
         return (
-            None if dx is None else dx * scale,  # a 0-dim fp32 factor: computed in fp32, kept in dx's type
+            None if dx is None else dx * scale,  # scale is 0-dim fp32: multiplied in fp32, result in dx's type
             # In place: a second backward is caught by autograd's version check instead of being scaled twice.
             None if dw is None else dw.mul_(scale).to(w_dtype),
             None if db is None else db.mul_(scale).to(bias_dtype),
@@ -139,9 +139,9 @@ def linear_cross_entropy(
     *,
     fused: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum over rows of the cross entropy of `x W^T + bias` against `target`, rows where no logit is above the target's).
+    """(sum over rows of the cross entropy of `x W^T + bias` with `target`, number of rows where no logit exceeds the target's).
 
     The loss is fp32 whatever the inputs; it is a sum, so that a mean over ranks and accumulation steps stays exact.
-    Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
+    Gradients flow to x, w and bias; no double backward. fused: overrides the choice of the Triton kernels, for tests.
     """
     return _LinearCrossEntropy.apply(x_MD, w_VD, bias_V, target_M, use_triton(x_MD) if fused is None else fused)

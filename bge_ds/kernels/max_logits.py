@@ -2,12 +2,12 @@
 
 Shapes: T tokens of N texts in one row, V columns (vocabulary), D features; a block holds n texts of one length L.
 
-DupMAE (arXiv 2211.08769) makes a text's bag of words from the maxima of its tokens' vocabulary logits. Only the N x V maxima
-and the tokens they came from are kept; logits exist for one block of texts and columns at a time. The gradient of a
-maximum flows to the one token that reached it (the first, where several did), as torch's own does.
+DupMAE (arXiv:2211.08769) makes a text's bag of words from the maxima of its tokens' vocabulary logits. Logits exist for one
+block at a time; only the N x V maxima and their argmax tokens are kept. A maximum's gradient flows to the one token that
+reached it (the first of several), as in torch.
 
-On the CPU a block is a rectangle of texts of one length, small enough for its caches. On a GPU that would be a handful of small
-calls for each length; there a block is a stretch of whole texts and the whole vocabulary, one product and one Triton kernel.
+On the CPU a block is some texts of one length and some columns, small enough for the caches. On a GPU that would be a few small
+calls for each length; there a block is some whole texts and all columns, one product and one Triton kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bge_ds.kernels.matmul import add_product, empty_aligned
 from bge_ds.kernels.packed import LengthRun, chunk_bounds
 from bge_ds.kernels.triton_support import use_triton
 
-# As in linear_cross_entropy: logits held at a time, and with them the rows of a block.
+# Logits held at a time and most rows of a block, as in linear_cross_entropy.
 _BLOCK_ELEMENTS = 1 << 22
 _BLOCK_ROWS = 2048
 # On a GPU: bytes of logits, or of their gradient, held at a time; one text at least.
@@ -113,7 +113,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _chunks(runs: list[LengthRun], row_bytes: int) -> tuple[list[tuple[slice, slice]], int]:
-    """(texts, their rows) of each chunk, and the rows of the largest."""
+    """(texts, rows) of each chunk, and the number of rows of the largest."""
     ends = [0, *accumulate(length for n, length in runs for _ in range(n))]
     bounds = list(pairwise(chunk_bounds(runs, None, max(1, _GPU_BYTES // row_bytes))))
     chunks = [(slice(*texts), slice(*(ends[text] for text in texts))) for texts in bounds]
@@ -126,8 +126,8 @@ def max_logits(
 ) -> torch.Tensor:  # fmt: skip
     """N x V, at least fp32: the maximum of `x W^T + bias` over each text's rows.
 
-    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together all T rows; every length
-    is 1 or more. Gradients flow to x, w and bias, once (no double backward). fused: by the GPU's kernels or not, for tests.
+    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, covering all T rows; every length
+    is 1 or more. Gradients flow to x, w and bias; no double backward. fused: overrides the choice, for tests.
     """
     if use_triton(x_TD) if fused is None else fused:
         return _Fused.apply(x_TD, w_VD, bias_V, cu_seqlens, runs)

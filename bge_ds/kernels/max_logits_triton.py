@@ -1,12 +1,11 @@
-"""The kernels of `max_logits`: maxima of a chunk of logits text by text, and the gradient back to the tokens they came from.
+"""The kernels of `max_logits`: maxima of a chunk of logits for each text, and the gradient back to the argmax tokens.
 
 Shapes: N texts of a chunk, T tokens of them, V columns (vocabulary).
 
-A program takes some columns of one text and goes through its rows in their order, so that a maximum that several tokens reach
-is the first one's, and every element of the gradient is written once: the result is the same each time.
-
-Logits lie in rows of `matmul.empty_aligned`, and the mask ends with a row's memory, so that a thread loads 16 bytes at once.
-Software pipelining loads the next rows while one is compared.
+A program takes some columns of one text and loops over its rows in order, so a maximum that several tokens reach is the first
+one's, and every element of the gradient is written once: results are deterministic. Logits lie in rows of
+`matmul.empty_aligned`, and masks end with a row's memory, so a thread loads 16 bytes at once. Software pipelining loads the
+next rows meanwhile.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import triton.language as tl
 
 from bge_ds.kernels.triton_support import launch
 
-# Columns of a program, and rows of them in its shared memory.
+# Columns of a program, and stages of the software pipeline over rows.
 _COLUMNS, _STAGES = 1024, 8
 
 
 @triton.jit
 def _rows_of(starts_ptr, text):
-    """(the text's first row in the chunk, int64; how many it has)."""
+    """(the text's first row in the chunk, int64; its number of rows)."""
     start = tl.load(starts_ptr + text).to(tl.int64)
     length = tl.load(starts_ptr + text + 1).to(tl.int64) - start
     return start - tl.load(starts_ptr).to(tl.int64), length.to(tl.int32)
@@ -63,7 +62,7 @@ def _grid(best_NV: torch.Tensor) -> tuple[int, int]:
 
 
 def maxima(logits_TV: torch.Tensor, starts: torch.Tensor, best_NV: torch.Tensor, from_NV: torch.Tensor) -> None:
-    """Write each text's largest logits (fp32) and the token of the text that reached each (int32), into contiguous rows.
+    """Write each text's largest logits (fp32) and their argmax token in the text (int32), into contiguous rows.
 
     logits: rows of `matmul.empty_aligned`. starts: int32 of N + 1, where the texts begin; the chunk's first row is `starts[0]`.
     """

@@ -11,7 +11,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from bge_ds.data.preprocess.validate import load_tokenizer
 from bge_ds.kernels.packed import pack
 from bge_ds.modeling import encoder as encoder_module
-from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, longest_text, pool, sees_only_before
+from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, has_causal_attention, longest_text, pool
 from bge_ds.modeling.export import save_model
 
 # fp32 sums in another order: observed 4e-7 on the output.
@@ -236,12 +236,12 @@ def test_a_bidirectional_decoder_is_saved_as_one(tmp_path, tiny_bert_path, famil
     """Stock transformers runs the saved folder in both directions, a text alone or padded; else its vectors were others."""
     path = helpers.make_model(family, tmp_path / "start")
     ours = build(path, bidirectional=True, normalize=False)
-    assert not sees_only_before(ours.backbone.config)
+    assert not has_causal_attention(ours.backbone.config)
     ids = helpers.random_texts([9, 30, 4])
     expected = ours.encode_ids(ids)
     assert (expected - build(path, normalize=False).encode_ids(ids)).abs().max() > 1e-2
     save_model(ours.backbone, ours.backbone.state_dict(), load_tokenizer(str(tiny_bert_path)), tmp_path / "saved")
-    assert not sees_only_before(build(tmp_path / "saved").backbone.config)
+    assert not has_causal_attention(build(tmp_path / "saved").backbone.config)
     stock = AutoModel.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         alone = torch.stack([stock(torch.from_numpy(i)[None]).last_hidden_state[0].mean(0) for i in ids])
