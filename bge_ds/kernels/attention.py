@@ -55,18 +55,9 @@ def why_slow(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def varlen_attention(
-    q_THD: torch.Tensor,
-    k_THD: torch.Tensor,
-    v_THD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    runs: list[LengthRun],
-    *,
-    scale: float,
-    dropout: float = 0.0,
-    causal: bool = False,
-    window: int | None = None,
-    backend: str | None = None,
-) -> torch.Tensor:
+    q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, cu_seqlens: torch.Tensor, runs: list[LengthRun], *,
+    scale: float, dropout: float = 0.0, causal: bool = False, window: int | None = None, backend: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Softmax self-attention of each text, T x H x D.
 
     cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, covering the N texts.
@@ -86,8 +77,7 @@ def varlen_attention(
         return fused_attention(q_THD, k_THD, v_THD, cu_seqlens, longest, visibility=visibility, scale=scale, p=dropout)
     grouped = q_THD.shape[1] != k_THD.shape[1]
     if dropout > 0 and q_THD.device.type == "cpu" and not grouped:
-        bias = _bias(causal, window)
-        return blockwise_attention(q_THD, k_THD, v_THD, runs, scale=scale, p=dropout, bias=bias)
+        return blockwise_attention(q_THD, k_THD, v_THD, runs, scale=scale, p=dropout, bias=_bias(causal, window))
     # One split per tensor, not one slice per run: the backward of a split is a single concatenation.
     sizes = [texts * length for texts, length in runs]
     out = []

@@ -46,13 +46,13 @@ def _statistics(
         highest = higher
     one = tl.arange(0, 1)
     target = tl.load(target_ptr + row + one)
-    found = tl.load(place + target).to(tl.float32)
+    target_logit = tl.load(place + target).to(tl.float32)
     if BIAS:
-        found += tl.load(bias_ptr + target).to(tl.float32)
+        target_logit += tl.load(bias_ptr + target).to(tl.float32)
     lse = highest + tl.log(total)
     tl.store(lse_ptr + row + one, lse)
-    tl.store(loss_ptr + row + one, lse - found)
-    tl.store(right_ptr + row + one, (found >= highest).to(tl.int32))
+    tl.store(loss_ptr + row + one, lse - target_logit)
+    tl.store(right_ptr + row + one, (target_logit >= highest).to(tl.int32))
 
 
 @triton.jit

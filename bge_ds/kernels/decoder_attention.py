@@ -26,8 +26,7 @@ from bge_ds.kernels.triton_support import interpreted, is_gpu, triton_obstacle
 KERNELS = ("auto", "torch", "fused")
 # Scores (texts x L x L) of one call of torch's attention at most, which bounds its memory.
 _CALL_ELEMENTS = 1 << 22
-# Mask elements (L x L a text, 5 bytes each) that the CPU keeps for the backward; beyond it, blockwise attention, which keeps
-# none.
+# Mask elements (L x L a text, 5 bytes each) that the CPU keeps for the backward at most; beyond it, blockwise attention.
 _CPU_MASKS = 1 << 24
 
 
@@ -63,19 +62,10 @@ def _fused_supports(q_MHE: torch.Tensor, kernels: str) -> bool:
 
 
 def decoder_attention(
-    q_MHE: torch.Tensor,
-    k_THE: torch.Tensor,
-    v_THE: torch.Tensor,
-    words_T: torch.Tensor,
-    key_N: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    runs: list[LengthRun],
-    *,
-    share: float,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    kernels: str = "auto",
-) -> torch.Tensor:
+    q_MHE: torch.Tensor, k_THE: torch.Tensor, v_THE: torch.Tensor, words_T: torch.Tensor, key_N: torch.Tensor,
+    cu_seqlens: torch.Tensor, runs: list[LengthRun], *,
+    share: float, scale: float | None = None, dropout: float = 0.0, kernels: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """Softmax attention of each text's inner tokens on its tokens visible by `masks.decoder_visible`: M x H x E.
 
     Inner tokens: all but a text's first and last; a text of one or two tokens has none. words_T, key_N: as in `PretrainBatch`.

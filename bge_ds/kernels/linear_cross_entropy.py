@@ -44,20 +44,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, w_VD, bias_V, target_M, fused: bool):
         compute = _LinearCrossEntropy._fused if fused else _LinearCrossEntropy._plain
-        loss, correct, *gradients = compute(x_MD, w_VD, bias_V, target_M, ctx.needs_input_grad)
-        ctx.save_for_backward(*gradients)
+        x_MD, wants = x_MD.contiguous() if fused else x_MD, ctx.needs_input_grad
+        dx = torch.empty_like(x_MD) if wants[0] else None
+        dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if wants[1] else None
+        db = torch.zeros(bias_V.shape, dtype=torch.float32, device=w_VD.device) if wants[2] else None
+        loss, correct = compute(x_MD, w_VD, bias_V, target_M, dx, dw, db)
+        ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = w_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
-    def _fused(x_MD, w_VD, bias_V, target_M, wants):
+    def _fused(x_MD, w_VD, bias_V, target_M, dx, dw, db):
         from bge_ds.kernels.cross_entropy_triton import statistics, to_gradient
 
-        x_MD = x_MD.contiguous()
-        dx = torch.empty_like(x_MD) if wants[0] else None
-        dw = torch.zeros_like(w_VD, dtype=torch.float32) if wants[1] else None
-        db = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] else None
         blocks = _blocks(x_MD.shape[0], _gpu_step(w_VD.shape[0], x_MD.dtype.itemsize))
         held = empty_aligned(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0], x_MD)
         bias = None if bias_V is None else F.pad(bias_V, (0, held.stride(0) - len(bias_V)))
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             lse_M, loss_M, right_M = statistics(logits, bias, target)
             losses.append(loss_M.sum())
             right.append(right_M.sum())
-            if not any(wants[:3]):
+            if dx is None and dw is None and db is None:
                 continue
             added = to_gradient(logits, bias, target, lse_M, sums=db is not None)
             if db is not None:
@@ -79,15 +79,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 add_product(dw, logits, x)
         nothing = torch.zeros((), dtype=torch.float32, device=x_MD.device)
         loss = torch.stack(losses).sum() if losses else nothing
-        return loss, torch.stack(right).sum() if right else nothing.long(), dx, dw, db
+        return loss, torch.stack(right).sum() if right else nothing.long()
 
     @staticmethod
-    def _plain(x_MD, w_VD, bias_V, target_M, wants):
+    def _plain(x_MD, w_VD, bias_V, target_M, dx, dw, db):
         loss = torch.zeros((), dtype=torch.float32, device=x_MD.device)
         correct = torch.zeros((), dtype=torch.int64, device=x_MD.device)
-        dx = torch.empty_like(x_MD) if wants[0] else None
-        dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if wants[1] else None
-        db = torch.zeros(bias_V.shape, dtype=torch.float32, device=w_VD.device) if wants[2] else None
         blocks = _blocks(x_MD.shape[0], max(_BLOCK_ROWS, _BLOCK_ELEMENTS // w_VD.shape[0]))
         # One buffer for all blocks: fresh memory for each costs a CPU a tenth of the whole time.
         products = x_MD.new_empty(max((b.stop - b.start for b in blocks), default=0), w_VD.shape[0])
@@ -96,12 +93,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(x, w_VD.T, out=products[: len(x)]).float()
             if bias_V is not None:
                 logits += bias_V  # after the cast: 16-bit sums would round twice
-            found = logits.gather(-1, target)
-            correct += (found >= logits.amax(-1, keepdim=True)).sum()
+            target_logit = logits.gather(-1, target)
+            correct += (target_logit >= logits.amax(-1, keepdim=True)).sum()
             # Row by row in the caches, and in place: on a CPU, passes over memory cost as much as the products.
             logits = torch.log_softmax(logits, -1, out=logits)
             loss -= logits.gather(-1, target).sum()
-            if not any(wants[:3]):
+            if dx is None and dw is None and db is None:
                 continue
             error = logits.exp_()
             error.scatter_add_(-1, target, error.new_full((len(target), 1), -1.0))
@@ -114,31 +111,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dw.addmm_(error.T, x)
             elif dw is not None:
                 dw += error.T @ x
-        return loss, correct, dx, dw, db
+        return loss, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, _):
         dx, dw, db = ctx.saved_tensors
         w_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if dx is None else dx * scale,  # scale is 0-dim fp32: multiplied in fp32, result in dx's type
-            # In place: a second backward is caught by autograd's version check instead of being scaled twice.
-            None if dw is None else dw.mul_(scale).to(w_dtype),
-            None if db is None else db.mul_(scale).to(bias_dtype),
-            None,
-            None,
-        )
+        dx = None if dx is None else dx * scale  # scale is 0-dim fp32: multiplied in fp32, result in dx's type
+        # In place: a second backward is caught by autograd's version check instead of being scaled twice.
+        dw = None if dw is None else dw.mul_(scale).to(w_dtype)
+        db = None if db is None else db.mul_(scale).to(bias_dtype)
+        return dx, dw, db, None, None
 
 
 def linear_cross_entropy(
-    x_MD: torch.Tensor,
-    w_VD: torch.Tensor,
-    target_M: torch.Tensor,
-    bias_V: torch.Tensor | None = None,
-    *,
+    x_MD: torch.Tensor, w_VD: torch.Tensor, target_M: torch.Tensor, bias_V: torch.Tensor | None = None, *,
     fused: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(sum over rows of the cross entropy of `x W^T + bias` with `target`, number of rows where no logit exceeds the target's).
 
     The loss is fp32 whatever the inputs; it is a sum, so that a mean over ranks and accumulation steps stays exact.

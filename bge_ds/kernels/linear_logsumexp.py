@@ -169,14 +169,9 @@ class _Fused(torch.autograd.Function):
 
 
 def linear_logsumexp(
-    x_MD: torch.Tensor,
-    w_VD: torch.Tensor,
-    excluded: ExcludedPairs,
-    limit_M: torch.Tensor | None = None,
-    *,
-    narrow: torch.dtype | None = None,
-    fused: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_MD: torch.Tensor, w_VD: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None = None, *,
+    narrow: torch.dtype | None = None, fused: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(log-sum-exp of each row of `x W^T`, number of columns of each row above its limit, int64).
 
     excluded: pairs that do not count. limit_M: logits above a row's limit do not count either (it gets no gradient). A row

@@ -51,8 +51,8 @@ class _MaxLogits(torch.autograd.Function):
         from_NV = torch.empty(texts, columns, dtype=torch.int32, device=x_TD.device)
         for n, rows, block, length in _blocks(runs, columns):
             logits = F.linear(x_TD[rows], w_VD[block]).unflatten(0, (-1, length))
-            best, found = logits.max(1)
-            out_NV[n, block], from_NV[n, block] = best.to(out_NV.dtype), found.int()
+            best, argmax = logits.max(1)
+            out_NV[n, block], from_NV[n, block] = best.to(out_NV.dtype), argmax.int()
         if bias_V is not None:
             out_NV += bias_V
         ctx.save_for_backward(x_TD, w_VD, from_NV)
@@ -65,9 +65,9 @@ class _MaxLogits(torch.autograd.Function):
         x_TD, w_VD, from_NV = ctx.saved_tensors
         dx, dw = (torch.zeros(t.shape, dtype=grad_NV.dtype, device=t.device) for t in (x_TD, w_VD))
         for n, rows, block, length in _blocks(ctx.runs, w_VD.shape[0]):
-            grad, found = grad_NV[n, block], from_NV[n, block]
+            grad, argmax = grad_NV[n, block], from_NV[n, block]
             spread = x_TD.new_zeros(len(grad), length, grad.shape[1])
-            spread.scatter_(1, found[:, None].long(), grad[:, None].to(x_TD.dtype))
+            spread.scatter_(1, argmax[:, None].long(), grad[:, None].to(x_TD.dtype))
             spread = spread.flatten(0, 1)
             dx[rows] += spread @ w_VD[block]
             dw[block] += spread.T @ x_TD[rows]
@@ -80,14 +80,14 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, x_TD, w_VD, bias_V, cu_seqlens, runs):
         from bge_ds.kernels.max_logits_triton import maxima
 
-        x_TD, texts, columns = x_TD.contiguous(), len(cu_seqlens) - 1, len(w_VD)
-        out_NV = torch.empty(texts, columns, dtype=torch.float32, device=x_TD.device)
-        from_NV = torch.empty(texts, columns, dtype=torch.int32, device=x_TD.device)
+        x_TD, count, columns = x_TD.contiguous(), len(cu_seqlens) - 1, len(w_VD)
+        out_NV = torch.empty(count, columns, dtype=torch.float32, device=x_TD.device)
+        from_NV = torch.empty(count, columns, dtype=torch.int32, device=x_TD.device)
         ctx.chunks, ctx.most = _chunks(runs, columns * x_TD.dtype.itemsize)
         held = empty_aligned(ctx.most, columns, x_TD)
-        for texts_of, rows in ctx.chunks:
+        for texts, rows in ctx.chunks:
             logits = torch.mm(x_TD[rows], w_VD.T, out=held[: rows.stop - rows.start])
-            maxima(logits, cu_seqlens[texts_of.start : texts_of.stop + 1], out_NV[texts_of], from_NV[texts_of])
+            maxima(logits, cu_seqlens[texts.start : texts.stop + 1], out_NV[texts], from_NV[texts])
         if bias_V is not None:
             out_NV += bias_V
         ctx.save_for_backward(x_TD, w_VD, from_NV, cu_seqlens)
@@ -102,10 +102,10 @@ class _Fused(torch.autograd.Function):
         x_TD, w_VD, from_NV, cu_seqlens = ctx.saved_tensors
         grad_NV, dx, dw = grad_NV.contiguous(), torch.empty_like(x_TD), torch.zeros_like(w_VD, dtype=torch.float32)
         held = empty_aligned(ctx.most, len(w_VD), x_TD)
-        for texts_of, rows in ctx.chunks:
+        for texts, rows in ctx.chunks:
             of_logits = held[: rows.stop - rows.start]
-            starts = cu_seqlens[texts_of.start : texts_of.stop + 1]
-            gradient(grad_NV[texts_of], from_NV[texts_of], starts, of_logits)
+            starts = cu_seqlens[texts.start : texts.stop + 1]
+            gradient(grad_NV[texts], from_NV[texts], starts, of_logits)
             torch.mm(of_logits, w_VD, out=dx[rows])
             add_product(dw, of_logits, x_TD[rows])
         db = None if ctx.bias_dtype is None else grad_NV.sum(0).to(ctx.bias_dtype)

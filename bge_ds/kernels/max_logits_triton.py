@@ -35,14 +35,14 @@ def _maxima(
     text, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first, length = _rows_of(starts_ptr, text)
     best = tl.full([COLUMNS], float("-inf"), tl.float32)
-    found = tl.zeros([COLUMNS], tl.int32)
+    argmax = tl.zeros([COLUMNS], tl.int32)
     for row in tl.range(0, length, num_stages=STAGES):
         x = tl.load(logits_ptr + (first + row) * logits_row + columns, mask=columns < logits_row).to(tl.float32)
         higher = (x > best) | ((x != x) & (best == best))  # the first that is not a number stays
-        best, found = tl.where(higher, x, best), tl.where(higher, row, found)
+        best, argmax = tl.where(higher, x, best), tl.where(higher, row, argmax)
     place = text.to(tl.int64) * width + columns
     tl.store(best_ptr + place, best, mask=columns < width)
-    tl.store(from_ptr + place, found, mask=columns < width)
+    tl.store(from_ptr + place, argmax, mask=columns < width)
 
 
 @triton.jit
@@ -51,9 +51,9 @@ def _gradient(grad_ptr, from_ptr, starts_ptr, out_ptr, out_row, width, COLUMNS: 
     first, length = _rows_of(starts_ptr, text)
     place = text.to(tl.int64) * width + columns
     grad = tl.load(grad_ptr + place, mask=columns < width, other=0.0)
-    found = tl.load(from_ptr + place, mask=columns < width, other=0)
+    argmax = tl.load(from_ptr + place, mask=columns < width, other=0)
     for row in range(0, length):
-        x = tl.where(found == row, grad, 0.0).to(out_ptr.dtype.element_ty)
+        x = tl.where(argmax == row, grad, 0.0).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (first + row) * out_row + columns, x, mask=columns < out_row)
 
 

@@ -179,13 +179,7 @@ def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
         if first == last:
             first, last = 0, 1
         row = slice(starts[first], starts[last])
-        pieces.append(
-            PackedTexts(
-                ids_T=texts.ids_T[row],
-                positions_T=texts.positions_T[row],
-                cu_seqlens=texts.cu_seqlens[first : last + 1] - starts[first],
-                place_N=torch.arange(last - first, device=texts.ids_T.device),
-                runs=runs_of(lengths[first:last]),
-            )
-        )
+        cu_seqlens = texts.cu_seqlens[first : last + 1] - starts[first]
+        place_N, runs = torch.arange(last - first, device=texts.ids_T.device), runs_of(lengths[first:last])
+        pieces.append(PackedTexts(texts.ids_T[row], texts.positions_T[row], cu_seqlens, place_N, runs))
     return pieces

@@ -92,7 +92,7 @@ def test_dropout_is_applied_and_unbiased(window):
     assert (draws.mean(0) - plain).abs().max() < 0.1
 
 
-def test_the_choice(monkeypatch):
+def test_the_backend_chosen(monkeypatch):
     """On a GPU one call a row in every type and head size there is; the loop over lengths for the CPU, and never in silence."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     attention._has_flash.cache_clear()
@@ -111,7 +111,7 @@ def test_the_choice(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("backend", ["flash", "fused"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (2, 20)])
-def test_a_gpus_ways_are_one_call_and_read_nothing_back(monkeypatch, backend, heads, head_dim):
+def test_gpu_backends_are_one_call_and_read_nothing_back(monkeypatch, backend, heads, head_dim):
     """On the meta device, where every look at a value is an error: forward and backward, all settings, each one call."""
     from bge_ds.kernels import attention_triton
 

@@ -167,7 +167,7 @@ def test_the_backward_has_the_forwards_dropout():
     row.assert_same(out, 2e-5, kept=[kept.double() / keep])
 
 
-@pytest.mark.skipif(interpreter.INTERPRETED, reason="of the way by torch alone")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="tests the torch implementation only")
 @pytest.mark.parametrize("block", [1, 60, 700, 1 << 20])
 def test_any_block_gives_the_formula(monkeypatch, block):
     """In blocks of texts, heads and rows, with and without dropout, given the masks that were drawn (fp64)."""
@@ -180,7 +180,7 @@ def test_any_block_gives_the_formula(monkeypatch, block):
     row.assert_same(row.attend(dropout=0.4), 1e-12, kept=kept_masks(runs, 2, 0.4, seed=3, edge=1))
 
 
-@pytest.mark.skipif(interpreter.INTERPRETED, reason="of the way by torch alone")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="tests the torch implementation only")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_of_a_long_text(dropout):
     """4,096 tokens with 12 heads, forward and backward, add less than 200 MB to a process; their scores are 805 MB."""

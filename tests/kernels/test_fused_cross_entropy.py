@@ -1,4 +1,4 @@
-"""The GPU's way of the vocabulary's cross entropy against torch's own in fp64, in Triton's interpreter.
+"""The Triton vocabulary cross entropy against torch's own in fp64, in Triton's interpreter.
 
 Triton decides at its first import whether it interprets, so `test_in_the_interpreter` runs this file again in a process that
 has asked for it.

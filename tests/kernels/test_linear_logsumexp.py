@@ -1,4 +1,4 @@
-"""The log-sum-exp without the matrix is the plain one, with pairs left out by place, key and value; a CPU's way and a GPU's.
+"""The log-sum-exp without the matrix equals the plain one, with pairs excluded by place, key and value, on CPU and GPU paths.
 
 The GPU's kernels run in Triton's interpreter: Triton decides at its first import whether it interprets, so
 `test_in_the_interpreter` runs this file again in a process that has asked for it.
@@ -18,7 +18,7 @@ import torch
 from bge_ds.kernels import linear_logsumexp as module
 from bge_ds.kernels.linear_logsumexp import ExcludedPairs, equal_pairs, linear_logsumexp
 
-# The GPU's way takes no fp64: its sums of 16 to 300 products, and of up to 700 shares, are fp32.
+# The Triton kernels take no fp64: its sums of 16 to 300 products, and of up to 700 shares, are fp32.
 VARIANTS = [
     pytest.param(False, torch.float64, 1e-12, id="listed"),
     pytest.param(True, torch.float32, 2e-5, id="fused", marks=interpreter.only),

@@ -18,7 +18,7 @@ from bge_ds.kernels.packed import LengthRun
 RUNS = [LengthRun(2, 1), LengthRun(1, 2), LengthRun(1, 3), LengthRun(5, 4), LengthRun(1, 13)]
 LENGTHS = [length for n, length in RUNS for _ in range(n)]
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-# The GPU's way takes no fp64; its products of 8 features and sums over 44 rows are fp32.
+# The Triton kernels take no fp64; its products of 8 features and sums over 44 rows are fp32.
 VARIANTS = [
     pytest.param(False, torch.float64, 1e-12, id="blocks"),
     pytest.param(True, torch.float32, 1e-5, id="fused", marks=interpreter.only),

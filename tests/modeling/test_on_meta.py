@@ -26,7 +26,7 @@ from bge_ds.modeling.compilation import pad_to_bucket
 from bge_ds.modeling.encoder import FAMILIES, Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the GPU's way needs the triton package")
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the GPU's code path needs the triton package")
 
 
 class NoHostData(TorchFunctionMode):
