@@ -29,7 +29,7 @@ from bge_ds.data import collate
 from bge_ds.kernels import packed
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
-from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
+from bge_ds.kernels.linear_logsumexp import ExcludedPairs, linear_logsumexp
 from bge_ds.modeling.encoder import Encoder, build_backbone
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
@@ -249,7 +249,7 @@ def kernels(place: Place) -> None:
     queries, passages, features = place.size(8192, 20), place.size(65_536, 160), place.size(1024, 16)
     x, w = (torch.randn(n, features, device=place.device).requires_grad_() for n in (queries, passages))
     hashes_P, first_B = torch.arange(passages, device=place.device), torch.arange(0, passages, GROUP, device=place.device)
-    excluded = Excluded(first_B, torch.full_like(first_B, GROUP), hashes_P[first_B, None], hashes_P[:, None])
+    excluded = ExcludedPairs(first_B, torch.full_like(first_B, GROUP), hashes_P[first_B, None], hashes_P[:, None])
     found = place.measure(lambda: linear_logsumexp(x, w, excluded, narrow=torch.bfloat16)[0].sum().backward())
     place.row(f"contrastive loss, {queries} x {passages} x {features}", "bge_ds", *found,
               flops=8.0 * queries * passages * features, goal="60 % of the matrix rate")  # fmt: skip

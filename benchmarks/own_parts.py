@@ -141,7 +141,7 @@ def measure_loss(asked: dict) -> dict | None:
         torch.distributed.barrier()
         began = time.perf_counter()
         parts = contrastive_loss(
-            vectors_ND, 1 / asked["temperature"], batch, contrastive.Objective(), collectives.world_size() > 1, shares
+            vectors_ND, 1 / asked["temperature"], batch, contrastive.ContrastiveSettings(), collectives.world_size() > 1, shares
         )
         parts.loss.backward()
         seconds.append(time.perf_counter() - began)

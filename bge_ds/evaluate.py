@@ -127,7 +127,7 @@ def build_encode(args: argparse.Namespace) -> tuple[Callable[[list[str], str], t
     model.to(device).eval()
     if args.bf16:
         settings.said.append("bf16")
-    how = encoder.say_how(model.backbone.config, device, next(model.parameters()).dtype)
+    how = encoder.describe_execution(model.backbone.config, device, next(model.parameters()).dtype)
     print(f"{name} on {device}, {how}: {', '.join(settings.said)}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in lengths.items()), file=sys.stderr)
 

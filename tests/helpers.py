@@ -26,7 +26,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from bge_ds.modeling.vocabulary import KINDS
+from bge_ds.modeling.vocabulary import PRETRAIN_FAMILIES
 
 REPO = Path(__file__).resolve().parent.parent
 SENTENCES = [
@@ -113,7 +113,7 @@ def make_model(family: str, folder: Path, **changes) -> Path:
     import torch
 
     torch.manual_seed(0)
-    auto = AutoModelForMaskedLM if family in KINDS else AutoModel
+    auto = AutoModelForMaskedLM if family in PRETRAIN_FAMILIES else AutoModel
     model = auto.from_config(tiny_config(family, **changes))
     # Random norms and biases: a parameter left at 0 or 1 would hide a gradient that never arrives.
     for parameter in model.parameters():

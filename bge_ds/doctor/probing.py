@@ -98,7 +98,7 @@ def devices(use_cpu: bool) -> dict:
         "free": [torch.cuda.mem_get_info(k)[0] for k in range(len(known))],
         "cuda": torch.version.cuda,
         "driver": ", ".join(sorted(set(_ask_driver("driver_version")))),
-        "no_kernels": triton_support.obstacle("cuda") or "",
+        "no_kernels": triton_support.triton_obstacle("cuda") or "",
     }
 
 

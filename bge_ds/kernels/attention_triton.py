@@ -1,13 +1,13 @@
-"""Attention within each text of a padding-free row, in Triton: no mask, no L x L scores, one pass forward and two backward.
+"""Attention within each text of a packed row, in Triton: no mask or L x L scores in memory; one kernel forward, two backward.
 
 Shapes: T tokens of N texts in one row, M queries, H heads of queries, K heads of keys, E features a head.
 
-Flash attention's method (arXiv 2307.08691): a program takes a block of one text's rows (of its keys in `_backward_keys`),
-walks over the blocks on the other side that its rows can see, and holds a running maximum and sum, so that a score lives in
-registers only. What a row sees is computed on the spot: RetroMAE's decoder hashes it from the text's key, the row and each
-key's word, by the arithmetic of `masks` on unsigned integers; elsewhere it is the whole text, what precedes, or a window.
-Dropout is hashed as well, from a seed, the head, the row and the key. The backward computes both again: kept are q, k, v,
-the output, one number a row and head, and the seed. No atomic additions: the result is the same each time.
+FlashAttention-2 (arXiv:2307.08691): a program holds a block of one text's queries (of its keys in `_backward_keys`), loops over
+the visible blocks of the other side, and keeps a running maximum and sum, so scores live in registers only. The backward
+recomputes them from q, k, v, the output and one log-sum-exp per row and head. Visibility is computed on the spot: RetroMAE's
+decoder hashes it from the text's key, the row and each key's word, as `masks` does on signed integers; otherwise a row sees the
+whole text, the tokens before it, or a window. Dropout is hashed too, from a seed, the head, the row and the key. There are no
+atomic additions, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from bge_ds.kernels import masks
-from bge_ds.kernels.masks_triton import at_least, dropout_state, kept, mark, mix, row_state
+from bge_ds.kernels.masks_triton import dropout_state, hash_at_least, kept, mark, mix, row_state
 from bge_ds.kernels.triton_support import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,13 +30,10 @@ _LOG2_E = 1.4426950408889634
 @triton.jit
 def _visible(state, marks, rows, keys, last, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr,
              WINDOW: tl.constexpr):  # fmt: skip
-    """What rows see of keys, shaped to broadcast; no row sees what lies behind the text.
-
-    state, marks: the decoder's hash of each row, and of each key's word; unused elsewhere.
-    """
+    """Which keys the rows see, to broadcast; nothing behind the text. state, marks: a decoder's row and word hashes."""
     seen = keys <= last
     if DECODER:
-        shown = at_least(mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
+        shown = hash_at_least(mix(state ^ marks), HIDDEN) | (keys == 0) | (keys == last)
         seen = seen & shown & (rows != keys)
     elif CAUSAL:
         seen = seen & (keys <= rows)
@@ -46,8 +43,8 @@ def _visible(state, marks, rows, keys, last, DECODER: tl.constexpr, HIDDEN: tl.c
 
 
 @triton.jit
-def _tile(base, rows, limit, row_stride, column_stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows x BLOCK_E from `base`, 0 outside."""
+def _load_tile(base, rows, limit, row_stride, column_stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Load rows x BLOCK_E from `base`, 0 outside."""
     columns = tl.arange(0, BLOCK_E)
     places = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :] * column_stride
     if E == BLOCK_E:
@@ -56,17 +53,17 @@ def _tile(base, rows, limit, row_stride, column_stride, E: tl.constexpr, BLOCK_E
 
 
 @triton.jit
-def _put(base, rows, limit, values, row_stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def _store_tile(base, rows, limit, values, row_stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
     columns = tl.arange(0, BLOCK_E)
     places = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
     tl.store(places, values.to(base.dtype.element_ty), mask=(rows[:, None] < limit) & (columns[None, :] < E))
 
 
 @triton.jit
-def _seen_from(first, last, length, AHEAD: tl.constexpr, BEHIND: tl.constexpr, WINDOW: tl.constexpr):
-    """Where, on the other side, what positions first to last - 1 can meet begins and ends.
+def _visible_range(first, last, length, AHEAD: tl.constexpr, BEHIND: tl.constexpr, WINDOW: tl.constexpr):
+    """(begin, end) of the positions on the other side that can be visible together with positions first to last - 1.
 
-    AHEAD, BEHIND: whether a position meets those after it, and those before it. WINDOW: 0 for none.
+    AHEAD, BEHIND: whether positions after, and before, one are visible. WINDOW: 0 for none.
     """
     begin, end = first * 0, length
     if WINDOW > 0:
@@ -79,8 +76,8 @@ def _seen_from(first, last, length, AHEAD: tl.constexpr, BEHIND: tl.constexpr, W
 
 
 @triton.jit
-def _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER: tl.constexpr):
-    """A text's first token, length, first query, number of queries (a decoder's first and last token have none), and key."""
+def _load_text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER: tl.constexpr):
+    """A text's first token, length, first query, number of queries (none for a decoder's first and last token), mask key."""
     start = tl.load(starts_ptr + text).to(tl.int64)
     length = tl.load(starts_ptr + text + 1).to(tl.int32) - start.to(tl.int32)
     inner, key = length, start
@@ -90,8 +87,8 @@ def _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER: tl.constexpr):
 
 
 @triton.jit
-def _states(key, rows, DECODER: tl.constexpr):
-    """The hashes that decide what a decoder's rows see; elsewhere nothing that is used."""
+def _row_states(key, rows, DECODER: tl.constexpr):
+    """Row hashes of a decoder; otherwise unused."""
     states = rows.to(tl.uint32)
     if DECODER:
         states = row_state(key, rows)
@@ -99,8 +96,8 @@ def _states(key, rows, DECODER: tl.constexpr):
 
 
 @triton.jit
-def _marks(words_ptr, start, keys, length, DECODER: tl.constexpr):
-    """The hashed words of keys, for a decoder; elsewhere nothing that is used."""
+def _word_marks(words_ptr, start, keys, length, DECODER: tl.constexpr):
+    """Word hashes of the keys, for a decoder; otherwise unused."""
     marks = keys.to(tl.uint32)
     if DECODER:
         marks = mark(tl.load(words_ptr + start + keys, mask=keys < length, other=0))
@@ -108,16 +105,16 @@ def _marks(words_ptr, start, keys, length, DECODER: tl.constexpr):
 
 
 @triton.jit
-def _meet(
+def _score_block(
     q, state, rows, begin, start, length, head, k_ptr, v_ptr, words_ptr, k_row, k_head, k_column, v_row, v_head, v_column,
     scale_log2, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys as rows meet it: (their numbers, k, v, scores, what of them is visible)."""
+    """For a block of keys: (their positions, k, v, scores of the rows, visibility)."""
     keys = begin + tl.arange(0, BLOCK_K)
-    k = _tile(k_ptr + start * k_row + head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
-    v = _tile(v_ptr + start * v_row + head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
-    marks = _marks(words_ptr, start, keys, length, DECODER)
+    k = _load_tile(k_ptr + start * k_row + head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
+    v = _load_tile(v_ptr + start * v_row + head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
+    marks = _word_marks(words_ptr, start, keys, length, DECODER)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     visible = _visible(
         state[:, None], marks[None, :], rows[:, None], keys[None, :], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
@@ -136,28 +133,28 @@ def _forward(
 ):  # fmt: skip
     EDGE: tl.constexpr = 1 if DECODER else 0
     text, head = tl.program_id(1), tl.program_id(2)
-    start, length, query_start, inner, key = _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
+    start, length, query_start, inner, key = _load_text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
     first = tl.program_id(0) * BLOCK_Q
     if first >= inner:
         return
     queries = first + tl.arange(0, BLOCK_Q)
     rows = queries + EDGE
-    state = _states(key, rows, DECODER)
+    state = _row_states(key, rows, DECODER)
     drop_state = dropout_state(seed, head, query_start + queries)
-    q = _tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
+    q = _load_tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
 
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
-    begin_at, end = _seen_from(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
+    begin_at, end = _visible_range(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
     for begin in range(begin_at, end, BLOCK_K):
-        keys, _, v, scores, visible = _meet(
+        keys, _, v, scores, visible = _score_block(
             q, state, rows, begin, start, length, head // GROUP, k_ptr, v_ptr, words_ptr, k_row, k_head, k_column, v_row,
             v_head, v_column, scale_log2, E, BLOCK_E, BLOCK_K, DECODER, HIDDEN, CAUSAL, WINDOW, PRECISION,
         )  # fmt: skip
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
-        # A row may see no key of the first blocks that its neighbours' windows reach; elsewhere the maximum is finite.
+        # With a window, a row may see no key of the first blocks, which only its neighbours reach; else the maximum is finite.
         reference = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW > 0 else higher
         weights = tl.exp2(scores - reference[:, None])
         shrink = tl.exp2(highest - reference)
@@ -167,9 +164,9 @@ def _forward(
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         highest = higher
     if WINDOW > 0:
-        total = tl.where(total > 0, total, 1.0)  # rows behind the text saw nothing, and are not stored
+        total = tl.where(total > 0, total, 1.0)  # rows behind the text see nothing and are not stored
     out = out / (total * KEEP)[:, None]
-    _put(out_ptr + (query_start * HEADS + head) * E, queries, inner, out, HEADS * E, E, BLOCK_E)
+    _store_tile(out_ptr + (query_start * HEADS + head) * E, queries, inner, out, HEADS * E, E, BLOCK_E)
     tl.store(lse_ptr + head.to(tl.int64) * queries_all + query_start + queries, highest + tl.log2(total), mask=queries < inner)
 
 
@@ -183,29 +180,29 @@ def _backward_queries(
     BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     DROPPED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and what `_backward_keys` needs of each row: delta, the sum over keys of weight times its gradient."""
+    """dq, and for `_backward_keys` each row's delta: the sum over keys of weight times its gradient."""
     EDGE: tl.constexpr = 1 if DECODER else 0
     text, head = tl.program_id(1), tl.program_id(2)
-    start, length, query_start, inner, key = _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
+    start, length, query_start, inner, key = _load_text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
     first = tl.program_id(0) * BLOCK_Q
     if first >= inner:
         return
     queries = first + tl.arange(0, BLOCK_Q)
     rows = queries + EDGE
-    state = _states(key, rows, DECODER)
+    state = _row_states(key, rows, DECODER)
     drop_state = dropout_state(seed, head, query_start + queries)
-    q = _tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
-    grad = _tile(grad_ptr + query_start * g_row + head * g_head, queries, inner, g_row, g_column, E, BLOCK_E)
-    out = _tile(out_ptr + (query_start * HEADS + head) * E, queries, inner, HEADS * E, 1, E, BLOCK_E)
+    q = _load_tile(q_ptr + query_start * q_row + head * q_head, queries, inner, q_row, q_column, E, BLOCK_E)
+    grad = _load_tile(grad_ptr + query_start * g_row + head * g_head, queries, inner, g_row, g_column, E, BLOCK_E)
+    out = _load_tile(out_ptr + (query_start * HEADS + head) * E, queries, inner, HEADS * E, 1, E, BLOCK_E)
     of_row = head.to(tl.int64) * queries_all + query_start + queries
     lse = tl.load(lse_ptr + of_row, mask=queries < inner, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + of_row, delta, mask=queries < inner)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
-    begin_at, end = _seen_from(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
+    begin_at, end = _visible_range(first, first + BLOCK_Q, length, not CAUSAL, True, WINDOW)
     for begin in range(begin_at, end, BLOCK_K):
-        keys, k, v, scores, visible = _meet(
+        keys, k, v, scores, visible = _score_block(
             q, state, rows, begin, start, length, head // GROUP, k_ptr, v_ptr, words_ptr, k_row, k_head, k_column, v_row,
             v_head, v_column, scale_log2, E, BLOCK_E, BLOCK_K, DECODER, HIDDEN, CAUSAL, WINDOW, PRECISION,
         )  # fmt: skip
@@ -215,7 +212,7 @@ def _backward_queries(
             d_weights = tl.where(kept(drop_state[:, None], keys[None, :], DROPPED), d_weights / KEEP, 0.0)
         d_scores = weights * (d_weights - delta[:, None])
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
-    _put(dq_ptr + (query_start * HEADS + head) * E, queries, inner, dq * scale, HEADS * E, E, BLOCK_E)
+    _store_tile(dq_ptr + (query_start * HEADS + head) * E, queries, inner, dq * scale, HEADS * E, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["seed", "queries_all"])
@@ -228,40 +225,40 @@ def _backward_keys(
     BLOCK_K: tl.constexpr, DECODER: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     DROPPED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of one head's keys, over all rows and heads that see it; zeros where there is none."""
+    """dk and dv of a block of one head's keys, summed over all rows and query heads that see it."""
     EDGE: tl.constexpr = 1 if DECODER else 0
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     text, key_head = tl.program_id(1), tl.program_id(2)
-    start, length, query_start, inner, key = _text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
+    start, length, query_start, inner, key = _load_text(starts_ptr, query_starts_ptr, key_ptr, text, DECODER)
     first = tl.program_id(0) * BLOCK_K
     if first >= length:
         return
     keys = first + tl.arange(0, BLOCK_K)
-    marks = _marks(words_ptr, start, keys, length, DECODER)
-    k = _tile(k_ptr + start * k_row + key_head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
-    v = _tile(v_ptr + start * v_row + key_head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
+    marks = _word_marks(words_ptr, start, keys, length, DECODER)
+    k = _load_tile(k_ptr + start * k_row + key_head * k_head, keys, length, k_row, k_column, E, BLOCK_E)
+    v = _load_tile(v_ptr + start * v_row + key_head * v_head, keys, length, v_row, v_column, E, BLOCK_E)
 
     dk = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
-    begin_at, end = _seen_from(first, first + BLOCK_K, inner, True, not CAUSAL, WINDOW)
+    begin_at, end = _visible_range(first, first + BLOCK_K, inner, True, not CAUSAL, WINDOW)
     for member in range(0, GROUP):
         head = key_head * GROUP + member
         q_base, g_base = q_ptr + query_start * q_row + head * q_head, grad_ptr + query_start * g_row + head * g_head
         for begin in range(begin_at, end, BLOCK_Q):
             queries = begin + tl.arange(0, BLOCK_Q)
             rows = queries + EDGE
-            q = _tile(q_base, queries, inner, q_row, q_column, E, BLOCK_E)
-            grad = _tile(g_base, queries, inner, g_row, g_column, E, BLOCK_E)
+            q = _load_tile(q_base, queries, inner, q_row, q_column, E, BLOCK_E)
+            grad = _load_tile(g_base, queries, inner, g_row, g_column, E, BLOCK_E)
             of_row = head.to(tl.int64) * queries_all + query_start + queries
             lse = tl.load(lse_ptr + of_row, mask=queries < inner, other=0.0)
             delta = tl.load(delta_ptr + of_row, mask=queries < inner, other=0.0)
-            # Keys x rows: so both sums over rows are plain products, without turning a block of scores.
+            # Keys x rows, so that both sums over rows are products without a transpose of the scores.
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-            state = _states(key, rows, DECODER)
+            state = _row_states(key, rows, DECODER)
             visible = _visible(
                 state[None, :], marks[:, None], rows[None, :], keys[:, None], length - 1, DECODER, HIDDEN, CAUSAL, WINDOW
             )
-            # Rows behind the text have q, grad and delta 0: whatever their weights, they add nothing.
+            # Rows behind the text have q, grad and delta 0, so they add nothing.
             weights = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
             if DROPPED > 0:
                 drop_state = dropout_state(seed, head, query_start + queries)
@@ -275,36 +272,39 @@ def _backward_keys(
                 d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             d_scores = weights * (d_weights - delta[None, :])
             dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
-    _put(dk_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dk * scale, KEY_HEADS * E, E, BLOCK_E)
-    _put(dv_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dv, KEY_HEADS * E, E, BLOCK_E)
+    _store_tile(dk_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dk * scale, KEY_HEADS * E, E, BLOCK_E)
+    _store_tile(dv_ptr + (start * KEY_HEADS + key_head) * E, keys, length, dv, KEY_HEADS * E, E, BLOCK_E)
 
 
-class Rule(NamedTuple):
-    """What a row sees. decoder_share: of the words hidden from each inner row of RetroMAE's decoder; None: not a decoder,
-    then the whole text, with `causal` what precedes, with a window only tokens nearer than it."""
+class Visibility(NamedTuple):
+    """Which keys a row sees: by default the whole text.
+
+    decoder_share: share of words hidden from each inner row of RetroMAE's decoder; None for other attention. causal: only
+    tokens up to the row. window: only tokens nearer than this.
+    """
 
     decoder_share: float | None = None
     causal: bool = False
     window: int | None = None
 
 
-def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, rule: Rule, p: float) -> dict:
-    """What the kernels are compiled for, but for the blocks."""
+def constants(heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, visibility: Visibility, p: float) -> dict:
+    """Compile-time constants of the kernels, without block sizes."""
     dropped = masks.threshold(p) if p > 0 else 0
-    # Products of fp32 inputs in fp32, or in TF32 where torch may take it; without effect on 16 bits.
+    # fp32 inputs are multiplied in fp32, or in TF32 where torch allows it; no effect on 16-bit types.
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "HEADS": heads, "GROUP": heads // key_heads, "E": head_dim, "BLOCK_E": max(16, triton.next_power_of_2(head_dim)),
-        "DECODER": rule.decoder_share is not None, "HIDDEN": masks.threshold(rule.decoder_share or 0.0),
-        "CAUSAL": rule.causal, "WINDOW": rule.window or 0,
+        "DECODER": visibility.decoder_share is not None, "HIDDEN": masks.threshold(visibility.decoder_share or 0.0),
+        "CAUSAL": visibility.causal, "WINDOW": visibility.window or 0,
         "DROPPED": dropped, "KEEP": 1 - dropped / (1 << 31), "PRECISION": "tf32" if tf32 else "ieee",
     }  # fmt: skip
 
 
-# (rows, keys) of a block by (bytes of an element, features of a head at most): in the two kernels that hold rows, and in
-# the one that holds keys. Of those tried, the largest that spill no register on compute capabilities 8.0, 9.0 and 10.0, in
-# 99 KiB of shared memory (105 KiB on 10.0); 8 warps, since 4 leave too few registers for 128 rows. None has been timed on a
-# GPU yet. Found with `tests/ahead.py`; `test_compiled_ahead.py` holds them to it.
+# (rows, keys) of a block by (bytes an element, features a head at most): for the two kernels that hold rows, and for the one
+# that holds keys. The largest tried that spill no register on compute capabilities 8.0, 9.0 and 10.0, in 99 KiB of shared
+# memory (105 KiB on 10.0); 8 warps, since 4 leave too few registers for 128 rows. Not yet timed on a GPU. Found with
+# `tests/ahead.py`, checked by `test_compiled_ahead.py`.
 _BLOCKS = {
     (2, 64): ((128, 64), (64, 128)),
     (2, 128): ((128, 32), (32, 64)),
@@ -324,19 +324,19 @@ def blocks(kernel: str, head_dim: int, dtype: torch.dtype) -> dict:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, words_T, key_N, starts_N1, longest: int, rule: Rule, scale: float, p: float):
-        # From the CPU's generator, so nothing waits; 31 bits stay in an int32, so that no seed compiles the kernels again.
+    def forward(ctx, q, k, v, words_T, key_N, starts_N1, longest: int, visibility: Visibility, scale: float, p: float):
+        # From the CPU's generator, so nothing waits. 31 bits fit an int32, so that no seed recompiles the kernels.
         seed = int(torch.randint(1 << 31, ())) if p > 0 else 0
         query_starts_N = starts_N1
-        if rule.decoder_share is not None:
+        if visibility.decoder_share is not None:
             inner_N = (starts_N1.diff() - 2).clamp_(min=0)
             query_starts_N = (inner_N.cumsum(0) - inner_N).int()
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse_HM = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        # The kernels load what a decoder alone has where it is one; elsewhere any pointer will do.
+        # Only a decoder's kernels load these; otherwise any pointer serves.
         words_T, key_N = (starts_N1 if x is None else x.contiguous() for x in (words_T, key_N))
         places = words_T, key_N, starts_N1, query_starts_N
-        ctx.settings = constants(q.shape[1], k.shape[1], q.shape[2], q.dtype, rule, p), longest, scale, seed
+        ctx.settings = constants(q.shape[1], k.shape[1], q.shape[2], q.dtype, visibility, p), longest, scale, seed
         ctx.save_for_backward(q, k, v, out, lse_HM, *places)
         _Attention._launch(ctx, "forward", _forward, (q, k, v, out, lse_HM, *places), ())
         return out
@@ -349,7 +349,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         delta_HM = torch.empty_like(lse_HM)
         g = grad, *grad.stride()
-        # In this order: the first writes delta, the second reads it.
+        # In this order: the first kernel writes delta, the second reads it.
         _Attention._launch(ctx, "queries", _backward_queries, (q, k, v, out, lse_HM, *places), (*g, dq, delta_HM, scale))
         _Attention._launch(ctx, "keys", _backward_keys, (q, k, v, lse_HM, *places), (*g, dk, dv, delta_HM, scale))
         return dq, dk, dv, *(None,) * 7
@@ -371,11 +371,11 @@ class _Attention(torch.autograd.Function):
 
 
 def fused_attention(
-    q_MHE, k_TKE, v_TKE, cu_seqlens, longest: int, *, rule: Rule, scale: float, p: float, words_T=None, key_N=None
+    q_MHE, k_TKE, v_TKE, cu_seqlens, longest: int, *, visibility: Visibility, scale: float, p: float, words_T=None, key_N=None
 ) -> torch.Tensor:
-    """Attention of each text's queries on its own tokens, M x H x E; M is T but for a decoder (its inner tokens).
+    """Attention of each text's queries on its own tokens, M x H x E. M is T; for a decoder, the number of inner tokens.
 
-    cu_seqlens: int32 of N + 1. longest: tokens of the longest text, or more. p: dropout of the weights. words_T, key_N:
-    as in `PretrainBatch`, for a decoder. Heads of queries are a multiple of those of keys.
+    cu_seqlens: int32 of N + 1. longest: at least the longest text's tokens. p: dropout of the weights. words_T, key_N: as in
+    `PretrainBatch`, for a decoder. The number of query heads is a multiple of that of key heads.
     """
-    return _Attention.apply(q_MHE, k_TKE, v_TKE, words_T, key_N, cu_seqlens, longest, rule, scale, p)
+    return _Attention.apply(q_MHE, k_TKE, v_TKE, words_T, key_N, cu_seqlens, longest, visibility, scale, p)

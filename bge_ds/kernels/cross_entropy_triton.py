@@ -1,11 +1,10 @@
-"""The softmax of a block of logits and its gradient, in Triton: two passes over memory, in place.
+"""Softmax cross entropy of a block of logits and its gradient, in Triton: two passes over memory, in place.
 
 Shapes: M rows, V columns (vocabulary).
 
-`_statistics` reads each row once, with a running maximum and sum. `_gradient` reads it again and writes, in the same place,
-softmax minus one at the target: what the two products of the backward pass take. Arithmetic is fp32, whatever the logits'
-type. The gradient of the bias is a sum over rows: a program adds up its own rows, and torch the programs' sums, so that it
-is the same each time.
+`_statistics` reads each row once, with a running maximum and sum (online softmax). `_gradient` reads it again and overwrites it
+with softmax minus one-hot target, the input of the backward's two products. Arithmetic is fp32, whatever the logits' type. The
+bias gradient is a sum over rows: a program adds up its own rows and torch adds up the programs' sums, so it is deterministic.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from bge_ds.kernels.matmul import room
+from bge_ds.kernels.matmul import empty_aligned
 from bge_ds.kernels.triton_support import launch
 
-# Columns that a program holds in registers; rows whose bias gradient it adds up; columns or rows on their way from memory.
+# Columns a program holds in registers; rows whose bias gradient it adds up; stages of the software pipeline.
 _COLUMNS, _ROWS, _STAGES = 2048, 64, 3
 
 
 @triton.jit
 def _load(place, columns, logits_row, width):
-    """fp32 of the places; -inf behind the last column. The mask ends where the row's memory does: see `products.room`."""
+    """fp32 logits, -inf behind the last column. The mask ends with the row's memory (`matmul.empty_aligned`)."""
     x = tl.load(place + columns, mask=columns < logits_row, other=0.0).to(tl.float32)
     return tl.where(columns < width, x, float("-inf"))
 
@@ -47,13 +46,13 @@ def _statistics(
         highest = higher
     one = tl.arange(0, 1)
     target = tl.load(target_ptr + row + one)
-    found = tl.load(place + target).to(tl.float32)
+    target_logit = tl.load(place + target).to(tl.float32)
     if BIAS:
-        found += tl.load(bias_ptr + target).to(tl.float32)
+        target_logit += tl.load(bias_ptr + target).to(tl.float32)
     lse = highest + tl.log(total)
     tl.store(lse_ptr + row + one, lse)
-    tl.store(loss_ptr + row + one, lse - found)
-    tl.store(right_ptr + row + one, (found >= highest).to(tl.int32))
+    tl.store(loss_ptr + row + one, lse - target_logit)
+    tl.store(right_ptr + row + one, (target_logit >= highest).to(tl.int32))
 
 
 @triton.jit
@@ -81,9 +80,9 @@ def _gradient(
 def statistics(
     logits_MV: torch.Tensor, bias: torch.Tensor | None, target_M: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-sum-exp of each row, its cross entropy, both fp32; int32 1 where no logit is above the target's).
+    """(log-sum-exp of each row, its cross entropy, both fp32; int32 1 where no logit exceeds the target's).
 
-    logits_MV: rows of `products.room`. bias: as long as their memory; it is added in fp32.
+    logits_MV: rows of `matmul.empty_aligned`. bias: padded to their stride; added in fp32.
     """
     lse_M, loss_M = (torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device) for _ in range(2))
     right_M = torch.empty(len(logits_MV), dtype=torch.int32, device=logits_MV.device)
@@ -98,10 +97,10 @@ def statistics(
 def to_gradient(
     logits_MV: torch.Tensor, bias: torch.Tensor | None, target_M: torch.Tensor, lse_M: torch.Tensor, *, sums: bool
 ) -> torch.Tensor | None:
-    """Turn the logits into the gradient of the sum of cross entropies, in place; sums: and return its sum over rows, fp32."""
+    """Overwrite the logits with the gradient of the summed cross entropy; with sums, return its sum over rows, fp32."""
     rows, width = logits_MV.shape
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS)
-    sums_RV = room(grid[0] if sums else 0, width, lse_M)
+    sums_RV = empty_aligned(grid[0] if sums else 0, width, lse_M)
     launch(
         _gradient, grid, logits_MV, logits_MV if bias is None else bias, target_M, lse_M, sums_RV, logits_MV.stride(0), rows,
         width, on=logits_MV, BIAS=bias is not None, SUMS=sums, BLOCK=_COLUMNS, ROWS=_ROWS, STAGES=_STAGES, num_warps=8,

@@ -1,17 +1,16 @@
-"""RetroMAE's decoder attention: each row of a text sees its own random share of the words, and never itself.
+"""RetroMAE's decoder attention (arXiv:2205.12035): each row of a text sees its own random share of the words, never itself.
 
 Shapes: T tokens of N texts in one row, M of them inner (with a query), H heads, E features a head, L tokens of a text.
 
-Three ways, one result. Fused (`attention_triton`, CUDA): what a row sees is hashed inside the kernels, so that no
-mask exists anywhere. `blockwise_attention` (CPU): the mask of a block of scores at a time, made again in the backward.
-torch's scaled_dot_product_attention with the mask of some texts at a time, which autograd keeps: on CUDA without Triton,
-and on the CPU without dropout, where it is the fastest. Measured there, forward and backward, one thread, 12 heads of 32:
-16 texts of 512 tokens 0.49 s against 0.63 s in blocks; 64 of 100, 0.11 s against 0.13 s. With dropout 0.1 it is the other
-way round: 2.0 s against 0.81 s, and 0.26 s against 0.14 s.
+Three implementations with one result. Fused (`attention_triton`, CUDA): visibility is hashed inside the kernels, so no mask
+exists. `blockwise_attention` (CPU): the mask of one block of scores at a time, recomputed in the backward. torch's
+scaled_dot_product_attention with the mask of some texts at a time, kept by autograd: on CUDA without Triton, and on the CPU
+without dropout, where it is fastest. Measured there, forward and backward, one thread, 12 heads of 32 features: 16 texts of 512
+tokens 0.49 s (blockwise 0.63 s), 64 of 100 tokens 0.11 s (0.13 s); with dropout 0.1, 2.0 s (0.81 s) and 0.26 s (0.14 s).
 
-FlexAttention could take the same hash as its `mask_mod`. On paper it does the same work: a random mask leaves no block of
-scores empty, so its block masks skip nothing but the other texts of the row. It has no dropout, its block mask is made anew
-for each batch (where texts end changes), and a row of another length compiles again. Not measured against ours.
+FlexAttention could take the same hash as its `mask_mod`; not measured. A random mask leaves no block of scores empty, so its
+block mask would skip nothing but other texts; it has no dropout, the block mask is rebuilt for each batch,
+and a row of another length recompiles.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ import torch
 import torch.nn.functional as F
 
 from bge_ds.kernels import masks
-from bge_ds.kernels.cpu.blockwise_attention import Block, as_bias, blockwise_attention
+from bge_ds.kernels.cpu.blockwise_attention import ScoreBlock, as_bias, blockwise_attention
 from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.triton_support import interpreted, is_gpu, obstacle
+from bge_ds.kernels.triton_support import interpreted, is_gpu, triton_obstacle
 
 KERNELS = ("auto", "torch", "fused")
-# Scores of one call of torch's attention are kept below this many (texts x L x L), which bounds its memory.
+# Scores (texts x L x L) of one call of torch's attention at most, which bounds its memory.
 _CALL_ELEMENTS = 1 << 22
-# Masks that the CPU keeps for the backward (L x L a text, 5 bytes an element): beyond this, attention in blocks, without.
+# Mask elements (L x L a text, 5 bytes each) that the CPU keeps for the backward at most; beyond it, blockwise attention.
 _CPU_MASKS = 1 << 24
 
 
-def choose(kernels: str, device_type: str) -> str:
-    """The way taken: "fused" or "torch"."""
+def decoder_attention_backend(kernels: str, device_type: str) -> str:
+    """Returns "fused" or "torch"; ValueError where the request cannot be met."""
     if kernels not in KERNELS:
         raise ValueError(f"--kernels {kernels}: unknown; it is one of {', '.join(KERNELS)}")
     if kernels == "torch" or (kernels == "auto" and not is_gpu(device_type)):
         return "torch"
-    reason = obstacle(device_type)
+    reason = triton_obstacle(device_type)
     if reason and kernels == "fused":
         raise ValueError(
             "--kernels fused: RetroMAE's fused decoder attention needs a CUDA device and the triton package; "
@@ -46,7 +45,7 @@ def choose(kernels: str, device_type: str) -> str:
     return "torch" if reason else "fused"
 
 
-def _fused_takes(q_MHE: torch.Tensor, kernels: str) -> bool:
+def _fused_supports(q_MHE: torch.Tensor, kernels: str) -> bool:
     from bge_ds.kernels.attention_triton import DTYPES, MAX_HEAD_DIM
 
     if interpreted() and q_MHE.dtype == torch.bfloat16:
@@ -55,40 +54,31 @@ def _fused_takes(q_MHE: torch.Tensor, kernels: str) -> bool:
         return True
     if kernels == "auto":
         return False
-    dtype, *takes = (str(d).removeprefix("torch.") for d in (q_MHE.dtype, *DTYPES))
+    dtype, *supported = (str(d).removeprefix("torch.") for d in (q_MHE.dtype, *DTYPES))
     raise ValueError(
         f"--kernels fused: the decoder's attention is {dtype} with {q_MHE.shape[-1]} features a head; "
-        f"the fused kernels take {', '.join(takes)} and at most {MAX_HEAD_DIM}; use auto or torch"
+        f"the fused kernels take {', '.join(supported)} and at most {MAX_HEAD_DIM}; use auto or torch"
     )
 
 
 def decoder_attention(
-    q_MHE: torch.Tensor,
-    k_THE: torch.Tensor,
-    v_THE: torch.Tensor,
-    words_T: torch.Tensor,
-    key_N: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    runs: list[LengthRun],
-    *,
-    share: float,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    kernels: str = "auto",
-) -> torch.Tensor:
-    """Softmax attention of each text's inner tokens on all its tokens, as `masks.decoder_visible` shows them: M x H x E.
+    q_MHE: torch.Tensor, k_THE: torch.Tensor, v_THE: torch.Tensor, words_T: torch.Tensor, key_N: torch.Tensor,
+    cu_seqlens: torch.Tensor, runs: list[LengthRun], *,
+    share: float, scale: float | None = None, dropout: float = 0.0, kernels: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """Softmax attention of each text's inner tokens on its tokens visible by `masks.decoder_visible`: M x H x E.
 
-    Inner: all but a text's first and last, so that a text of one or two tokens has no query. words_T, key_N: as in
-    `PretrainBatch`. cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, by length.
-    share: of the words hidden from a row. dropout: of the weights. Gradients flow to q, k and v, once.
+    Inner tokens: all but a text's first and last; a text of one or two tokens has none. words_T, key_N: as in `PretrainBatch`.
+    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, by length. share: of the words
+    hidden from a row. dropout: of the weights. No double backward.
     """
     scale = q_MHE.shape[-1] ** -0.5 if scale is None else scale
-    if choose(kernels, q_MHE.device.type) == "fused" and _fused_takes(q_MHE, kernels):
-        from bge_ds.kernels.attention_triton import Rule, fused_attention
+    if decoder_attention_backend(kernels, q_MHE.device.type) == "fused" and _fused_supports(q_MHE, kernels):
+        from bge_ds.kernels.attention_triton import Visibility, fused_attention
 
         longest = max((length for _, length in runs), default=0)
         return fused_attention(
-            q_MHE, k_THE, v_THE, cu_seqlens, longest, rule=Rule(decoder_share=share), scale=scale, p=dropout,
+            q_MHE, k_THE, v_THE, cu_seqlens, longest, visibility=Visibility(decoder_share=share), scale=scale, p=dropout,
             words_T=words_T, key_N=key_N,
         )  # fmt: skip
     kept = sum(texts * length * length for texts, length in runs)
@@ -99,18 +89,18 @@ def decoder_attention(
 
 
 def _bias(words_T: torch.Tensor, key_N: torch.Tensor, share: float):
-    def bias(block: Block) -> torch.Tensor:
+    def bias(block: ScoreBlock) -> torch.Tensor:
         keys = key_N[block.first : block.first + block.texts]
         words_NL = words_T[block.keys].unflatten(0, (block.texts, -1))
-        # A block counts its rows from the first query, which is the text's second token.
+        # Rows of a block count from the first query, which is the text's second token.
         return as_bias(masks.decoder_visible(keys, words_NL, share, block.rows.start + 1, block.rows.stop + 1))[:, None]
 
     return bias
 
 
 def _with_masks(q, k, v, words_T, key_N, runs, share, scale, dropout) -> torch.Tensor:
-    rows = [q[:0] + k[:0] + v[:0]]  # no text with an inner token: nothing, but still of q, k and v
-    # One split a tensor rather than one slice a run: the backward of a split is a single concatenation.
+    rows = [q[:0] + k[:0] + v[:0]]  # where no text has inner tokens: empty, but connected to q, k and v
+    # One split per tensor, not one slice per run: the backward of a split is a single concatenation.
     pieces = zip(
         q.split([n * max(0, length - 2) for n, length in runs]),
         *(x.split([n * length for n, length in runs]) for x in (k, v, words_T)),

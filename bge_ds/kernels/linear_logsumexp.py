@@ -1,13 +1,13 @@
-"""The log-sum-exp of each row of X W^T, over all columns but excluded ones, without holding the matrix.
+"""The log-sum-exp of each row of X W^T, except excluded columns, without the whole matrix.
 
 Shapes: M rows (queries), V columns (passages), D features, R keys of a row, C keys of a column, J excluded pairs.
 
-It is the normaliser of losses that put it together with scores of their own (several targets, a teacher's weights). What flows
-back into a row is known only afterwards, so the backward computes the blocks again: four matrix products, and M numbers kept.
+The normaliser for losses that combine it with scores of their own (several targets, a teacher's weights). The gradient of a row
+is known only afterwards, so the backward recomputes the blocks of logits: four matrix products, and M numbers kept.
 
-On the CPU the excluded pairs are listed and written into each block. How many there are depends on the data, and a GPU would
-have to be asked for their number, so there two Triton kernels (`logsumexp_triton`) decide it pair by pair, on the logits'
-way through registers. The products are cuBLAS's, of the caller's 16-bit type with fp32 sums where it asks for that.
+On the CPU the excluded pairs are listed and written into each block. Their number depends on the data and reading it would
+stall a GPU, so there two Triton kernels (`logsumexp_triton`) decide pair by pair, while logits pass through registers. The
+products are cuBLAS's, in the caller's 16-bit type with fp32 sums where requested.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from itertools import pairwise
 import torch
 
 from bge_ds.kernels.matmul import add_product, multiply, to_narrow
-from bge_ds.kernels.triton_support import at_least_fp32, is_gpu, takes
+from bge_ds.kernels.triton_support import at_least_fp32, is_gpu, use_triton
 
-# Logits held at a time: 64 MiB in fp32 on a CPU, 512 MiB on a GPU (and half as much for their weights in 16 bits).
+# Logits held at a time: 64 MiB of fp32 on a CPU, 512 MiB on a GPU (plus half as much for 16-bit weights).
 _BLOCK_ELEMENTS = 1 << 24
 _GPU_ELEMENTS = 1 << 27
 
 
 @dataclass
-class Excluded:
-    """Pairs of a row and a column that do not count.
+class ExcludedPairs:
+    """(row, column) pairs that do not count.
 
-    These are, for each row, the columns from first_M on, count_M of them (int64), and all columns that share a key with it:
-    row_keys_MR, column_keys_VC, int64, either with no keys at all.
+    For each row: the count_M columns from first_M on (int64), and all columns that share a key with it (row_keys_MR,
+    column_keys_VC; int64, R or C may be 0).
     """
 
     first_M: torch.Tensor
@@ -41,7 +41,7 @@ class Excluded:
 
     @cached_property
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_J, col_J) int64, each once, rows in rising order. Their number is data: on a GPU, this waits for it."""
+        """(row_J, col_J) int64, each pair once, rows rising. J depends on the data: on a GPU, this waits for the device."""
         (rows, of_row), (columns, of_column) = self.row_keys_MR.shape, self.column_keys_VC.shape
         row_J, col_J = equal_pairs(self.row_keys_MR.flatten(), self.column_keys_VC.flatten())
         own_J = torch.arange(rows, device=self.first_M.device).repeat_interleave(self.count_M)
@@ -53,7 +53,7 @@ class Excluded:
 
 
 def equal_pairs(left_M: torch.Tensor, right_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every (m, n) with left[m] == right[n], as two index tensors; memory grows with the pairs, not with M x N."""
+    """Every (m, n) with left[m] == right[n], as two index tensors; memory grows with the number of pairs, not M x N."""
     sorted_N, place_N = right_N.sort()
     first_M = torch.searchsorted(sorted_N, left_M)
     counts_M = torch.searchsorted(sorted_N, left_M, right=True) - first_M
@@ -69,12 +69,12 @@ def _blocks(rows: int, columns: int, elements: int) -> list[slice]:
 
 
 class _Listed(torch.autograd.Function):
-    """With the excluded pairs as lists."""
+    """The plain implementation, with excluded pairs as lists."""
 
     @staticmethod
     def forward(ctx, x_MD, w_VD, row_J, col_J, limit_M):
         blocks = _blocks(len(x_MD), len(w_VD), _GPU_ELEMENTS if is_gpu(x_MD.device.type) else _BLOCK_ELEMENTS)
-        # Where each block's pairs lie: a slice needs numbers on the host.
+        # Each block's range of pairs, on the host: slices need numbers.
         edges = torch.tensor([*(block.start for block in blocks), len(x_MD)], device=row_J.device)
         bounds = torch.searchsorted(row_J, edges).tolist()
         ctx.blocks = [(block, slice(*pairs)) for block, pairs in zip(blocks, pairwise(bounds), strict=True)]
@@ -107,7 +107,7 @@ class _Listed(torch.autograd.Function):
         x_MD, w_VD = inputs[:2]
         dx = torch.empty_like(x_MD) if ctx.needs_input_grad[0] else None
         dw = torch.zeros(w_VD.shape, dtype=lse_M.dtype, device=w_VD.device) if ctx.needs_input_grad[1] else None
-        # A row with no column left has the value -inf and no gradient: exp(-inf - 0) is the 0 it needs.
+        # A row without columns has the value -inf and no gradient: exp(-inf - 0) is 0.
         norm_M = lse_M.masked_fill(lse_M == float("-inf"), 0.0)
         for block, pairs in ctx.blocks:
             logits, _ = _Listed._logits(inputs, block, pairs)
@@ -120,11 +120,11 @@ class _Listed(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """With the excluded pairs found in registers. Weights are kept from 0 to 1, and each row's gradient multiplied to its
-    features instead, so that neither leaves the range of 16 bits."""
+    """The Triton implementation. Weights stay between 0 and 1, and a row's gradient is multiplied into its features instead,
+    so that neither leaves the range of 16 bits."""
 
     @staticmethod
-    def forward(ctx, x_MD, w_VD, limit_M, excluded: Excluded, narrow: torch.dtype | None):
+    def forward(ctx, x_MD, w_VD, limit_M, excluded: ExcludedPairs, narrow: torch.dtype | None):
         from bge_ds.kernels.logsumexp_triton import statistics
 
         x, w = to_narrow(x_MD, narrow), to_narrow(w_VD, narrow)
@@ -150,7 +150,7 @@ class _Fused(torch.autograd.Function):
         x_MD, x, w, w_factor, factor, limit_M, lse_M = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[0] else None
         dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if ctx.needs_input_grad[1] else None
-        # A row with nothing left has no gradient, whatever flows into its -inf.
+        # A row without columns has no gradient, whatever flows into its -inf.
         grad_M = grad_M.masked_fill(lse_M == float("-inf"), 0.0)
         scaled = to_narrow(x_MD * grad_M[:, None], ctx.narrow)
         logits = torch.empty(ctx.rows, len(w), dtype=torch.float32, device=x.device)
@@ -169,21 +169,15 @@ class _Fused(torch.autograd.Function):
 
 
 def linear_logsumexp(
-    x_MD: torch.Tensor,
-    w_VD: torch.Tensor,
-    excluded: Excluded,
-    limit_M: torch.Tensor | None = None,
-    *,
-    narrow: torch.dtype | None = None,
-    fused: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-sum-exp of each row of `x W^T`, how many columns of each row were above its limit).
+    x_MD: torch.Tensor, w_VD: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None = None, *,
+    narrow: torch.dtype | None = None, fused: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(log-sum-exp of each row of `x W^T`, number of columns of each row above its limit, int64).
 
-    excluded: pairs that do not count. limit_M: nor do logits above a row's limit (no gradient flows to it). A row with
-    nothing left is -inf. fp32 whatever the inputs (fp64 stays fp64); gradients flow to x and w, once.
-    narrow: torch.bfloat16 or float16 lets a GPU multiply in that type, with fp32 sums; None in the inputs' own.
-    fused: by the GPU's kernels or not, for tests.
+    excluded: pairs that do not count. limit_M: logits above a row's limit do not count either (it gets no gradient). A row
+    without columns is -inf. The result is fp32 (fp64 for fp64); gradients flow to x and w, no double backward. narrow: 16-bit
+    type in which a GPU multiplies, with fp32 sums; None for the inputs' own. fused: overrides the choice, for tests.
     """
-    if takes(x_MD) if fused is None else fused:
+    if use_triton(x_MD) if fused is None else fused:
         return _Fused.apply(x_MD, w_VD, limit_M, excluded, narrow)
     return _Listed.apply(x_MD, w_VD, *excluded.pairs, limit_M)

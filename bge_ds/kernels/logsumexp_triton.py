@@ -2,10 +2,9 @@
 
 Shapes: M rows, V columns, R keys of a row, C keys of a column; a block holds some of the rows.
 
-Both see each logit once, on its way through registers, and decide there whether its pair counts: by its column against the
-row's span of own columns, by 64-bit keys against each other, by its value against the row's limit. A program takes _ROWS
-rows, so that a column's keys are read once for all of them. Arithmetic is fp32. Nothing is added up across programs, so the
-result is the same each time.
+Both read each logit once and decide in registers whether its pair counts: by its column against the row's span of own columns,
+by 64-bit keys, by its value against the row's limit. A program takes _ROWS rows, so a column's keys are read once for all of
+them. Arithmetic is fp32. Nothing is summed across programs, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bge_ds.kernels.linear_logsumexp import Excluded
+from bge_ds.kernels.linear_logsumexp import ExcludedPairs
 from bge_ds.kernels.triton_support import launch
 
 _ROWS, _COLUMNS = 4, 1024
@@ -25,7 +24,7 @@ def _counted(
     logits_ptr, factor_ptr, first_ptr, count_ptr, row_keys_ptr, column_keys_ptr, limit_ptr, begin, rows, width, rows_of, R, C,
     columns, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """(logits of a tile with -inf where a pair does not count, which of them were above the limit).
+    """(logits of a tile, -inf where a pair does not count; which of them exceed the limit).
 
     begin: first row of the block in all M. rows_of: the program's rows in the block.
     """
@@ -92,8 +91,8 @@ def _weights(
     tl.store(place, share.to(weights_ptr.dtype.element_ty), mask=inside)
 
 
-def _arguments(logits: torch.Tensor, factor: torch.Tensor, excluded: Excluded, limit_M: torch.Tensor | None) -> tuple:
-    """What both kernels take of the logits and of what is excluded, and how many keys a row and a column have."""
+def _arguments(logits: torch.Tensor, factor: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None) -> tuple:
+    """(tensors that both kernels take, number of keys of a row, of a column)."""
     keys = excluded.row_keys_MR.contiguous(), excluded.column_keys_VC.contiguous()
     of_row, of_column = (part.shape[1] for part in keys)
     limit = logits if limit_M is None else limit_M.contiguous()
@@ -102,12 +101,12 @@ def _arguments(logits: torch.Tensor, factor: torch.Tensor, excluded: Excluded, l
 
 
 def statistics(
-    logits: torch.Tensor, factor: torch.Tensor, excluded: Excluded, limit_M: torch.Tensor | None, lse_M: torch.Tensor,
+    logits: torch.Tensor, factor: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None, lse_M: torch.Tensor,
     over_M: torch.Tensor, block: slice,
 ) -> None:  # fmt: skip
-    """Write the log-sum-exp and the number of logits above the limit of the block's rows into lse_M (fp32) and over_M (int64).
+    """Write the block's log-sum-exps into lse_M (fp32) and its numbers of logits above the limit into over_M (int64).
 
-    logits: fp32, contiguous, at least as many rows as the block; factor: fp32, 0-dim, what they are to be multiplied with.
+    logits: fp32, contiguous, at least as many rows as the block; factor: fp32, 0-dim, multiplied into them.
     """
     rows, (tensors, of_row, of_column) = block.stop - block.start, _arguments(logits, factor, excluded, limit_M)
     launch(
@@ -117,10 +116,10 @@ def statistics(
 
 
 def weights(
-    logits: torch.Tensor, shares: torch.Tensor, factor: torch.Tensor, excluded: Excluded, limit_M: torch.Tensor | None,
+    logits: torch.Tensor, shares: torch.Tensor, factor: torch.Tensor, excluded: ExcludedPairs, limit_M: torch.Tensor | None,
     lse_M: torch.Tensor, block: slice,
 ) -> None:  # fmt: skip
-    """Write exp(logit - log-sum-exp) of the block's rows into `shares` (it may be `logits`): 0 where a pair does not count."""
+    """Write exp(logit - log-sum-exp) of the block's rows into `shares` (may be `logits`); 0 where a pair does not count."""
     rows, width = block.stop - block.start, logits.shape[1]
     tensors, of_row, of_column = _arguments(logits, factor, excluded, limit_M)
     launch(

@@ -1,19 +1,18 @@
 """RetroMAE's masks as pure functions of a text's key, computed where they are used.
 
-A key is 64 bits hashed from (seed, epoch, row). Each decision hashes the key with what it is about (a word, a
-decoder row and a word, a position) and compares the result with the share asked for, so that masks are the same on
-every device and for every number of ranks, need no storage, and a decoder row's visibility can be computed inside an
-attention kernel. A word is masked with the probability asked for, independently of the others; all its tokens go
-together. (The existing trainer draws a fixed number of words instead; the expected share is the same.)
+A text's key is 64 bits hashed from (seed, epoch, row). Each decision hashes the key with its subject (a word, a decoder row and
+a word, a position) and compares the result with a probability. So masks are the same on every device and for every number of
+ranks, need no storage, and can be computed inside an attention kernel. Words are masked independently of each other, all tokens
+of a word together. (RetroMAE's own trainer masks a fixed number of words; the expected share is the same.)
 
-All arithmetic is on int32 with wrap-around, which torch does alike on CPU and GPU, and Triton can repeat.
+Arithmetic is on int32 with wrap-around, which is the same in torch on CPU and GPU, and in Triton.
 """
 
 from __future__ import annotations
 
 import torch
 
-# What a hash is about: kept apart so that no two decisions share their randomness.
+# Subjects of a hash, distinct so that no two decisions share their randomness.
 _ENCODER, _ACTION, _REPLACEMENT, _DECODER = 1, 2, 3, 4
 
 
@@ -25,8 +24,8 @@ _PRIME, _MUL_1, _MUL_2 = _int32(0x9E3779B1), _int32(0x7FEB352D), _int32(0x846CA6
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of int32 that scatters every bit (the finaliser of Wellons' lowbias32)."""
-    # Two tensors and the rest in place: on the CPU, temporaries of a decoder's block cost more than the arithmetic.
+    """A bijection of int32 that mixes all bits (the finaliser of Wellons' lowbias32)."""
+    # In place on two tensors: on the CPU, temporaries of a decoder's block cost more than the arithmetic.
     shifted = (x >> 16).bitwise_and_(0xFFFF)
     x = (x ^ shifted).mul_(_MUL_1)
     torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(0x1FFFF)
@@ -53,7 +52,7 @@ def hash_words(key_: torch.Tensor, *values: torch.Tensor | int) -> torch.Tensor:
 
 
 def threshold(share: float) -> int:
-    """What 31 random bits are below with probability `share`: an int32, so that a share of 1 does not wrap to none."""
+    """31 random bits are below this with probability `share`; capped to int32, so that a share of 1 does not wrap."""
     return min(round(share * (1 << 31)), (1 << 31) - 1)
 
 
@@ -62,12 +61,12 @@ def _below(hash_: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def encoder_masked(key_T: torch.Tensor, words_T: torch.Tensor, inner_T: torch.Tensor, share: float) -> torch.Tensor:
-    """Which tokens (bool, T) the encoder must predict: those of the masked words; only `inner_T` (no special) ones."""
+    """bool T: the tokens of masked words, which the encoder must predict; only `inner_T` tokens (not special ones)."""
     return _below(hash_words(key_T, _ENCODER, words_T), share) & inner_T
 
 
 def corrupt(ids_M, key_M, positions_M, *, mask_id: int, vocab_size: int) -> torch.Tensor:
-    """What the encoder reads at its M masked tokens: `mask_id` in 80 % of the cases, a random id in 10 %, else the token."""
+    """Ids that the encoder reads at its M masked tokens: `mask_id` for 80 %, a random id for 10 %, else the token (BERT)."""
     action = hash_words(key_M, _ACTION, positions_M)
     random_ids = (hash_words(key_M, _REPLACEMENT, positions_M) & 0x7FFFFFFF).to(ids_M.dtype) % vocab_size
     out = torch.where(_below(action, 0.9), random_ids, ids_M)
@@ -77,10 +76,10 @@ def corrupt(ids_M, key_M, positions_M, *, mask_id: int, vocab_size: int) -> torc
 def decoder_visible(
     key_N: torch.Tensor, words_NL: torch.Tensor, share: float, first: int = 0, last: int | None = None
 ) -> torch.Tensor:
-    """What decoder rows first to last - 1 (all: L) see, bool N x R x L (row i, key j), for texts of one length.
+    """Which keys decoder rows first to last - 1 (default: all L) see: bool N x R x L, for N texts of one length.
 
-    A share of the words is hidden from each row, drawn anew for every row; the row's own position always; position 0
-    (the sentence vector) and the closing special token never, except from themselves.
+    Hidden from a row: a random share of the words, drawn for each row, and its own position. Position 0 (the sentence vector)
+    and the last special token are hidden from themselves only.
     """
     rows_R = torch.arange(first, words_NL.shape[1] if last is None else last, device=words_NL.device)
     row_state = hash_words(key_N[:, None], _DECODER, rows_R[None])

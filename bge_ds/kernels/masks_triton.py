@@ -33,7 +33,7 @@ def row_state(key, rows):
 
 
 @triton.jit
-def at_least(hashes, THRESHOLD: tl.constexpr):
+def hash_at_least(hashes, THRESHOLD: tl.constexpr):
     return (hashes & 0x7FFFFFFF) >= THRESHOLD
 
 
@@ -45,4 +45,4 @@ def dropout_state(seed, head, rows):
 
 @triton.jit
 def kept(state, keys, DROPPED: tl.constexpr):
-    return at_least(mix(state ^ mark(keys)), DROPPED)
+    return hash_at_least(mix(state ^ mark(keys)), DROPPED)

@@ -1,4 +1,4 @@
-"""What the losses without logits multiply with: 16-bit matrices with fp32 sums, and the memory that logits lie in."""
+"""Matrix products for losses over blocks of logits: 16-bit inputs with fp32 sums, and aligned buffers for logits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bge_ds.kernels.triton_support import is_gpu
 
 
 class Narrow(NamedTuple):
-    """values times factor (fp32, 0-dim) is the tensor that was meant."""
+    """A scaled tensor: values * factor (fp32, 0-dim)."""
 
     values: torch.Tensor
     factor: torch.Tensor
 
 
 def to_narrow(x: torch.Tensor, dtype: torch.dtype | None) -> Narrow:
-    """In a type of 16 bits, scaled by a power of two so that the largest magnitude is 1/2 to 1; None leaves it as it is."""
+    """x in a 16-bit type, scaled by a power of two so that its largest magnitude is 1/2 to 1; None leaves it unchanged."""
     if dtype is None or dtype == x.dtype:
         return Narrow(x.contiguous(), torch.ones((), dtype=torch.float32, device=x.device))
     largest = x.detach().abs().amax().float() if x.numel() else torch.ones((), device=x.device)
@@ -29,18 +29,18 @@ def to_narrow(x: torch.Tensor, dtype: torch.dtype | None) -> Narrow:
 _ALIGNED = 64  # elements: a multiple of 16 bytes in every type, and of 128 in 16 bits
 
 
-def room(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory of the type of `like` for logits, or for their gradient: rows x columns, each row followed by unused columns.
+def empty_aligned(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised rows x columns of the type of `like`, for logits or their gradient, with rows padded to _ALIGNED columns.
 
-    So every row begins at a multiple of 16 bytes, which a GPU's thread moves at once. In rows of BERT's 30,522 columns and 16
-    bits it would load single elements, each only after it has used the one before.
+    Every row then begins at a multiple of 16 bytes, which a GPU thread loads at once and the compiler pipelines. Rows of BERT's
+    30,522 columns in 16 bits would be loaded one element after the other.
     """
     return like.new_empty(rows, -(-columns // _ALIGNED) * _ALIGNED)[:, :columns]
 
 
 @cache
 def _sums_in_fp32(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this torch gives a product of 16-bit matrices in fp32, alone or added to a matrix, out of the multiplication."""
+    """Whether this torch has mm and addmm of 16-bit matrices with fp32 output."""
     try:
         total, one = torch.zeros(16, 16, device=device_type), torch.zeros(16, 16, device=device_type, dtype=dtype)
         torch.ops.aten.mm.dtype_out(one, one, torch.float32, out=total)

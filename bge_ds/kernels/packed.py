@@ -2,8 +2,8 @@
 
 Shapes: T tokens of all texts, N texts.
 
-Texts lie in the row by length, shortest first, so that texts of equal length are neighbours: on devices without a
-variable-length attention kernel each such run is one dense attention call on views (`kernels/attention.py`).
+Texts are sorted by length, shortest first, so texts of equal length are neighbours: without a variable-length attention kernel,
+each such run is one dense attention call on views (`kernels/attention.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ class LengthRun(NamedTuple):
 
 
 class Movable:
-    """Moves every tensor field, as `torch.utils.data.DataLoader` and the loops ask for.
+    """A dataclass of tensors with `to` and `pin_memory`, and a compact pickle for data loader workers.
 
-    Pickled, as a loader's worker hands a batch over, it is small: whole numbers in the fewest bytes that hold them, and
-    nothing that follows from the rest. A tensor would travel as a shared-memory file of its own, which costs more than
-    to copy its bytes through a pipe and to widen them on arrival.
+    Pickled, integers take the fewest bytes that hold them, and what follows from other fields is left out. A pickled tensor
+    would be a shared-memory file of its own, which costs more than copying bytes through a pipe and widening them on arrival.
     """
 
     def _map(self, change):
@@ -48,7 +47,7 @@ class Movable:
 
 
 class _Narrow(NamedTuple):
-    """A tensor on its way: its values, maybe of a smaller type, and the type they had."""
+    """A pickled tensor: its values, possibly in a smaller type, and their original type."""
 
     values: np.ndarray
     dtype: np.dtype
@@ -60,7 +59,7 @@ def _narrowed(tensor: torch.Tensor) -> _Narrow:
 
 
 def _smallest(values: np.ndarray) -> np.ndarray:
-    """The same whole numbers as uint16 or int32 where all of them fit."""
+    """The same integers as uint16 or int32 where they fit."""
     least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
     if least >= 0 and most < 1 << 16:
         return values.astype(np.uint16)
@@ -75,10 +74,9 @@ def _arrived(kind: type, values: list) -> Movable:
 class PackedTexts(Movable):
     """N texts in one row of T tokens.
 
-    ids_T: token ids, int64. positions_T: place of each token in its text, from 0, int64.
-    cu_seqlens: int32 of N + 1, text n is ids_T[cu_seqlens[n]:cu_seqlens[n + 1]].
-    place_N: int64, the caller's text i is packed text place_N[i].
-    runs: neighbouring texts of one length, in row order; host data, so that planning never waits for the device.
+    ids_T: token ids, int64. positions_T: position of each token in its text, from 0, int64. cu_seqlens: int32 of N + 1, text
+    n is ids_T[cu_seqlens[n]:cu_seqlens[n + 1]]. place_N: int64, the caller's text i is packed text place_N[i]. runs:
+    neighbouring texts of one length, in row order; on the host, so that planning never waits for the device.
     """
 
     ids_T: torch.Tensor
@@ -97,7 +95,7 @@ class PackedTexts(Movable):
 
     @property
     def padded_tokens(self) -> int:
-        """What a rectangle of the same texts would hold."""
+        """Tokens of the same texts in a padded rectangle."""
         return self.max_length * self.place_N.numel()
 
     def split_ids(self) -> list[np.ndarray]:
@@ -109,14 +107,14 @@ class PackedTexts(Movable):
 
 
 def lay_out(ids_T: np.ndarray, lengths_N: np.ndarray, order_N: np.ndarray) -> PackedTexts:
-    """The packed texts of these ids and lengths, in row order; whole numbers of any type. order_N: as of `pack`."""
+    """`PackedTexts` of ids and lengths given in row order, integers of any type; packed text k is the caller's order_N[k]."""
     place_N = np.empty_like(order_N)
     place_N[order_N] = np.arange(len(order_N))
     return _of_row(ids_T, lengths_N, place_N)
 
 
 def _of_row(ids_T: np.ndarray, lengths_N: np.ndarray, place_N: np.ndarray) -> PackedTexts:
-    """The packed texts of these ids and lengths, in row order; whole numbers of any type."""
+    """`PackedTexts` of ids and lengths given in row order, integers of any type."""
     lengths_N = lengths_N.astype(np.int64, copy=False)
     ends_N = np.cumsum(lengths_N)
     return PackedTexts(
@@ -129,21 +127,21 @@ def _of_row(ids_T: np.ndarray, lengths_N: np.ndarray, place_N: np.ndarray) -> Pa
 
 
 def pack(texts: Sequence[np.ndarray]) -> tuple[PackedTexts, np.ndarray]:
-    """The texts in one row by length, and the order they lie in (packed text k is the caller's text order[k])."""
+    """The texts packed by length, and their order: packed text k is the caller's text order[k]."""
     lengths_N = np.fromiter(map(len, texts), np.int64, len(texts))
     order = np.argsort(lengths_N, kind="stable")
     return lay_out(np.concatenate([texts[k] for k in order]), lengths_N[order], order), order
 
 
 def runs_of(lengths: np.ndarray | list[int]) -> list[LengthRun]:
-    """The runs of texts of these lengths, in whatever order they are given."""
+    """The runs of texts of these lengths, given in any order."""
     return [LengthRun(int(n), int(length)) for length, n in zip(*np.unique(lengths, return_counts=True), strict=True)]
 
 
 def chunk_bounds(runs: list[LengthRun], max_texts: int | None, max_tokens: int | None) -> list[int]:
-    """Where to cut a row so that no piece has more texts or tokens than allowed: [0, ..., N], as few as follow each other.
+    """Where to cut a row greedily so that no piece exceeds max_texts or max_tokens: [0, ..., N].
 
-    A single text that is longer than max_tokens is a piece of its own.
+    A single text longer than max_tokens is a piece of its own.
     """
     bounds, held, tokens = [0], 0, 0
     for n, length in runs:
@@ -157,9 +155,9 @@ def chunk_bounds(runs: list[LengthRun], max_texts: int | None, max_tokens: int |
 
 
 def split_further(bounds: list[int], pieces: int) -> list[int]:
-    """The same cuts and more, until there are `pieces`: always the piece with most texts is halved.
+    """The same cuts and more, until there are `pieces`: the piece with most texts is halved each time.
 
-    Where texts run out, pieces without a text remain: (n, n) at the end.
+    Where texts run out, the last pieces are empty: (N, N).
     """
     sizes = np.diff(bounds).tolist()
     while len(sizes) < pieces and max(sizes) > 1:
@@ -171,13 +169,13 @@ def split_further(bounds: list[int], pieces: int) -> list[int]:
 
 
 def spans(starts_N: torch.Tensor, counts_N: torch.Tensor, total: int) -> torch.Tensor:
-    """start, start + 1, ... of each text, count of them, end to end: int64 of `total`, the sum of the counts, known here."""
+    """The ranges [start, start + count) of all texts, end to end: int64 of `total`, the sum of the counts (on the host)."""
     shift_N = starts_N - (counts_N.cumsum(0) - counts_N)
     return shift_N.repeat_interleave(counts_N, output_size=total) + torch.arange(total, device=starts_N.device)
 
 
 def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
-    """The pieces between the cuts, in packed order, as views; a piece without a text holds the row's first text instead."""
+    """The pieces between the cuts, in packed order, as views; an empty piece holds the row's first text instead."""
     lengths = [length for n, length in texts.runs for _ in range(n)]
     starts = [0, *np.cumsum(lengths).tolist()]
     pieces = []
@@ -185,13 +183,7 @@ def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
         if first == last:
             first, last = 0, 1
         row = slice(starts[first], starts[last])
-        pieces.append(
-            PackedTexts(
-                ids_T=texts.ids_T[row],
-                positions_T=texts.positions_T[row],
-                cu_seqlens=texts.cu_seqlens[first : last + 1] - starts[first],
-                place_N=torch.arange(last - first, device=texts.ids_T.device),
-                runs=runs_of(lengths[first:last]),
-            )
-        )
+        cu_seqlens = texts.cu_seqlens[first : last + 1] - starts[first]
+        place_N, runs = torch.arange(last - first, device=texts.ids_T.device), runs_of(lengths[first:last])
+        pieces.append(PackedTexts(texts.ids_T[row], texts.positions_T[row], cu_seqlens, place_N, runs))
     return pieces

@@ -1,9 +1,9 @@
-"""The mean of each text's rows, of a row of texts end to end; and the way back, a text's vector at each of its rows.
+"""The mean of each text's rows in a packed row, and its transpose: a text's vector repeated at each of its rows.
 
 Shapes: T tokens of N texts in one row, D features.
 
-On the CPU run by run of equal lengths: a plain mean of a dense view. On a GPU one Triton kernel for the whole row, in which a
-program adds up the rows of one text in their order: the same result each time, which scattered sums do not give.
+On the CPU, a plain mean of a dense view for each run of equal lengths. On a GPU, one Triton kernel for the whole row, in which
+a program adds up one text's rows in order: deterministic, unlike scattered sums.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.triton_support import at_least_fp32, takes
+from bge_ds.kernels.triton_support import at_least_fp32, use_triton
 
 
 class _SegmentMean(torch.autograd.Function):
@@ -37,17 +37,17 @@ def segment_mean(
 ) -> torch.Tensor:
     """N x D, at least fp32: the mean of each text's rows.
 
-    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, together the N texts. Gradients
-    flow once. fused: by the GPU's kernel or not, for tests.
+    cu_seqlens: int32 of N + 1. runs: (texts, length) of neighbouring texts, in row order, covering the N texts. No double
+    backward. fused: overrides the choice, for tests.
     """
-    if takes(hidden_TD) if fused is None else fused:
+    if use_triton(hidden_TD) if fused is None else fused:
         return _SegmentMean.apply(hidden_TD, cu_seqlens)
     sizes = [n * length for n, length in runs]
     parts = zip(hidden_TD.split(sizes), runs, strict=True)
     return torch.cat([at_least_fp32(hidden.unflatten(0, run)).mean(1) for hidden, run in parts])
 
 
-class _Spread(torch.autograd.Function):
+class _SegmentExpand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, cu_seqlens, tokens):
         ctx.save_for_backward(cu_seqlens)
@@ -62,11 +62,11 @@ class _Spread(torch.autograd.Function):
         return (means(grad_TD, cu_seqlens) * cu_seqlens.diff()[:, None]).to(grad_TD.dtype), None, None
 
 
-def spread(x_ND: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, *, fused: bool | None = None) -> torch.Tensor:
-    """T x D: row n of x for each row of text n. tokens: T, known on the host. fused: as for `segment_mean`.
+def segment_expand(x_ND: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, *, fused: bool | None = None) -> torch.Tensor:
+    """T x D: row n of x at each row of text n. tokens: T, on the host. fused: as for `segment_mean`.
 
-    On a GPU the gradient is added up text by text, in fp32; autograd's own would scatter it, in an order that changes.
+    On a GPU the gradient is summed text by text, in fp32; autograd's own would scatter it in no fixed order.
     """
-    if takes(x_ND) if fused is None else fused:
-        return _Spread.apply(x_ND, cu_seqlens, tokens)
+    if use_triton(x_ND) if fused is None else fused:
+        return _SegmentExpand.apply(x_ND, cu_seqlens, tokens)
     return x_ND.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=tokens)

@@ -1,4 +1,4 @@
-"""`segment_mean` in Triton: a program adds up some features of one text, block of rows by block of rows, in fp32."""
+"""`segment_mean` in Triton: a program sums some features of one text, one block of rows after the other, in fp32."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Whether Triton kernels can run on a device, and how every one of them is launched.
+"""Whether Triton kernels can run on a device, and how they are launched.
 
-On CUDA they run compiled. With TRITON_INTERPRET=1 they run on the CPU, in Python: that is how the tests compare them with
-plain torch. On the `meta` device, whose tensors have shapes and no values, a launch does nothing: that is how the tests run
-a whole step as a GPU would, without one.
+On CUDA they run compiled. With TRITON_INTERPRET=1 they run on the CPU, in Python; the tests compare them with plain torch that
+way. On the `meta` device, whose tensors have shapes but no values, a launch does nothing; the tests run whole steps along the
+GPU's code path that way.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _allowed = True
 
 
 def allow(kernels: str) -> None:
-    """`--kernels` of this process's run: with "torch", nothing runs in Triton from here on."""
+    """Apply `--kernels` to this process: with "torch", nothing runs in Triton from now on."""
     global _allowed
     _allowed = kernels != "torch"
 
 
-def obstacle(device_type: str) -> str | None:
-    """Why Triton kernels do not run on devices of this type; None where they do."""
+def triton_obstacle(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on devices of this type; None where they can."""
     if not _allowed:
         return "--kernels torch leaves them out"
     if find_spec("triton") is None:
@@ -44,22 +44,22 @@ def obstacle(device_type: str) -> str | None:
 
 
 def is_gpu(device_type: str) -> bool:
-    """Whether the GPU's way is to be taken: on CUDA, and on `meta`, which stands in for it in the tests."""
+    """Whether to take the GPU's code path: on CUDA, and on `meta`, which stands in for it in tests."""
     return device_type in ("cuda", "meta")
 
 
-def takes(x: torch.Tensor) -> bool:
-    """Whether an operation on this tensor is to go through its Triton kernel: on a GPU, in fp32 or 16 bits."""
-    return is_gpu(x.device.type) and obstacle(x.device.type) is None and x.dtype != torch.float64
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on this tensor takes its Triton kernel: on a GPU, in fp32 or 16 bits."""
+    return is_gpu(x.device.type) and triton_obstacle(x.device.type) is None and x.dtype != torch.float64
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32, or as it is in fp64."""
+    """x in fp32; fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, on: torch.Tensor, **constants) -> None:
-    """`kernel[grid](*args, **constants)` on the device of the tensor `on`; nothing where the grid is empty or `on` is meta."""
+    """`kernel[grid](*args, **constants)` on the device of `on`; nothing for an empty grid or on meta."""
     if 0 in grid or on.device.type == "meta":
         return
     with torch.cuda.device_of(on) if on.is_cuda else nullcontext():

@@ -1,1 +1,1 @@
-"""The contrastive loss, its gather across ranks, and GradCache. Knows no engine."""
+"""Contrastive loss and GradCache. Must not know the engine or the data."""

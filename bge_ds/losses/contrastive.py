@@ -1,41 +1,41 @@
-"""The contrastive losses over embeddings.
+"""Contrastive losses over embeddings.
 
-Shapes: B queries of this rank, G places of a group, P passages and C queries to compare with (of this rank, or of all
-ranks once gathered), D features, K positives that a query lists.
+Shapes: B queries of this rank, G passages of a group, P passages and C queries to compare with (of this rank, or gathered
+from all ranks), D features, K positives listed by a query.
 
-Every objective is put together from two things: the scores of a query with its own group, B x G and small, and for each
-query the log-sum-exp of its scores with all other passages, B numbers from `linear_logsumexp`. The B x P matrix of scores
-never exists, and memory grows with queries plus passages. With s the scores of the own group, positive first, and o
-the others' log-sum-exp:
+Every loss is computed from two inputs: the scores of a query with its own group (B x G, small), and for each query the
+log-sum-exp of its scores with all other passages (B numbers, from `linear_logsumexp`). The B x P score matrix is never
+materialised, so memory grows with B + P. With s the scores of the own group, positive first, and o the log-sum-exp:
 
     InfoNCE      log(e^o + sum_g e^s_g) - s_0
-    kl_div       InfoNCE + cross entropy of softmax(s) against the teacher's softmax over the group
-    m3_kd_loss   sum_g teacher_g (log(e^o + sum_{k >= g} e^s_k) - s_g): each passage in turn is the target, earlier ones out
-    margin_mse   InfoNCE + mean squared difference of the similarity margins s_0 - s_g from the teacher's
+    kl_div       InfoNCE + cross entropy between the teacher's softmax over the group and softmax(s)
+    m3_kd_loss   sum_g teacher_g (log(e^o + sum_{k >= g} e^s_k) - s_g): each passage in turn is the target, without earlier ones
+    margin_mse   InfoNCE + mean squared error between the similarity margins s_0 - s_g and the teacher's margins
 
-The first and the two middle ones are those of BGE's trainers (kl_div, m3_kd_loss: BGE M3, arXiv 2402.03216), the last that
-of arXiv 2010.02666 beside InfoNCE. Matryoshka (arXiv 2205.13147) takes the mean over prefixes of the vectors.
+InfoNCE, kl_div and m3_kd_loss are those of BGE's trainers (BGE M3, arXiv:2402.03216); margin_mse is arXiv:2010.02666 added to
+InfoNCE. Matryoshka training (arXiv:2205.13147) averages the loss over prefixes of the vectors.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
+from bge_ds.kernels.linear_logsumexp import ExcludedPairs, linear_logsumexp
 
 DISTILLATIONS = ("kl_div", "m3_kd_loss", "margin_mse")
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What a query is compared with and how; margin and relative as `--false_negative_margin`, dims as `--mrl_dims`.
+class ContrastiveSettings:
+    """What a query is compared with and how.
 
-    narrow: the 16-bit type in which a GPU multiplies queries by passages, with fp32 sums: the type of the hidden states that
-    the vectors come from, whose rounding they carry already. None for fp32.
+    margin, relative: `--false_negative_margin` and whether its type is "relative". dims: `--mrl_dims`. narrow: the 16-bit type
+    in which a GPU multiplies queries by passages, with fp32 sums; None for fp32. It is the type of the hidden states that the
+    vectors come from, so the vectors carry its rounding already.
     """
 
     in_batch: bool = True
@@ -51,12 +51,12 @@ class Objective:
 
 @dataclass
 class Candidates:
-    """What the B queries are compared with, and what is known about it.
+    """The passages (and queries) that the B queries are compared with.
 
-    p_PD, hashes_P: passages and their content hashes. own_BG: columns of each query's group, one after the other, its positive
-    first, -1 at the end of shorter groups. known_BK: hashes of every positive that a query lists, any of them repeated where
-    it lists fewer. own_only_B: queries that no other group's passage is compared with. teacher_BG: the teacher's scores, or
-    None. For the passage-to-query direction: q_CD all queries, mine_B the columns of this rank's own, all_known_CK.
+    p_PD, hashes_P: passages and their content hashes. own_BG: passage numbers of each query's group, positive first, padded
+    with -1. known_BK: hashes of all positives that a query lists, padded by repeating one of them. own_only_B: queries that
+    are compared with their own group only. teacher_BG: teacher scores, for distillation. For the passage-to-query direction:
+    q_CD all queries, mine_B the numbers of this rank's queries among them, all_known_CK their known_BK.
     """
 
     p_PD: torch.Tensor
@@ -71,10 +71,10 @@ class Candidates:
 
 
 @dataclass
-class Parts:
-    """loss: mean over the B queries. negatives: pairs of a query and a negative. by_content, by_margin: pairs hidden.
+class LossParts:
+    """loss: mean over the B queries. negatives: (query, negative) pairs that count. by_content, by_margin: pairs masked.
 
-    scale: what the similarities were multiplied with.
+    scale: factor of the similarities.
     """
 
     loss: torch.Tensor
@@ -83,136 +83,147 @@ class Parts:
     by_margin: torch.Tensor
     scale: torch.Tensor | float
 
-    def detached(self) -> Parts:
-        values = (self.loss, self.negatives, self.by_content, self.by_margin, self.scale)
-        return Parts(*(value.detach() if isinstance(value, torch.Tensor) else value for value in values))
+    def detached(self) -> LossParts:
+        scale = self.scale.detach() if isinstance(self.scale, torch.Tensor) else self.scale
+        return replace(self, loss=self.loss.detach(), scale=scale)
 
 
-def loss(q_BD: torch.Tensor, scale: torch.Tensor | float, found: Candidates, objective: Objective) -> Parts:
-    """The objective's mean over the B queries, with what was hidden (counted at the full width).
+def loss(q_BD: torch.Tensor, scale: torch.Tensor | float, candidates: Candidates, settings: ContrastiveSettings) -> LossParts:
+    """The mean loss of the B queries, averaged over `settings.dims`; pairs are counted at the largest width.
 
-    q_BD: fp32. scale: what inner products are multiplied with (1 / temperature).
+    q_BD: fp32. scale: factor of the inner products, 1 / temperature.
     """
-    width = q_BD.shape[1]
-    dims = objective.dims or (width,)
-    hidden = _Hidden.find(found, objective)
-    parts = [_one_width(q_BD, scale, found, objective, hidden, None if d == width else d) for d in dims]
-    counted = parts[dims.index(max(dims))]
-    counted.loss = torch.stack([part.loss for part in parts]).mean()
-    return counted
+    full = q_BD.shape[1]
+    dims = settings.dims or (full,)
+    masked = _MaskedPairs.find(candidates, settings)
+    parts = [_loss_at_width(q_BD, scale, candidates, settings, masked, None if d == full else d) for d in dims]
+    mean = torch.stack([part.loss for part in parts]).mean()
+    return replace(parts[dims.index(max(dims))], loss=mean)
 
 
 @dataclass
-class _Hidden:
-    """What of the score matrices is left out, the same at every width, and how much that is.
+class _MaskedPairs:
+    """The pairs that count at no width. No size here depends on values, so nothing waits for a GPU.
 
-    excluded: what the others' log-sum-exp passes over, own groups and false negatives. own_hidden_BG: false negatives within
-    the own group. by_content: how many pairs are hidden. others_B: how many passages other groups have. reverse: `excluded`
-    of passages against queries. No size here depends on values, so that nothing waits for a GPU.
+    excluded: pairs left out of the log-sum-exp, own groups and false negatives. own_BG: false negatives within the own group.
+    by_content: number of masked pairs. others_B: number of passages in other groups. reverse: `excluded` of the
+    passage-to-query direction.
     """
 
-    excluded: Excluded
-    own_hidden_BG: torch.Tensor
+    excluded: ExcludedPairs
+    own_BG: torch.Tensor
     by_content: torch.Tensor
     others_B: torch.Tensor
-    reverse: Excluded | None
+    reverse: ExcludedPairs | None
 
     @classmethod
-    def find(cls, found: Candidates, objective: Objective) -> _Hidden:
-        present_BG = found.own_BG >= 0
-        first_B, sizes_B = found.own_BG[:, 0], present_BG.sum(1)
-        known_BK = found.known_BK if objective.mask_false_negatives else found.known_BK[:, :0]
-        own_BG = found.hashes_P[found.own_BG.clamp_min(0)]
-        own_hidden_BG = (own_BG[:, :, None] == known_BK[:, None]).any(-1) & present_BG
-        positive_known_B = own_hidden_BG[:, 0].long()
-        own_hidden_BG[:, 0] = False
-        hidden_B = own_hidden_BG.sum(1)
+    def find(cls, candidates: Candidates, settings: ContrastiveSettings) -> _MaskedPairs:
+        hashes_P, known_BK = candidates.hashes_P, candidates.known_BK
+        present_BG = candidates.own_BG >= 0
+        first_B, sizes_B = candidates.own_BG[:, 0], present_BG.sum(1)
+        if not settings.mask_false_negatives:
+            known_BK = known_BK[:, :0]
+        own_hashes_BG = hashes_P[candidates.own_BG.clamp_min(0)]
+        own_BG = (own_hashes_BG[:, :, None] == known_BK[:, None]).any(-1) & present_BG
+        positive_known_B = own_BG[:, 0].long()
+        own_BG[:, 0] = False
+        masked_B = own_BG.sum(1)
         others_B = torch.zeros_like(sizes_B)
-        if objective.in_batch:
-            everywhere_B = _occurrences(known_BK, found.hashes_P) - positive_known_B
-            hidden_B = torch.where(found.own_only_B, hidden_B, everywhere_B)
-            others_B = (len(found.p_PD) - sizes_B) * ~found.own_only_B
-        return cls(
-            excluded=Excluded(first_B, sizes_B, known_BK, found.hashes_P[:, None]),
-            own_hidden_BG=own_hidden_BG,
-            by_content=hidden_B.sum(),
-            others_B=others_B,
-            reverse=cls._reversed(found, objective) if objective.bidirectional else None,
-        )
+        if settings.in_batch:
+            masked_everywhere_B = _count_known(known_BK, hashes_P) - positive_known_B
+            masked_B = torch.where(candidates.own_only_B, masked_B, masked_everywhere_B)
+            others_B = (len(candidates.p_PD) - sizes_B) * ~candidates.own_only_B
+        excluded = ExcludedPairs(first_B, sizes_B, known_BK, hashes_P[:, None])
+        reverse = cls._reverse(candidates, settings) if settings.bidirectional else None
+        return cls(excluded, own_BG, masked_B.sum(), others_B, reverse)
 
     @staticmethod
-    def _reversed(found: Candidates, objective: Objective) -> Excluded:
-        """Pairs of (own positive, query) that are no negatives: the own query, and queries that list the passage."""
-        known_CK = found.all_known_CK if objective.mask_false_negatives else found.all_known_CK[:, :0]
-        positive_B = found.hashes_P[found.own_BG[:, 0]]
-        return Excluded(found.mine_B, torch.ones_like(found.mine_B), positive_B[:, None], known_CK)
+    def _reverse(candidates: Candidates, settings: ContrastiveSettings) -> ExcludedPairs:
+        """(own positive, query) pairs that are not negatives: the own query, and queries that list the passage."""
+        known_CK, mine_B = candidates.all_known_CK, candidates.mine_B
+        assert known_CK is not None and mine_B is not None
+        if not settings.mask_false_negatives:
+            known_CK = known_CK[:, :0]
+        positive_B = candidates.hashes_P[candidates.own_BG[:, 0]]
+        return ExcludedPairs(mine_B, torch.ones_like(mine_B), positive_B[:, None], known_CK)
 
 
-def _occurrences(known_BK: torch.Tensor, hashes_P: torch.Tensor) -> torch.Tensor:
-    """int64 of B: passages whose hash a query lists."""
+def _count_known(known_BK: torch.Tensor, hashes_P: torch.Tensor) -> torch.Tensor:
+    """int64 B: for each query, the number of passages whose hash it lists."""
     listed_BK, sorted_P = known_BK.sort(1).values.contiguous(), hashes_P.sort().values
     counts_BK = torch.searchsorted(sorted_P, listed_BK, right=True) - torch.searchsorted(sorted_P, listed_BK)
     repeated_BK = F.pad(listed_BK[:, 1:] == listed_BK[:, :-1], (listed_BK.shape[1] and 1, 0))
     return counts_BK.masked_fill(repeated_BK, 0).sum(1)
 
 
-def _prefix(x: torch.Tensor, width: int | None, normalize: bool) -> torch.Tensor:
+def _truncate(x: torch.Tensor, width: int | None, normalize: bool) -> torch.Tensor:
+    """The first `width` features, normalised again; None leaves the vectors as they are."""
     if width is None:
         return x
     return F.normalize(x[:, :width], dim=-1) if normalize else x[:, :width]
 
 
-def _one_width(q_BD, scale, found: Candidates, objective: Objective, hidden: _Hidden, width: int | None) -> Parts:
-    q_BD = _prefix(q_BD, width, objective.normalize)
-    p_PD = _prefix(found.p_PD, width, objective.normalize)
+def _loss_at_width(
+    q_BD: torch.Tensor, scale: torch.Tensor | float, candidates: Candidates, settings: ContrastiveSettings,
+    masked: _MaskedPairs, width: int | None,
+) -> LossParts:  # fmt: skip
+    q_BD = _truncate(q_BD, width, settings.normalize)
+    p_PD = _truncate(candidates.p_PD, width, settings.normalize)
     x_BD = q_BD * scale
-    present_BG = found.own_BG >= 0
-    s_BG = torch.einsum("bd,bgd->bg", x_BD, p_PD[found.own_BG.clamp_min(0)])
-    limit_B = None
-    if objective.margin is not None:
-        reach = s_BG[:, 0].abs() if objective.relative else scale
-        limit_B = (s_BG[:, 0] + objective.margin * reach).detach()
-    hidden_BG = hidden.own_hidden_BG | ~present_BG
+    own_only_B, present_BG = candidates.own_only_B, candidates.own_BG >= 0
+    s_BG = torch.einsum("bd,bgd->bg", x_BD, p_PD[candidates.own_BG.clamp_min(0)])
+    masked_BG = masked.own_BG | ~present_BG
     by_margin = torch.zeros((), dtype=torch.int64, device=q_BD.device)
-    if limit_B is not None:
-        over_BG = (s_BG > limit_B[:, None]) & ~hidden_BG
+    limit_B = None
+    if settings.margin is not None:
+        unit = s_BG[:, 0].abs() if settings.relative else scale
+        limit_B = (s_BG[:, 0] + settings.margin * unit).detach()
+        over_BG = (s_BG > limit_B[:, None]) & ~masked_BG
         over_BG[:, 0] = False
-        hidden_BG, by_margin = hidden_BG | over_BG, by_margin + over_BG.sum()
+        masked_BG, by_margin = masked_BG | over_BG, by_margin + over_BG.sum()
     o_B = torch.full_like(s_BG[:, 0], float("-inf"))
-    if objective.in_batch:
-        o_B, over_B = linear_logsumexp(x_BD, p_PD, hidden.excluded, limit_B, narrow=objective.narrow)
-        o_B = o_B.masked_fill(found.own_only_B, float("-inf"))
-        by_margin = by_margin + over_B.masked_fill(found.own_only_B, 0).sum()
-    if objective.distillation == "m3_kd_loss":
-        loss_B = _each_in_turn(s_BG, o_B, found.teacher_BG)
+    if settings.in_batch:
+        o_B, over_B = linear_logsumexp(x_BD, p_PD, masked.excluded, limit_B, narrow=settings.narrow)
+        o_B = o_B.masked_fill(own_only_B, float("-inf"))
+        by_margin = by_margin + over_B.masked_fill(own_only_B, 0).sum()
+    if settings.distillation == "m3_kd_loss":
+        loss_B = _m3_kd_loss(s_BG, o_B, candidates.teacher_BG)
     else:
-        loss_B = torch.logaddexp(o_B, s_BG.masked_fill(hidden_BG, float("-inf")).logsumexp(1)) - s_BG[:, 0]
-    if objective.bidirectional:
-        y_BD = p_PD[found.own_BG[:, 0]] * scale
-        c_CD = _prefix(found.q_CD, width, objective.normalize)
-        back_B, _ = linear_logsumexp(y_BD, c_CD, hidden.reverse, limit_B, narrow=objective.narrow)
-        reverse_B = torch.logaddexp(back_B, s_BG[:, 0]) - s_BG[:, 0]
-        loss_B = torch.where(found.own_only_B, loss_B, (loss_B + reverse_B) / 2)
-    if objective.distillation == "kl_div":
-        loss_B = loss_B - (found.teacher_BG.softmax(1) * s_BG.log_softmax(1)).sum(1)
-    if objective.distillation == "margin_mse":
-        margins = (s_BG[:, :1] - s_BG[:, 1:]) / scale - (found.teacher_BG[:, :1] - found.teacher_BG[:, 1:])
-        loss_B = loss_B + margins.square().mean(1)
-    negatives = hidden.others_B.sum() + present_BG[:, 1:].sum() - hidden.by_content - by_margin
-    return Parts(loss_B.mean(), negatives, hidden.by_content, by_margin, scale)
+        loss_B = torch.logaddexp(o_B, s_BG.masked_fill(masked_BG, float("-inf")).logsumexp(1)) - s_BG[:, 0]
+    if settings.bidirectional:
+        assert candidates.q_CD is not None and masked.reverse is not None
+        y_BD = p_PD[candidates.own_BG[:, 0]] * scale
+        c_CD = _truncate(candidates.q_CD, width, settings.normalize)
+        reverse_o_B, _ = linear_logsumexp(y_BD, c_CD, masked.reverse, limit_B, narrow=settings.narrow)
+        reverse_B = torch.logaddexp(reverse_o_B, s_BG[:, 0]) - s_BG[:, 0]
+        loss_B = torch.where(own_only_B, loss_B, (loss_B + reverse_B) / 2)
+    if settings.distillation in ("kl_div", "margin_mse"):
+        loss_B = loss_B + _teacher_loss(settings.distillation, s_BG, scale, candidates.teacher_BG)
+    negatives = masked.others_B.sum() + present_BG[:, 1:].sum() - masked.by_content - by_margin
+    return LossParts(loss_B.mean(), negatives, masked.by_content, by_margin, scale)
 
 
-def _each_in_turn(s_BG, o_B, teacher_BG) -> torch.Tensor:
-    """m3_kd_loss: every passage of the group is the target with the teacher's weight, those before it left out."""
+def _teacher_loss(kind: str, s_BG: torch.Tensor, scale: torch.Tensor | float, teacher_BG: torch.Tensor | None) -> torch.Tensor:
+    """What kl_div and margin_mse add to InfoNCE, for each query."""
+    assert teacher_BG is not None
+    if kind == "kl_div":
+        return -(teacher_BG.softmax(1) * s_BG.log_softmax(1)).sum(1)
+    margins_BG = (s_BG[:, :1] - s_BG[:, 1:]) / scale - (teacher_BG[:, :1] - teacher_BG[:, 1:])
+    return margins_BG.square().mean(1)
+
+
+def _m3_kd_loss(s_BG: torch.Tensor, o_B: torch.Tensor, teacher_BG: torch.Tensor | None) -> torch.Tensor:
+    """Every passage of the group is the target with the teacher's weight, without those before it."""
+    assert teacher_BG is not None
     from_here_BG = s_BG.flip(1).logcumsumexp(1).flip(1)
     return (teacher_BG.softmax(1) * (torch.logaddexp(o_B[:, None], from_here_BG) - s_BG)).sum(1)
 
 
 class Temperature(torch.nn.Module):
-    """The learnable temperature: `forward()` is 1 / temperature, 0-dim fp32, kept to temperatures from 0.001 to 1.
+    """Learnable temperature: `forward()` returns 1 / temperature, 0-dim fp32, clamped to temperatures from 0.001 to 1.
 
-    Its logarithm is trained, as in CLIP (arXiv 2103.00020), so that a step changes it by a share of itself. A module of its
-    own, so that ZeRO-3 gathers its parameter when it is called.
+    The logarithm is the parameter, as in CLIP (arXiv:2103.00020), so an update changes the temperature by a factor. It is a
+    module of its own so that ZeRO-3 gathers the parameter when it is called.
     """
 
     no_weight_decay = True

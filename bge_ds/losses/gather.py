@@ -20,10 +20,10 @@ def contrastive_loss(
     vectors_ND: torch.Tensor,
     scale: torch.Tensor | float,
     batch: ContrastiveBatch,
-    objective: contrastive.Objective,
+    objective: contrastive.ContrastiveSettings,
     cross_device: bool,
     shares: list[Share] | None = None,
-) -> contrastive.Parts:
+) -> contrastive.LossParts:
     """The loss of this rank's queries, gathering first what other ranks bring.
 
     vectors_ND: queries, then passages, in the batch's order. shares: of every rank, where other ranks' passages count.

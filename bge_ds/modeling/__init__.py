@@ -1,1 +1,1 @@
-"""Backbones without padding, pooling, RetroMAE, vocabulary heads, export, LoRA. Knows neither data nor engine."""
+"""Padding-free backbones, pooling, RetroMAE, vocabulary heads, export, LoRA. Must not know data or engine."""

@@ -1,15 +1,14 @@
-"""A backbone's layers compiled by torch.compile, over rows filled up to a few sizes.
+"""torch.compile for a backbone's layers, over packed rows padded to a few sizes.
 
 Shapes: T tokens of N texts in one row.
 
-A compiled graph is made for one T, and T is another one at each step. So in training the row is filled up to a multiple of
-`token_bucket` tokens, by texts of their own that nobody reads, and each multiple that occurs is compiled once. Sizes are
-compiled as they are, not as symbols: the graph of a step then depends on that step alone, not on those before it, and a
-resumed run computes what the undisturbed one would.
+A compiled graph is specialised to one T, and T differs at every step. In training the row is therefore padded to a multiple of
+`token_bucket` tokens, by filler texts that nobody reads, and each multiple that occurs is compiled once. Sizes are static, not
+symbolic: the graph of a step then depends on that step alone, so a resumed run computes what the undisturbed one would.
 
-Each class of layers is compiled, not each layer: weights are inputs of its graphs, so all layers share them. Attention is
-left out of the graphs (`encoder._attention`): where its texts end differs at each step, whatever T is.
-Gradient checkpointing stays around the compiled layer, so that its second pass draws the same dropout.
+Layer classes are compiled, not layers: weights are inputs of the graphs, so all layers share them. Attention stays outside the
+graphs (`encoder._attention`), because text boundaries differ at each step whatever T is. Gradient checkpointing stays around
+the compiled layer, so that the recomputation draws the same dropout.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bge_ds.kernels.packed import LengthRun, PackedTexts
 
-# Graphs that a piece of code may have; torch's limit is 8. There is one for each multiple of the bucket that occurs, with
-# and without gradients (GradCache has both), and for each kind of layer. Beyond, torch warns and runs further sizes plain.
+# Limit of graphs for one piece of code; torch's own is 8. There is one for each multiple of the bucket that occurs, with and
+# without gradients (GradCache has both), and for each layer class. Beyond it, torch warns and runs further sizes eagerly.
 _GRAPHS = 128
 
 
-def fill_up(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[PackedTexts, torch.Tensor]:
-    """The texts and their ids with filler behind them, up to a multiple of `bucket` tokens.
+def pad_to_bucket(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[PackedTexts, torch.Tensor]:
+    """The texts and their ids, followed by filler texts up to a multiple of `bucket` tokens.
 
-    The filler is texts of token 0, none longer than the longest of the row: no position is new, and no kernel's work grows
-    with the square of the filler. `place_N` does not name it. All sizes are known on the host: nothing waits for the device.
+    Filler texts consist of token 0 and are no longer than the longest text of the row: no position is new, and no kernel's work
+    is quadratic in the filler. `place_N` does not name them. All sizes are known on the host: nothing waits for the device.
     """
     tokens, longest, device = texts.tokens, texts.max_length, ids_T.device
     missing = -tokens % bucket
@@ -56,9 +55,9 @@ def fill_up(texts: PackedTexts, ids_T: torch.Tensor, bucket: int) -> tuple[Packe
 
 
 def compile_layers(backbone: nn.Module, *, token_bucket: int, backend: str = "inductor") -> None:
-    """Compile the layers of a backbone that runs without padding, in place, for training; they are run plain otherwise.
+    """Compile the layers of a padding-free backbone, in place, for training; in evaluation they run eagerly.
 
-    Names of modules and weights stay. The row of a step is filled up to a multiple of token_bucket (`run_backbone`).
+    Names of modules and weights stay. `run_backbone` pads each training row to a multiple of token_bucket.
     """
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -73,7 +72,7 @@ def compile_layers(backbone: nn.Module, *, token_bucket: int, backend: str = "in
 
 @cache
 def _compiled(kind: type[nn.Module], backend: str) -> type[nn.Module]:
-    """A layer's class with a compiled forward. A subclass: transformers checkpoints what is outermost of a layer."""
+    """The layer class with a compiled forward. A subclass, since transformers checkpoints the outermost call of a layer."""
     stock = kind.forward
     compiled = torch.compile(stock, backend=backend, dynamic=False)
 
@@ -86,7 +85,7 @@ def _compiled(kind: type[nn.Module], backend: str) -> type[nn.Module]:
 
 
 def obstacle(device_type: str, backend: str = "inductor") -> str | None:
-    """Why a backend cannot compile for devices of this type, in words; None where nothing speaks against it."""
+    """Why a backend cannot compile for devices of this type, in words; None where it can."""
     if backend != "inductor":
         return None
     if device_type != "cpu":

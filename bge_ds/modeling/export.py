@@ -1,4 +1,4 @@
-"""The trained model as the folder people load, and the proof that it is the trained model."""
+"""Writing the trained model as a transformers / sentence-transformers folder, and checking it against the live model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bge_ds.modeling.encoder import Encoder, longest_text
+from bge_ds.modeling.encoder import POOLING_FLAGS, Encoder, longest_text
 
-# What makes a folder loadable: written last, so that a killed run never leaves a folder that looks whole.
+# Without these a folder cannot be loaded. They are written last, so a killed run never leaves a folder that looks complete.
 ENTRY_FILES = ("config.json", "modules.json")
-_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last_token": "pooling_mode_lasttoken"}
-# Largest difference of a vector's entries, relative to its length: fp32 sums in another order (padded, other kernel);
-# 16-bit roundings of every layer.
+# Largest difference of a vector's entries, relative to its norm. fp32: sums in another order (padded, other kernel); 16 bits:
+# rounding in every layer.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -39,28 +38,22 @@ def save_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, fo
 
 
 def write_sentence_transformers(folder: Path, config, pooling: str, normalize: bool, prompts: dict[str, str]) -> None:
-    """The files with which sentence-transformers applies the trained pooling, normalisation and prompts."""
+    """Write the files that make sentence-transformers apply the trained pooling, normalisation and prompts."""
     kinds = ["Transformer", "Pooling"] + ["Normalize"] * normalize
+    paths = ["" if kind == "Transformer" else f"{i}_{kind}" for i, kind in enumerate(kinds)]
     modules = [
-        {
-            "idx": i,
-            "name": str(i),
-            "path": "" if kind == "Transformer" else f"{i}_{kind}",
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for i, kind in enumerate(kinds)
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
     ]
-    pooling_config = {"word_embedding_dimension": config.hidden_size, **{key: mode == pooling for mode, key in _MODES.items()}}
+    flags = {flag: name == pooling for name, flag in POOLING_FLAGS.items()}
     files = {
-        "1_Pooling/config.json": pooling_config,
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **flags},
         "sentence_bert_config.json": {"max_seq_length": min(longest_text(config), 1 << 20), "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "prompts": prompts,
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if normalize else "dot",
+            "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine" if normalize else "dot",
         },
         "modules.json": modules,
-    }
+    }  # fmt: skip
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -71,9 +64,9 @@ def write_sentence_transformers(folder: Path, config, pooling: str, normalize: b
 def check_saved(
     folder: Path, ids: list[np.ndarray], live_ND: torch.Tensor, pooling: str, normalize: bool, dtype: torch.dtype
 ) -> float:
-    """Load the folder with stock transformers, run it padded, and compare its vectors with those of the live model.
+    """Load the folder with stock transformers, run it padded, and compare its vectors with the live model's.
 
-    Returns the largest difference relative to a vector's length; raises RuntimeError where it is more than rounding.
+    Returns the largest difference relative to a vector's norm. Raises RuntimeError where it exceeds rounding.
     """
     saved = Encoder.load(str(folder), pooling=pooling, normalize=normalize, attention="sdpa")
     for parameter in saved.parameters():  # not the buffers, which no engine casts either

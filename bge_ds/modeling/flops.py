@@ -1,7 +1,7 @@
-"""Floating-point operations of training, counted from shapes: what a model FLOP utilisation (MFU) is the share of.
+"""Floating-point operations of training, counted from shapes: the numerator of model FLOPs utilisation (MFU).
 
-A matrix product of a x b with b x c is 2abc. Forward is one product; backward two, or one where the weight does not train.
-Counted are linear layers and attention, once each: recomputed activations and padding are no useful work.
+A product of a x b with b x c counts 2abc. The forward is one product; the backward two, or one where the weight is frozen.
+Linear layers and attention count, once each: recomputed activations and padding are not useful work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bge_ds.kernels.packed import LengthRun
 
 
 def linear_flops(module: nn.Module, rows: float) -> float:
-    """Forward and backward of every linear layer inside `module` but poolers', each applied to `rows` vectors."""
+    """Forward and backward of all linear layers inside `module` except poolers, each applied to `rows` vectors."""
     total = 0.0
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and "pooler" not in name.split("."):
@@ -22,12 +22,12 @@ def linear_flops(module: nn.Module, rows: float) -> float:
 
 
 def attention_flops(width: int, pairs: float) -> float:
-    """Scores and mix, two products forward and four backward, of so many (query, key) pairs over all heads' features."""
+    """Scores and weighted values (two products forward, four backward) of `pairs` (query, key) pairs; width: of all heads."""
     return 6 * 2.0 * width * pairs
 
 
 def backbone_flops(backbone: nn.Module, runs: list[LengthRun]) -> float:
-    """Forward and backward of an encoder over texts: (texts, length) each."""
+    """Forward and backward of a backbone over packed texts."""
     config = backbone.config
     total = linear_flops(backbone, sum(n * length for n, length in runs))
     for kind in getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers:

@@ -1,7 +1,7 @@
-"""LoRA by peft: adapters into a backbone in place, and back out of its weights, merged or by themselves.
+"""LoRA (arXiv:2106.09685) by peft: inject adapters into a backbone in place, merge them into its weights, save them alone.
 
-The backbone keeps its class, its config and its forward, so that it runs without padding as before. Only the adapters
-train. Merging works on weights by name: the live model, which may be sharded or in 16 bits, is not touched.
+The backbone keeps its class, config and forward, so it runs without padding as before. Only the adapters train. Merging works
+on weights by name: the live model, which may be sharded or in 16 bits, is not touched.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-FOLDER = "lora_adapter"  # beside the merged model: what peft loads onto the model that was started from
+FOLDER = "lora_adapter"  # beside the merged model; peft loads it onto the base model
 _ADAPTER = "default"  # peft's name for a model's one adapter
-_UNUSED = "pooler"  # transformers' head over the first token: no embedding comes out of it
+_UNUSED = "pooler"  # transformers' head over the first token; embeddings do not use it
 
 
 def _peft():
-    """Imported when it is used: an extra that runs without LoRA do not need."""
+    """Imported on use: an optional dependency."""
     try:
         import peft
     except ImportError as error:
@@ -29,15 +29,15 @@ def _peft():
 def add_adapters(
     backbone: nn.Module, *, rank: int, alpha: float, dropout: float, target_modules: list[str], name_or_path: str
 ) -> None:
-    """Put an adapter beside every targeted linear layer and freeze everything else.
+    """Add an adapter to every targeted linear layer and freeze everything else.
 
-    target_modules: names of layers, or the ends of names; empty for all linear layers. It draws random numbers, as many on
-    every rank. name_or_path: of the model started from, for the adapter's config.
+    target_modules: layer names or suffixes of them; empty for all linear layers. name_or_path: of the base model, for the
+    adapter's config. Draws the same random numbers on every rank.
     """
     peft = _peft()
     names = sorted(name for name, module in backbone.named_modules() if isinstance(module, nn.Linear))
     names = [name for name in names if name.split(".")[0] != _UNUSED]
-    # The last part of a name stands for that layer in every block; where it is a number, it stands for nothing.
+    # The last part of a name selects that layer in every block; a mere number would select nothing meaningful.
     valid = sorted({name if name.rsplit(".", 1)[-1].isdigit() else name.rsplit(".", 1)[-1] for name in names})
     unknown = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unknown or not names:
@@ -46,19 +46,15 @@ def add_adapters(
             f"{', '.join(valid) or 'none, so it cannot be trained with --use_lora'}"
         )
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=sorted(target_modules or valid),
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(target_modules or valid),
         exclude_modules=rf"{_UNUSED}(\..*)?" if hasattr(backbone, _UNUSED) else None,
-        task_type="FEATURE_EXTRACTION",
-        base_model_name_or_path=str(name_or_path),
-    )
+        task_type="FEATURE_EXTRACTION", base_model_name_or_path=str(name_or_path),
+    )  # fmt: skip
     peft.inject_adapter_in_model(config, backbone, adapter_name=_ADAPTER)
 
 
 def merge(backbone: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stock model's weights by its own names: W + scale * B A in fp32 for the adapted layers, the others as they are."""
+    """Weights by the stock model's names: W + scale * B A in fp32 for adapted layers, the others unchanged."""
     merged = {name.replace(".base_layer.", "."): w for name, w in weights.items() if not _is_adapter(name)}
     for name, down_RI in weights.items():
         layer, end, _ = name.partition(f".lora_A.{_ADAPTER}.weight")

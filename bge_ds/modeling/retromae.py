@@ -1,15 +1,15 @@
-"""RetroMAE and DupMAE: an encoder that must put a text into its vectors, because weak decoders rebuild it from them.
+"""RetroMAE and DupMAE: pre-training that forces a text into its vectors, because weak decoders must rebuild it from them.
 
 Shapes: T tokens of N texts in one row, D features, H heads, E features a head, M predicted tokens, V vocabulary.
 
 Encoder (all objectives): masked language modelling on 30 % of the words; h is the last hidden state of a text's first token.
-RetroMAE (arXiv 2205.12035): a decoder of one transformer layer. Its query at every position is h (plus the position); its
-keys are h at position 0 and the embeddings of the unmasked text after it; each query sees its own random half of the
-words and never itself. DupMAE (arXiv 2211.08769) adds that the other tokens' vectors must hold the text's words: the
-largest vocabulary logit of each word over the text's tokens, as a distribution, against the set of its words.
+RetroMAE (arXiv:2205.12035): a decoder of one transformer layer. Its query at every position is h (plus the position). Its keys
+are h at position 0 and the embeddings of the unmasked text after it. Each query sees its own random half of the words and never
+itself. DupMAE (arXiv:2211.08769) adds a bag-of-words loss on the other tokens' vectors: each word's largest vocabulary logit
+over the text's tokens, as a distribution, against the set of the text's words.
 
-All predict through the encoder's own vocabulary head, on the positions that are predicted and no others: full-size logits
-never exist. The decoder's rows for the first and last token are not predicted by the objective, so they are not computed.
+All losses go through the encoder's own vocabulary head, on predicted positions only: full-size logits never exist. The
+objective does not predict the first and last token, so the decoder's rows for them are not computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,28 +32,38 @@ from bge_ds.kernels import masks
 from bge_ds.kernels.cpu.dropout import Dropout
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.packed import LengthRun, PackedTexts, spans
-from bge_ds.kernels.segment_mean import spread
+from bge_ds.kernels.segment_mean import segment_expand
 from bge_ds.modeling.encoder import position_ids, run_backbone
 from bge_ds.modeling.flops import attention_flops, backbone_flops, linear_flops
-from bge_ds.modeling.vocabulary import Rotation, VocabularyHead, add_position, check_kind, embed, rotate, rotation
-
-if TYPE_CHECKING:
-    from bge_ds.data.collate import PretrainBatch
+from bge_ds.modeling.vocabulary import Rotation, VocabularyHead, add_position, check_can_pretrain, embed, rotate, rotation
 
 LOSSES = ("encoder", "decoder", "bow")
 DECODER_FILES = ("decoder.safetensors", "decoder.json")
 _SAMPLED_ROWS = 64
 
 
+class PretrainBatch(Protocol):
+    """What RetroMAE reads of a batch (`data.collate.PretrainBatch`).
+
+    words_T: int64, word number of each token in its text. keys_N: int64, the key that a text's masks are hashed from, in
+    packed order. masked_M: int64, rising, the tokens of the row that the encoder must predict.
+    """
+
+    texts: PackedTexts
+    words_T: torch.Tensor
+    keys_N: torch.Tensor
+    masked_M: torch.Tensor
+
+
 def _setting(config: PretrainedConfig, *names: str, default=None):
-    """The first of the names that the config has: model types call the same thing differently."""
+    """The first of these names that the config has: model types name the same setting differently."""
     return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), default)
 
 
 class EnhancedDecoder(nn.Module):
-    """One post-norm transformer layer whose residual goes to the query stream, of the encoder's own dimensions.
+    """One post-norm transformer layer of the encoder's dimensions, with the residual on the query stream.
 
-    kernels: of its attention, "auto", "torch" or "fused" (`kernels.decoder_attention`).
+    kernels: "auto", "torch" or "fused", for its attention (`kernels.decoder_attention`).
     """
 
     def __init__(self, config: PretrainedConfig, kernels: str = "auto"):
@@ -76,16 +86,16 @@ class EnhancedDecoder(nn.Module):
 
     def forward(
         self, query_MD, keys_TD, words_T, key_N, cu_seqlens, runs: list[LengthRun], share: float,
-        turn_M: Rotation | None = None, turn_T: Rotation | None = None,
+        rotary_M: Rotation | None = None, rotary_T: Rotation | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """States M x D of the M inner tokens (first and last of each text left out), in row order.
+        """States M x D of the M inner tokens (all but the first and last of each text), in row order.
 
-        query_MD: their query stream. keys_TD: h at each text's first token, embeddings after it. turn_M, turn_T: (cos,
-        sin) of their positions, where those are rotations.
+        query_MD: their query stream. keys_TD: h at each text's first token, embeddings after it. rotary_M, rotary_T: (cos,
+        sin) of their positions, for rotary positions.
         """
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.query(query_MD), self.key(keys_TD), self.value(keys_TD)))
         seen_MHE = decoder_attention(
-            rotate(q, turn_M), rotate(k, turn_T), v, words_T, key_N, cu_seqlens, runs, share=share,
+            rotate(q, rotary_M), rotate(k, rotary_T), v, words_T, key_N, cu_seqlens, runs, share=share,
             dropout=self.attention_dropout if self.training else 0.0, kernels=self.kernels,
         )  # fmt: skip
         x = self.attention_norm(query_MD + self.dropout(self.attention_out(seen_MHE.flatten(-2))))
@@ -94,11 +104,11 @@ class EnhancedDecoder(nn.Module):
 
 @dataclass
 class RetroMAESettings:
-    """encoder_share, decoder_share: probability of a word to be masked, to be hidden from a decoder row.
+    """encoder_share: probability that a word is masked. decoder_share: that it is hidden from a decoder row.
 
-    objective: "retromae", "dupmae" (and the bag of words) or "mlm" (the encoder alone). decoder_query: "embeddings" sends h
-    through the embedding module (type, position, norm, dropout), "raw" adds the position to it (paper). mask_id: of the
-    tokenizer.
+    objective: "retromae", "dupmae" (adds the bag-of-words loss) or "mlm" (the encoder alone). decoder_query: "embeddings" sends
+    h through the embedding module (type, position, norm, dropout); "raw" adds the position only, as in the paper. mask_id: of
+    the tokenizer.
     """
 
     mask_id: int
@@ -109,10 +119,10 @@ class RetroMAESettings:
 
 
 @dataclass
-class _Prepared:
-    """What several parts of a forward pass need of a batch.
+class _Encoded:
+    """The encoder's output, shared by the decoders.
 
-    inner_M: the row's inner tokens, rising. inner_N: how many each text has. positions_T: as the model counts them.
+    inner_M: the row's inner tokens, rising. inner_N: their number in each text. positions_T: the model's position ids.
     """
 
     inner_M: torch.Tensor
@@ -124,13 +134,13 @@ class _Prepared:
 class RetroMAE(nn.Module):
     """forward(batch) -> fp32 tensor of 5: sums of the losses of LOSSES, correct predictions of encoder and decoder.
 
-    Sums, not means: the loop divides by the counts of the whole step, over ranks and accumulation. What the objective has
-    not is 0.
+    Sums, not means: the training loop divides by the counts of the whole step, over ranks and gradient accumulation. Losses
+    that the objective does not use are 0.
     """
 
     def __init__(self, model: nn.Module, settings: RetroMAESettings, kernels: str = "auto"):
         super().__init__()
-        check_kind(model.config)
+        check_can_pretrain(model.config)
         self.model, self.settings = model, settings
         if getattr(model.base_model, "pooler", None) is not None:
             model.base_model.pooler.requires_grad_(False)
@@ -138,7 +148,7 @@ class RetroMAE(nn.Module):
         self.head = VocabularyHead(model)
 
     def flops(self, runs: list[LengthRun]) -> float:
-        """Of forward and backward over texts, without what `flops_a_prediction` counts."""
+        """Of forward and backward over texts, without the predictions of `flops_a_prediction`."""
         tokens, inner = sum(n * length for n, length in runs), sum(n * max(0, length - 2) for n, length in runs)
         total = backbone_flops(self.model.base_model, runs)
         if self.decoder is not None:
@@ -150,11 +160,11 @@ class RetroMAE(nn.Module):
 
     @cached_property
     def flops_a_prediction(self) -> float:
-        """Of the vocabulary head, for each token that encoder or decoder predict."""
+        """Of the vocabulary head, for each token that encoder or decoder predicts."""
         return linear_flops(self.head.transform, 1) + linear_flops(self.model.get_output_embeddings(), 1)
 
     def hidden_share(self, batch: PretrainBatch) -> float:
-        """The share of tokens hidden from a decoder row, by some rows of the batch's longest text: its own is one of them."""
+        """Share of tokens hidden from a decoder row (its own included), sampled on rows of the batch's longest text."""
         length = batch.texts.max_length
         words_NL = batch.words_T[-length:][None]
         last = max(2, min(length - 1, 1 + _SAMPLED_ROWS))
@@ -173,46 +183,46 @@ class RetroMAE(nn.Module):
         inputs_T = texts.ids_T.index_copy(0, masked_M, corrupted_M)
         hidden_TD = run_backbone(self.model.base_model, texts, inputs_T)
         encoder_loss, encoder_correct = self.head(hidden_TD.index_select(0, masked_M), texts.ids_T[masked_M])
-        prepared = _Prepared(*_inner_tokens(texts), position_ids(self.model.config, texts), hidden_TD)
+        encoded = _Encoded(*_inner_tokens(texts), position_ids(self.model.config, texts), hidden_TD)
         nothing = torch.zeros((), device=hidden_TD.device)
-        decoder_loss, decoder_correct = (nothing, nothing) if self.decoder is None else self._decode(batch, prepared)
-        bow_loss = self._bag_of_words(batch, prepared) if settings.objective == "dupmae" else nothing
+        decoder_loss, decoder_correct = (nothing, nothing) if self.decoder is None else self._decode(batch, encoded)
+        bow_loss = self._bag_of_words(batch, encoded) if settings.objective == "dupmae" else nothing
         losses = (encoder_loss, decoder_loss, bow_loss.float(), encoder_correct.float(), decoder_correct.float())
         return torch.stack(losses)
 
-    def _decode(self, batch: PretrainBatch, prepared: _Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, batch: PretrainBatch, encoded: _Encoded) -> tuple[torch.Tensor, torch.Tensor]:
         texts, model = batch.texts, self.model
-        inner_M, positions_T = prepared.inner_M, prepared.positions_T
+        inner_M, positions_T = encoded.inner_M, encoded.positions_T
         first = texts.cu_seqlens[:-1].long()
-        h_ND = prepared.hidden_TD[first]
+        h_ND = encoded.hidden_TD[first]
         embedded_TD = embed(model, positions_T, ids_T=texts.ids_T)
         keys_TD = embedded_TD.index_copy(0, first, h_ND.to(embedded_TD.dtype))
-        h_MD = spread(h_ND, F.pad(prepared.inner_N.cumsum(0), (1, 0)), inner_M.numel())
+        h_MD = segment_expand(h_ND, F.pad(encoded.inner_N.cumsum(0), (1, 0)), inner_M.numel())
         if self.settings.decoder_query == "raw":
             query_MD = add_position(model, h_MD, positions_T[inner_M])
         else:
             query_MD = embed(model, positions_T[inner_M], vectors_TD=h_MD)
-        turn_T = rotation(model, keys_TD, positions_T)
-        turn_M = None if turn_T is None else tuple(part[inner_M] for part in turn_T)
+        rotary_T = rotation(model, keys_TD, positions_T)
+        rotary_M = None if rotary_T is None else tuple(part[inner_M] for part in rotary_T)
         states_MD = self.decoder(
-            query_MD, keys_TD, batch.words_T, batch.keys_N, texts.cu_seqlens, texts.runs, self.settings.decoder_share, turn_M,
-            turn_T,
+            query_MD, keys_TD, batch.words_T, batch.keys_N, texts.cu_seqlens, texts.runs, self.settings.decoder_share, rotary_M,
+            rotary_T,
         )  # fmt: skip
         return self.head(states_MD, texts.ids_T[inner_M])
 
-    def _bag_of_words(self, batch: PretrainBatch, prepared: _Prepared) -> torch.Tensor:
-        """Sum over texts: the mean, over a text's inner tokens, of -log softmax(maxima)[word], each word once.
+    def _bag_of_words(self, batch: PretrainBatch, encoded: _Encoded) -> torch.Tensor:
+        """Sum over texts of sum_{w in words} -log softmax(maxima)[w] / inner tokens, each distinct word once.
 
-        (As DupMAE's authors have it: the words of the set weigh 1 / tokens each, so their weights need not add up to 1.)
+        As in DupMAE's code, the weights of a text's words need not add up to 1: repeated words count once.
         """
-        texts, inner_M, inner_N = batch.texts, prepared.inner_M, prepared.inner_N
+        texts, inner_M, inner_N = batch.texts, encoded.inner_M, encoded.inner_N
         lengths_N = texts.cu_seqlens.diff()
-        # A text of one token keeps it: it has no words to predict, and no maxima without a token.
+        # A text of one token keeps it: it has no words to predict, but maxima need at least one token.
         kept_N = (lengths_N - 1).clamp_min(1)
         runs = [LengthRun(n, max(1, length - 1)) for n, length in texts.runs]
         after_first = spans(texts.cu_seqlens[1:].long() - kept_N, kept_N, sum(n * length for n, length in runs))
         shorter = F.pad(kept_N.cumsum(0, dtype=torch.int32), (1, 0)), runs
-        best_NV = self.head(prepared.hidden_TD.index_select(0, after_first), texts=shorter)
+        best_NV = self.head(encoded.hidden_TD.index_select(0, after_first), texts=shorter)
         text_M = torch.repeat_interleave(inner_N, output_size=inner_M.numel())
         held_NV = torch.zeros_like(best_NV, dtype=torch.bool)
         held_NV[text_M, texts.ids_T[inner_M]] = True
@@ -221,14 +231,14 @@ class RetroMAE(nn.Module):
 
 
 def _inner_tokens(texts: PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int64 M, the row's tokens that are neither first nor last of their text; how many each of the N texts has)."""
+    """(int64 M, the row's tokens that are neither first nor last of their text; int64 N, their number in each text)."""
     inner_N = (texts.cu_seqlens.diff() - 2).clamp_min(0)
     total = sum(n * max(0, length - 2) for n, length in texts.runs)
     return spans(texts.cu_seqlens[:-1].long() + 1, inner_N, total), inner_N
 
 
 def save_decoder(decoder_state: dict[str, torch.Tensor], settings: RetroMAESettings, folder: Path) -> None:
-    """The decoder's weights and settings, beside the encoder; with the objective mlm there is none."""
+    """Write the decoder's weights and settings beside the encoder; nothing for objective mlm, which has no decoder."""
     if not decoder_state:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +247,7 @@ def save_decoder(decoder_state: dict[str, torch.Tensor], settings: RetroMAESetti
 
 
 def load_decoder(decoder: EnhancedDecoder, folder: Path) -> None:
-    """The weights saved beside an encoder; ValueError where they are another shape's."""
+    """Load the weights saved beside an encoder; ValueError where their shapes differ."""
     path, wanted = folder / DECODER_FILES[0], {k: list(v.shape) for k, v in decoder.state_dict().items()}
     with safe_open(path, "pt") as file:
         found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -1,10 +1,10 @@
-"""What pre-training has to know of a model type: how it embeds, how it tells positions, and its vocabulary head.
+"""What pre-training needs to know of a model type: its embedding module, its position encoding, its vocabulary head.
 
-Shapes: T tokens of texts in one row, M positions that are predicted, N texts, D features, V vocabulary.
+Shapes: T tokens of texts in one row, M predicted positions, N texts, D features, V vocabulary.
 
-A type fits when it embeds a token or a given vector with one module and predicts words with a transform and one (tied)
-matrix. It gets its position in one of two ways. Most add a position's embedding. ModernBERT and NomicBERT rotate queries
-and keys instead: for them the decoder rotates its own queries and keys, by the encoder's own angles.
+A type is supported when one module embeds token ids or given vectors, and words are predicted by a transform and one (tied)
+matrix. Positions are encoded in one of two ways. Most types add a position embedding. ModernBERT and NomicBERT rotate queries
+and keys (RoPE, arXiv:2104.09864); for them the decoder rotates its own queries and keys by the encoder's angles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Transform(nn.Module):
-    """Dense, activation, norm: the states before the vocabulary's matrix, where a model has no module for them."""
+    """Dense, activation, norm: the transform before the vocabulary matrix, for models without a module of their own for it."""
 
     def __init__(self, dense: nn.Module, norm: nn.Module, activation: str):
         super().__init__()
@@ -35,25 +35,25 @@ class _Transform(nn.Module):
         return self.norm(self.activation(self.dense(x)))
 
 
-class Kind(NamedTuple):
-    """transform: of a masked language model, from last hidden states to what the vocabulary's matrix is applied to.
+class PretrainFamily(NamedTuple):
+    """transform: masked language model -> the module between last hidden states and the vocabulary matrix.
 
-    rotation: (base model, states, positions) -> (cos, sin), for a type without position embeddings.
+    rotation: (base model, states, positions) -> (cos, sin), for types without position embeddings.
     """
 
     transform: Callable[[nn.Module], nn.Module]
     rotation: Callable | None = None
 
 
-_BERT = Kind(lambda model: model.cls.predictions.transform)
-_ROBERTA = Kind(lambda model: _Transform(model.lm_head.dense, model.lm_head.layer_norm, "gelu"))
-# A type that test_retromae.py holds for as it is can be added; one that needs more cannot.
-KINDS = {
+_BERT = PretrainFamily(lambda model: model.cls.predictions.transform)
+_ROBERTA = PretrainFamily(lambda model: _Transform(model.lm_head.dense, model.lm_head.layer_norm, "gelu"))
+# A type may be added if test_retromae.py passes for it unchanged.
+PRETRAIN_FAMILIES = {
     "bert": _BERT,
     "camembert": _ROBERTA,
-    "distilbert": Kind(lambda m: _Transform(m.vocab_transform, m.vocab_layer_norm, m.config.activation)),
+    "distilbert": PretrainFamily(lambda m: _Transform(m.vocab_transform, m.vocab_layer_norm, m.config.activation)),
     "ernie": _BERT,
-    "modernbert": Kind(lambda m: m.head, lambda base, x, positions: base.rotary_emb(x, positions, "full_attention")),
+    "modernbert": PretrainFamily(lambda m: m.head, lambda base, x, positions: base.rotary_emb(x, positions, "full_attention")),
     "nomic_bert": _BERT._replace(rotation=lambda base, x, positions: base.rotary_emb(x, positions)),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
@@ -61,39 +61,39 @@ KINDS = {
 }
 
 
-def check_kind(config: PretrainedConfig) -> None:
-    if config.model_type not in KINDS:
+def check_can_pretrain(config: PretrainedConfig) -> None:
+    if config.model_type not in PRETRAIN_FAMILIES:
         raise ValueError(
-            f"pre-training does not know {config.model_type!r} models; it knows {', '.join(KINDS)}; "
+            f"pre-training does not know {config.model_type!r} models; it knows {', '.join(PRETRAIN_FAMILIES)}; "
             "fine-tuning takes any encoder"
         )
 
 
 def embed(model: nn.Module, positions_T: torch.Tensor, *, ids_T=None, vectors_TD=None) -> torch.Tensor:
-    """T x D from the model's own embedding module (word or given vector, type, position, norm, dropout)."""
-    where = {} if KINDS[model.config.model_type].rotation else {"position_ids": positions_T[None]}
+    """T x D from the model's own embedding module: word embedding or given vector, type, position, norm, dropout."""
+    where = {} if PRETRAIN_FAMILIES[model.config.model_type].rotation else {"position_ids": positions_T[None]}
     what = {"input_ids": ids_T, "inputs_embeds": vectors_TD}
     return model.base_model.embeddings(**{k: v if v is None else v[None] for k, v in what.items()}, **where)[0]
 
 
 def add_position(model: nn.Module, vectors_TD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-    """The vectors plus their positions' embeddings; as they are, where positions are rotations."""
-    if KINDS[model.config.model_type].rotation:
+    """The vectors plus their position embeddings; unchanged where positions are rotations."""
+    if PRETRAIN_FAMILIES[model.config.model_type].rotation:
         return vectors_TD
     return vectors_TD + model.base_model.embeddings.position_embeddings(positions_T)
 
 
 def rotation(model: nn.Module, states_TD: torch.Tensor, positions_T: torch.Tensor) -> Rotation | None:
-    """(cos, sin), T x E each, by which queries and keys are rotated; None where positions are embedded."""
-    of_kind = KINDS[model.config.model_type].rotation
-    if of_kind is None:
+    """(cos, sin), T x E each, of the rotary embedding; None where positions are embedded."""
+    of_family = PRETRAIN_FAMILIES[model.config.model_type].rotation
+    if of_family is None:
         return None
-    cos, sin = of_kind(model.base_model, states_TD[None], positions_T[None])
+    cos, sin = of_family(model.base_model, states_TD[None], positions_T[None])
     return cos[0], sin[0]
 
 
 def rotate(x_THE: torch.Tensor, by: Rotation | None) -> torch.Tensor:
-    """Each pair (e, e + E/2) of a head's features turned by the angle of its token."""
+    """Rotary embedding: each pair (e, e + E/2) of a head's features is rotated by its token's angle."""
     if by is None:
         return x_THE
     cos, sin = (part[:, None] for part in by)
@@ -102,15 +102,15 @@ def rotate(x_THE: torch.Tensor, by: Rotation | None) -> torch.Tensor:
 
 
 class VocabularyHead(nn.Module):
-    """The encoder's own MLM head, as a loss. Holds the model's parameters, not copies.
+    """The encoder's own MLM head, as a loss. Shares the model's parameters.
 
-    The (tied) output matrix is a parameter of this module too, so that ZeRO-3, which gathers each module's own
-    parameters around its forward and backward, has it whole here.
+    The (tied) output matrix is registered as a parameter of this module too: ZeRO-3 gathers a module's own parameters around
+    its forward and backward, so the matrix is whole here.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.transform = KINDS[model.config.model_type].transform(model)
+        self.transform = PRETRAIN_FAMILIES[model.config.model_type].transform(model)
         output = model.get_output_embeddings()
         self.weight, self.bias = output.weight, output.bias
 
@@ -118,10 +118,9 @@ class VocabularyHead(nn.Module):
         self, hidden_MD: torch.Tensor, target_M: torch.Tensor | None = None,
         texts: tuple[torch.Tensor, list[LengthRun]] | None = None,
     ):  # fmt: skip
-        """With targets: (sum of cross entropies, correct predictions) over M positions.
+        """With targets: (sum of cross entropies, number of correct predictions) over the M positions.
 
-        With texts, which together are the M positions (cu_seqlens, and runs of neighbours of one length): N x V, for every
-        word of the vocabulary its largest logit in each text.
+        With texts (cu_seqlens, runs), which together are the M positions: N x V, each text's largest logit of every word.
         """
         states_MD = self.transform(hidden_MD)
         if texts is not None:

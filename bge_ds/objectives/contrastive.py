@@ -273,9 +273,9 @@ def sizes_of(micro_batches: list[collate.ContrastiveBatch], args: FinetuneArgume
 
 
 def backward(
-    engine, batch: collate.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.Objective, seed,
+    engine, batch: collate.ContrastiveBatch, args: FinetuneArguments, objective: contrastive.ContrastiveSettings, seed,
     shares: list[Share] | None = None,
-) -> contrastive.Parts:  # fmt: skip
+) -> contrastive.LossParts:  # fmt: skip
     """One batch's forward and backward passes, in pieces where asked; `seed(k)` seeds the dropout of piece k.
 
     shares: of every rank; None where their numbers are all this rank's own (`sizes_of`).
@@ -285,7 +285,7 @@ def backward(
     bounds = batch.cut_into(max(share.pieces for share in shares))
     pieces = packed.split(texts, bounds)
     fixed_scale = torch.full((), 1 / args.temperature, device=texts.ids_T.device)
-    parts: list[contrastive.Parts] = []
+    parts: list[contrastive.LossParts] = []
 
     def embed(k: int):
         seed(k)
@@ -303,8 +303,8 @@ def backward(
     return parts[0].detached()
 
 
-def objective_of(args: FinetuneArguments) -> contrastive.Objective:
-    return contrastive.Objective(
+def objective_of(args: FinetuneArguments) -> contrastive.ContrastiveSettings:
+    return contrastive.ContrastiveSettings(
         in_batch=args.use_inbatch_neg,
         bidirectional=args.bidirectional,
         mask_false_negatives=args.mask_false_negatives,

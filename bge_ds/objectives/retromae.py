@@ -18,11 +18,11 @@ from bge_ds.data.preprocess import prepare, validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
-from bge_ds.kernels.decoder_attention import choose
+from bge_ds.kernels.decoder_attention import decoder_attention_backend
 from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, check_vocabulary, load_backbone, load_config
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
-from bge_ds.modeling.vocabulary import check_kind
+from bge_ds.modeling.vocabulary import check_can_pretrain
 from bge_ds.training import data_order
 from bge_ds.training.command import is_first_on_host, silent
 from bge_ds.training.objective import Objective, Values
@@ -46,14 +46,14 @@ class RetroMAEObjective(Objective):
         self.data = open_data(args, self.tokenizer)
         self.args: PretrainArguments = fill_from_shards(args, self.data.manifest, ("max_seq_length",))
         self.model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
-        check_kind(self.model_config)
+        check_can_pretrain(self.model_config)
         check_lengths(self.model_config, max_seq_length=self.args.max_seq_length)
         check_vocabulary(self.model_config, self.tokenizer)
         if self.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {name} has no mask token")
 
     def build_model(self, device: torch.device) -> nn.Module:
-        choose(self.args.kernels, device.type)  # kernels that cannot run here are an error before anything is loaded
+        decoder_attention_backend(self.args.kernels, device.type)  # refuses what cannot run here
         self.model = make_model(self.args, self.model_config, self.tokenizer, self.data)
         return self.model
 
@@ -196,7 +196,7 @@ def say_objective(args: PretrainArguments, model: RetroMAE) -> str:
     """In words, for the summary."""
     words = f"{args.objective}: {args.encoder_mlm_probability:.0%} of the words masked"
     if model.decoder is not None:
-        kernels = choose(args.kernels, next(model.parameters()).device.type)
+        kernels = decoder_attention_backend(args.kernels, next(model.parameters()).device.type)
         words += f", {args.decoder_mlm_probability:.0%} hidden from each decoder row ({kernels} attention)"
     return words + (f", bag of words x {args.bow_loss_weight:g}" if args.objective == "dupmae" else "")
 

@@ -21,7 +21,7 @@ from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.evaluation import during_training
 from bge_ds.health import failure_detector
-from bge_ds.modeling.encoder import say_how
+from bge_ds.modeling.encoder import describe_execution
 from bge_ds.training import data_order, resume, setup
 from bge_ds.training.command import stop_preempted
 from bge_ds.training.metrics import RunLog
@@ -52,7 +52,7 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     agreement = resume.agreement(objective, plan) | {checkpoint.FROZEN: engines.mark_of_frozen(engine)}
     first_step, tokens_seen = resume.resume(args, taken, engine, agreement)
     log = open_log(args, engine, first_step, plan)
-    facts = objective.facts(say_how(objective.model_config, device, engines.precision(engine)))
+    facts = objective.facts(describe_execution(objective.model_config, device, engines.precision(engine)))
     facts.append(("sets", data_order.table(args, objective.data, order, plan.total)))
     log.say(f"{objective.title}\n{summary(args, plan, order, engine, config, facts)}")
     for warning in objective.warnings():

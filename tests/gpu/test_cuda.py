@@ -15,7 +15,7 @@ from bge_ds.data.collate import collate_texts
 from bge_ds.data.sampling.sampler import EpochSampler, mix64
 from bge_ds.kernels import linear_logsumexp, masks, matmul, max_logits, packed
 from bge_ds.kernels.attention import varlen_attention
-from bge_ds.kernels.decoder_attention import choose, decoder_attention
+from bge_ds.kernels.decoder_attention import decoder_attention, decoder_attention_backend
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from bge_ds.kernels.packed import pack
 from bge_ds.modeling.encoder import Encoder
@@ -86,7 +86,7 @@ def test_masks_are_the_same_on_both_devices():
 def test_fused_decoder_attention_equals_torch(heads, width, dtype, tolerance):
     """The fused kernels give what torch's attention with masks gives on the GPU, output and gradients; dropout repeats."""
     pytest.importorskip("triton")
-    assert choose("auto", "cuda") == "fused"
+    assert decoder_attention_backend("auto", "cuda") == "fused"
     lengths = [1, 2, 3, 5, 5, 64, 200, 333, 700]
     texts, _ = pack(helpers.random_texts(lengths))
     texts = texts.to("cuda")
@@ -135,7 +135,7 @@ def test_contrastive_log_sum_exp_on_the_gpu(monkeypatch, narrow, tolerance):
     results = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
         leaves = [t.to(device, dtype).requires_grad_() for t in (x, w)]
-        excluded = linear_logsumexp.Excluded(*(t.to(device) for t in of_pairs))
+        excluded = linear_logsumexp.ExcludedPairs(*(t.to(device) for t in of_pairs))
         out, _ = linear_logsumexp.linear_logsumexp(*leaves, excluded, narrow=narrow)
         out.sum().backward()
         results.append([out.detach().cpu(), *(t.grad.cpu() for t in leaves)])

@@ -1,4 +1,4 @@
-"""Attention within each text, whatever the way: compared with one text at a time, in a plain loop."""
+"""Attention within each text, whatever the backend: compared with one text at a time, in a plain loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bge_ds.kernels import attention, triton_support
-from bge_ds.kernels.attention import choose, varlen_attention, why_slow
+from bge_ds.kernels.attention import attention_backend, varlen_attention, why_slow
 from bge_ds.kernels.packed import LengthRun
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
@@ -92,15 +92,16 @@ def test_dropout_is_applied_and_unbiased(window):
     assert (draws.mean(0) - plain).abs().max() < 0.1
 
 
-def test_the_choice(monkeypatch):
+def test_the_backend_chosen(monkeypatch):
     """On a GPU one call a row in every type and head size there is; the loop over lengths for the CPU, and never in silence."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     attention._has_flash.cache_clear()
-    assert choose("cpu", torch.bfloat16, 64) == "runs" and why_slow("cpu", torch.bfloat16, 64) is None
+    assert attention_backend("cpu", torch.bfloat16, 64) == "runs" and why_slow("cpu", torch.bfloat16, 64) is None
     for head_dim in (16, 20, 64, 128, 256):
-        assert choose("cuda", torch.bfloat16, head_dim) == choose("cuda", torch.float16, head_dim) == "flash"
-        assert choose("cuda", torch.float32, head_dim) == "fused" and why_slow("cuda", torch.float32, head_dim) is None
-    assert choose("cuda", torch.bfloat16, 512) == "runs"
+        for dtype, backend in (torch.bfloat16, "flash"), (torch.float16, "flash"), (torch.float32, "fused"):
+            assert attention_backend("cuda", dtype, head_dim) == backend
+        assert why_slow("cuda", torch.float32, head_dim) is None
+    assert attention_backend("cuda", torch.bfloat16, 512) == "runs"
     assert why_slow("cuda", torch.bfloat16, 512) == "heads of 512 features in bfloat16 have no kernel"
     monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
     assert why_slow("cuda", torch.float32, 64) == "the triton package is not installed"
@@ -108,9 +109,9 @@ def test_the_choice(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("way", ["flash", "fused"])
+@pytest.mark.parametrize("backend", ["flash", "fused"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (2, 20)])
-def test_a_gpus_ways_are_one_call_and_read_nothing_back(monkeypatch, way, heads, head_dim):
+def test_gpu_backends_are_one_call_and_read_nothing_back(monkeypatch, backend, heads, head_dim):
     """On the meta device, where every look at a value is an error: forward and backward, all settings, each one call."""
     from bge_ds.kernels import attention_triton
 
@@ -119,17 +120,17 @@ def test_a_gpus_ways_are_one_call_and_read_nothing_back(monkeypatch, way, heads,
     launched = []
     monkeypatch.setattr(attention_triton, "launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     for causal, window, dropout in [(False, None, 0.1), (True, None, 0.0), (False, 5, 0.1), (True, 70, 0.1)]:
-        dtype = torch.bfloat16 if way == "flash" else torch.float32
+        dtype = torch.bfloat16 if backend == "flash" else torch.float32
         q, k, v = (torch.empty(tokens, h, head_dim, device="meta", dtype=dtype).requires_grad_() for h in (4, heads, heads))
         cu_seqlens = torch.empty(texts + 1, device="meta", dtype=torch.int32)
-        assert choose("meta", dtype, head_dim) == way
+        assert attention_backend("meta", dtype, head_dim) == backend
         launched.clear()
         with CallCount() as calls:
             out = varlen_attention(q, k, v, cu_seqlens, runs, scale=0.3, causal=causal, window=window, dropout=dropout)
-        assert out.shape == q.shape and sum("attention_forward" in name for name in calls.names) == (way == "flash")
-        assert len(launched) == (way == "fused")
+        assert out.shape == q.shape and sum("attention_forward" in name for name in calls.names) == (backend == "flash")
+        assert len(launched) == (backend == "fused")
         out.float().sum().backward()
-        assert len(launched) == (3 if way == "fused" else 0)  # forward, gradient of the queries, of keys and values
+        assert len(launched) == (3 if backend == "fused" else 0)  # forward, gradient of the queries, of keys and values
         assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from bge_ds.kernels.attention import varlen_attention
 from bge_ds.kernels.cpu import blockwise_attention as module
-from bge_ds.kernels.cpu.dropout import Masks
+from bge_ds.kernels.cpu.dropout import DropoutMasks
 from bge_ds.kernels.packed import LengthRun
 
 RUNS = [LengthRun(2, 1), LengthRun(3, 5), LengthRun(1, 9)]
@@ -17,7 +17,7 @@ CU_SEQLENS = torch.tensor([0, 1, 2, 7, 12, 17, 26], dtype=torch.int32)
 def kept_masks(runs, heads: int, p: float, seed: int, edge: int = 0) -> list[torch.Tensor]:
     """The masks drawn block by block after `manual_seed(seed)`, put together: one of H x queries x L a text, 0 or 1 / keep."""
     torch.manual_seed(seed)
-    seed = Masks(p).seed
+    seed = DropoutMasks(p).seed
     lengths = [length for texts, length in runs for _ in range(texts)]
     out = [torch.full((heads, max(0, n - 2 * edge), n), float("nan"), dtype=torch.float64) for n in lengths]
     for block in module._blocks(runs, heads, edge):

@@ -18,11 +18,11 @@ POINTERS = {"words_ptr": "i64", "key_ptr": "i64", "starts_ptr": "i32", "query_st
             "delta_ptr": "fp32"}  # fmt: skip
 
 
-def cost(name: str, head_dim: int, dtype: torch.dtype, capability: int, rule) -> ahead.Cost:
+def cost(name: str, head_dim: int, dtype: torch.dtype, capability: int, visibility) -> ahead.Cost:
     from bge_ds.kernels import attention_triton as module
 
     kernel = {"forward": module._forward, "queries": module._backward_queries, "keys": module._backward_keys}[name]
-    constants = module.constants(12, 12, head_dim, dtype, rule, 0.1) | module.blocks(name, head_dim, dtype)
+    constants = module.constants(12, 12, head_dim, dtype, visibility, 0.1) | module.blocks(name, head_dim, dtype)
     pointers = POINTERS | {"*": TYPES[dtype]}
     return ahead.compile_ahead(kernel, pointers, constants, capability, {"scale": "fp32", "scale_log2": "fp32"})
 
@@ -31,12 +31,12 @@ def cost(name: str, head_dim: int, dtype: torch.dtype, capability: int, rule) ->
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_no_register_spills(head_dim, capability, tmp_path, monkeypatch):
     """The decoder's rule, the heaviest, with dropout: a spill in the inner loop costs more than any tile gains."""
-    from bge_ds.kernels.attention_triton import Rule
+    from bge_ds.kernels.attention_triton import Visibility
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for dtype in (torch.bfloat16, torch.float16, torch.float32) if capability == 90 else (torch.bfloat16, torch.float32):
         for name in ("forward", "queries", "keys"):
-            found = cost(name, head_dim, dtype, capability, Rule(decoder_share=0.5))
+            found = cost(name, head_dim, dtype, capability, Visibility(decoder_share=0.5))
             assert found.spilled == 0 and found.registers <= 255, (name, dtype, found)
             assert found.shared <= (99 << 10 if capability < 100 else 112 << 10), (name, dtype, found)
 
@@ -44,11 +44,11 @@ def test_no_register_spills(head_dim, capability, tmp_path, monkeypatch):
 @pytest.mark.parametrize("window", [None, 64])
 def test_whole_texts_spill_nothing_either(window, tmp_path, monkeypatch):
     """fp32 attention of a backbone, causal or in a window, on the GPU that most have."""
-    from bge_ds.kernels.attention_triton import Rule
+    from bge_ds.kernels.attention_triton import Visibility
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name in ("forward", "queries", "keys"):
-        assert cost(name, 64, torch.float32, 90, Rule(causal=window is None, window=window)).spilled == 0
+        assert cost(name, 64, torch.float32, 90, Visibility(causal=window is None, window=window)).spilled == 0
 
 
 def kernels_over_rows(dtype: torch.dtype) -> dict[str, tuple]:

@@ -21,7 +21,7 @@ from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import decoder_attention as module
 from bge_ds.kernels import masks, triton_support
 from bge_ds.kernels.cpu import blockwise_attention
-from bge_ds.kernels.decoder_attention import choose, decoder_attention
+from bge_ds.kernels.decoder_attention import decoder_attention, decoder_attention_backend
 from bge_ds.kernels.packed import LengthRun
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
@@ -167,7 +167,7 @@ def test_the_backward_has_the_forwards_dropout():
     row.assert_same(out, 2e-5, kept=[kept.double() / keep])
 
 
-@pytest.mark.skipif(interpreter.INTERPRETED, reason="of the way by torch alone")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="tests the torch implementation only")
 @pytest.mark.parametrize("block", [1, 60, 700, 1 << 20])
 def test_any_block_gives_the_formula(monkeypatch, block):
     """In blocks of texts, heads and rows, with and without dropout, given the masks that were drawn (fp64)."""
@@ -180,7 +180,7 @@ def test_any_block_gives_the_formula(monkeypatch, block):
     row.assert_same(row.attend(dropout=0.4), 1e-12, kept=kept_masks(runs, 2, 0.4, seed=3, edge=1))
 
 
-@pytest.mark.skipif(interpreter.INTERPRETED, reason="of the way by torch alone")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="tests the torch implementation only")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_of_a_long_text(dropout):
     """4,096 tokens with 12 heads, forward and backward, add less than 200 MB to a process; their scores are 805 MB."""
@@ -207,20 +207,20 @@ print(peak() - before)
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="of a process without the interpreter")
 def test_the_choice(monkeypatch):
     """On the CPU torch; fused where asked for without what it needs is an error that says what is missing."""
-    assert choose("auto", "cpu") == "torch" and choose("torch", "cuda") == "torch"
+    assert decoder_attention_backend("auto", "cpu") == "torch" and decoder_attention_backend("torch", "cuda") == "torch"
     with pytest.raises(ValueError, match="--kernels fast: unknown; it is one of auto, torch, fused"):
-        choose("fast", "cpu")
+        decoder_attention_backend("fast", "cpu")
     monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
-    assert choose("auto", "cuda") == "torch"
+    assert decoder_attention_backend("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match=r"needs a CUDA device and the triton package; the triton .* not installed; use auto"):
-        choose("fused", "cuda")
+        decoder_attention_backend("fused", "cuda")
     monkeypatch.setattr(triton_support, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"--kernels fused: .*; the device is 'cpu'; use auto or torch"):
-        choose("fused", "cpu")
+        decoder_attention_backend("fused", "cpu")
     with pytest.raises(ValueError, match="the device is 'cpu'"):
         Row([LengthRun(1, 3)]).attend(kernels="fused")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose("fused", "cpu") == "fused" and choose("auto", "cpu") == "torch"
+    assert decoder_attention_backend("fused", "cpu") == "fused" and decoder_attention_backend("auto", "cpu") == "torch"
 
 
 @interpreter.only

@@ -32,7 +32,7 @@ class Row:
         self.weights = torch.randn(self.qkv[0].shape, generator=generator).to(dtype)
 
     def attend(self, **settings):
-        return varlen_attention(*self.qkv, self.cu_seqlens, self.runs, scale=0.3, way="fused", **settings)
+        return varlen_attention(*self.qkv, self.cu_seqlens, self.runs, scale=0.3, backend="fused", **settings)
 
     def assert_same(self, tolerance, causal=False, window=None):
         out = self.attend(causal=causal, window=window)

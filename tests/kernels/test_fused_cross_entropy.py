@@ -1,4 +1,4 @@
-"""The GPU's way of the vocabulary's cross entropy against torch's own in fp64, in Triton's interpreter.
+"""The Triton vocabulary cross entropy against torch's own in fp64, in Triton's interpreter.
 
 Triton decides at its first import whether it interprets, so `test_in_the_interpreter` runs this file again in a process that
 has asked for it.
@@ -55,13 +55,13 @@ def test_memory_behind_the_rows_is_never_looked_at(monkeypatch):
     from bge_ds.kernels import cross_entropy_triton
 
     def poisoned(*args):
-        held = matmul.room(*args)
+        held = matmul.empty_aligned(*args)
         assert held.stride(0) % 64 == 0 and held.stride(0) > held.shape[1]
         held._base.fill_(float("nan"))
         return held
 
-    monkeypatch.setattr(module, "room", poisoned)
-    monkeypatch.setattr(cross_entropy_triton, "room", poisoned)
+    monkeypatch.setattr(module, "empty_aligned", poisoned)
+    monkeypatch.setattr(cross_entropy_triton, "empty_aligned", poisoned)
     leaves, target = inputs(37, 101, 5, dtype=torch.float32)
     check(leaves, target, 1e-5)
 

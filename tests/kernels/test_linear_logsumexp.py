@@ -1,4 +1,4 @@
-"""The log-sum-exp without the matrix is the plain one, with pairs left out by place, key and value; a CPU's way and a GPU's.
+"""The log-sum-exp without the matrix equals the plain one, with pairs excluded by place, key and value, on CPU and GPU paths.
 
 The GPU's kernels run in Triton's interpreter: Triton decides at its first import whether it interprets, so
 `test_in_the_interpreter` runs this file again in a process that has asked for it.
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from bge_ds.kernels import linear_logsumexp as module
-from bge_ds.kernels.linear_logsumexp import Excluded, equal_pairs, linear_logsumexp
+from bge_ds.kernels.linear_logsumexp import ExcludedPairs, equal_pairs, linear_logsumexp
 
-# The GPU's way takes no fp64: its sums of 16 to 300 products, and of up to 700 shares, are fp32.
-WAYS = [
+# The Triton kernels take no fp64: its sums of 16 to 300 products, and of up to 700 shares, are fp32.
+VARIANTS = [
     pytest.param(False, torch.float64, 1e-12, id="listed"),
     pytest.param(True, torch.float32, 2e-5, id="fused", marks=interpreter.only),
 ]
@@ -43,7 +43,7 @@ def problem(rows, columns, width, of_row, of_column, dtype):
             for f, n, of in zip(first.tolist(), count.tolist(), row_keys.tolist(), strict=True)
         ]
     )
-    return x.requires_grad_(), w.requires_grad_(), Excluded(first, count, row_keys, column_keys), out
+    return x.requires_grad_(), w.requires_grad_(), ExcludedPairs(first, count, row_keys, column_keys), out
 
 
 def plain(x, w, out, limit):
@@ -55,7 +55,7 @@ def plain(x, w, out, limit):
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("keys", [(0, 0), (1, 1), (3, 1), (1, 4)])
 @pytest.mark.parametrize("shape", [(1, 7, 3), (37, 101, 5), (64, 2, 16), (5, 700, 8)])
-@pytest.mark.parametrize(("fused", "dtype", "tolerance"), WAYS)
+@pytest.mark.parametrize(("fused", "dtype", "tolerance"), VARIANTS)
 @pytest.mark.parametrize("block", [1, 250, 1 << 24])
 def test_equals_the_plain_matrix(monkeypatch, shape, keys, block, limited, fused, dtype, tolerance):
     """Any block size, odd shapes, several keys of rows or columns: values, counts and gradients against full logits in fp64."""
@@ -81,7 +81,7 @@ def test_a_row_without_columns(fused):
     """Everything excluded: minus infinity, and gradients of zero rather than NaN."""
     x, w, *_ = problem(2, 3, 4, 0, 0, torch.float32)
     none = torch.empty(2, 0, dtype=torch.int64)
-    excluded = Excluded(torch.tensor([0, 1]), torch.tensor([3, 1]), none, none[:1].expand(3, 0))
+    excluded = ExcludedPairs(torch.tensor([0, 1]), torch.tensor([3, 1]), none, none[:1].expand(3, 0))
     value, _ = linear_logsumexp(x, w, excluded, fused=fused)
     assert value[0] == float("-inf") and value[1].isfinite()
     dx, dw = torch.autograd.grad(torch.logaddexp(value, torch.ones_like(value)).sum(), (x, w))
@@ -125,7 +125,7 @@ def test_on_meta(narrow):
     """As a GPU would run it: nothing is read back."""
     x, w = (torch.empty(n, 8, device="meta").requires_grad_() for n in (500, 4000))
     first, keys = torch.empty(500, dtype=torch.int64, device="meta"), torch.empty(4000, 1, dtype=torch.int64, device="meta")
-    excluded, limit = Excluded(first, first, keys[:500], keys), torch.empty(500, device="meta")
+    excluded, limit = ExcludedPairs(first, first, keys[:500], keys), torch.empty(500, device="meta")
     value, over = linear_logsumexp(x, w, excluded, limit, narrow=narrow)
     value.sum().backward()
     assert value.dtype == torch.float32 and over.dtype == torch.int64 and x.grad.shape == x.shape and w.grad.shape == w.shape
@@ -143,10 +143,10 @@ def test_memory_is_linear_in_rows_plus_columns():
     """8,192 x 65,536 forward and backward in a process under 2 GB; its matrix of scores alone would be 2.1 GB in fp32."""
     script = """
 import resource, torch
-from bge_ds.kernels.linear_logsumexp import Excluded, linear_logsumexp
+from bge_ds.kernels.linear_logsumexp import ExcludedPairs, linear_logsumexp
 x, w = torch.randn(8192, 64, requires_grad=True), torch.randn(65536, 64, requires_grad=True)
 rows, keys = torch.arange(8192) * 8, torch.arange(65536)[:, None]
-linear_logsumexp(x, w, Excluded(rows, torch.full_like(rows, 8), keys[:8192], keys))[0].mean().backward()
+linear_logsumexp(x, w, ExcludedPairs(rows, torch.full_like(rows, 8), keys[:8192], keys))[0].mean().backward()
 assert x.grad.isfinite().all() and w.grad.any()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

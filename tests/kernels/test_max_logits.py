@@ -18,8 +18,8 @@ from bge_ds.kernels.packed import LengthRun
 RUNS = [LengthRun(2, 1), LengthRun(1, 2), LengthRun(1, 3), LengthRun(5, 4), LengthRun(1, 13)]
 LENGTHS = [length for n, length in RUNS for _ in range(n)]
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-# The GPU's way takes no fp64; its products of 8 features and sums over 44 rows are fp32.
-WAYS = [
+# The Triton kernels take no fp64; its products of 8 features and sums over 44 rows are fp32.
+VARIANTS = [
     pytest.param(False, torch.float64, 1e-12, id="blocks"),
     pytest.param(True, torch.float32, 1e-5, id="fused", marks=interpreter.only),
 ]
@@ -38,7 +38,7 @@ def full(x, w, b):
 
 @pytest.mark.parametrize("elements", [16, 100, 1 << 22])
 @pytest.mark.parametrize("columns", [1, 37, 1500])
-@pytest.mark.parametrize(("fused", "dtype", "tolerance"), WAYS)
+@pytest.mark.parametrize(("fused", "dtype", "tolerance"), VARIANTS)
 def test_equals_the_full_matrix(monkeypatch, columns, elements, fused, dtype, tolerance):
     """Maxima and every gradient, in blocks of texts and columns of any size, those of the matrix that is never made."""
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", elements)
@@ -79,12 +79,12 @@ def test_what_is_not_a_number_comes_out(fused):
 def test_unused_columns_reach_nothing(monkeypatch):
     """Rows of logits begin at multiples of 16 bytes; NaNs between them change neither maxima nor gradients."""
 
-    rooms, room = [], module.room
+    buffers, empty_aligned = [], module.empty_aligned
 
     def poisoned(*args):
-        rooms.append(room(*args))
-        rooms[-1]._base.fill_(float("nan"))
-        return rooms[-1]
+        buffers.append(empty_aligned(*args))
+        buffers[-1]._base.fill_(float("nan"))
+        return buffers[-1]
 
     def run():
         leaves_ = leaves(torch.float32)
@@ -92,9 +92,9 @@ def test_unused_columns_reach_nothing(monkeypatch):
         return out, *torch.autograd.grad(out.square().sum(), leaves_)
 
     expected = run()
-    monkeypatch.setattr(module, "room", poisoned)
+    monkeypatch.setattr(module, "empty_aligned", poisoned)
     assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
-    assert len(rooms) == 2 and all(held.stride(0) > held.shape[1] and held.stride(0) % 16 == 0 for held in rooms)
+    assert len(buffers) == 2 and all(held.stride(0) > held.shape[1] and held.stride(0) % 16 == 0 for held in buffers)
 
 
 @pytest.mark.parametrize(

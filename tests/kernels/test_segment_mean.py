@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.segment_mean import segment_mean, spread
+from bge_ds.kernels.segment_mean import segment_expand, segment_mean
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed")
 RUNS = [LengthRun(2, 1), LengthRun(3, 5), LengthRun(1, 33), LengthRun(1, 70)]
@@ -44,7 +44,7 @@ def test_on_meta():
     x = torch.empty(120, 8, device="meta", dtype=torch.bfloat16).requires_grad_()
     cu_seqlens = torch.empty(8, device="meta", dtype=torch.int32)
     out = segment_mean(x, cu_seqlens, RUNS)
-    spread(out, cu_seqlens, 120).sum().backward()
+    segment_expand(out, cu_seqlens, 120).sum().backward()
     assert out.shape == (7, 8) and x.grad.shape == x.shape and x.grad.dtype == torch.bfloat16
 
 
@@ -57,7 +57,7 @@ def test_spread_equals_its_rows_repeated(dtype, tolerance):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     torch.manual_seed(0)
     x = torch.randn(len(lengths), 130, dtype=torch.float64).to(dtype).requires_grad_()
-    out = spread(x, cu_seqlens, sum(lengths), fused=interpreter.INTERPRETED)
+    out = segment_expand(x, cu_seqlens, sum(lengths), fused=interpreter.INTERPRETED)
     assert torch.equal(out, torch.cat([row.expand(length, -1) for row, length in zip(x, lengths, strict=True)]))
     weights = torch.randn(out.shape, dtype=torch.float64).to(dtype)
     expected = torch.stack([part.double().sum(0) for part in weights.split(lengths)])

@@ -66,7 +66,7 @@ def test_a_filled_row_is_packed_texts(lengths, bucket):
     No filler is longer than the longest text: it needs no position that the row does not have.
     """
     texts = texts_of(lengths)
-    filled, ids_T = compilation.fill_up(texts, texts.ids_T, bucket)
+    filled, ids_T = compilation.pad_to_bucket(texts, texts.ids_T, bucket)
     total = sum(lengths)
     assert filled.tokens == len(ids_T) == len(filled.positions_T) and filled.tokens % bucket == 0
     assert total <= filled.tokens < total + bucket

@@ -11,7 +11,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from bge_ds.data.preprocess.validate import load_tokenizer
 from bge_ds.kernels.packed import pack
 from bge_ds.modeling import encoder as encoder_module
-from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, longest_text, say_how, sees_only_before
+from bge_ds.modeling.encoder import FAMILIES, Encoder, can_run_unpadded, check_lengths, has_causal_attention, longest_text, pool
 from bge_ds.modeling.export import save_model
 
 # fp32 sums in another order: observed 4e-7 on the output.
@@ -123,6 +123,31 @@ def test_every_pooling_without_padding_equals_padded(tmp_path, family, pooling):
     assert_padding_free_equals_padded(make_model(family, tmp_path), pooling=pooling, bidirectional=both)
 
 
+@pytest.mark.parametrize(("pooling", "mode"), [("cls", "cls"), ("mean", "mean"), ("last_token", "lasttoken")])
+def test_every_pooling_is_that_of_sentence_transformers(pooling, mode):
+    """Vectors and gradients of each pooling, against a reference of other authors over padded texts.
+
+    The padded model of the other tests shares `pool` with the packed one: a wrong token would be the same in both.
+    """
+    from sentence_transformers.models import Pooling
+
+    texts, order = pack(helpers.random_texts(LENGTHS))
+    rows = [torch.randn(length, 8, generator=torch.Generator().manual_seed(n)) for n, length in enumerate(LENGTHS)]
+    padded_NLD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1e3).requires_grad_()
+    mask_NL = torch.nn.utils.rnn.pad_sequence([torch.ones(length, dtype=torch.int64) for length in LENGTHS], batch_first=True)
+    hidden_TD = torch.cat([rows[n] for n in order]).requires_grad_()
+
+    reference = Pooling(8, pooling_mode=mode)({"token_embeddings": padded_NLD, "attention_mask": mask_NL})["sentence_embedding"]
+    vectors_ND = pool(hidden_TD, texts, pooling)[texts.place_N]
+    assert (vectors_ND - reference).abs().max() < TOLERANCE
+
+    weights_ND = torch.randn(len(LENGTHS), 8, generator=torch.Generator().manual_seed(99))
+    (vectors_ND * weights_ND).sum().backward()
+    (reference * weights_ND).sum().backward()
+    expected_TD = torch.cat([padded_NLD.grad[n, : LENGTHS[n]] for n in order])
+    assert (hidden_TD.grad - expected_TD).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize(("family", "bidirectional"), CASES)
 def test_gradient_checkpointing(tmp_path, family, bidirectional, monkeypatch):
     """Every layer runs again in the backward, knowing where texts end, and the gradients stay the same."""
@@ -211,12 +236,12 @@ def test_a_bidirectional_decoder_is_saved_as_one(tmp_path, tiny_bert_path, famil
     """Stock transformers runs the saved folder in both directions, a text alone or padded; else its vectors were others."""
     path = helpers.make_model(family, tmp_path / "start")
     ours = build(path, bidirectional=True, normalize=False)
-    assert not sees_only_before(ours.backbone.config)
+    assert not has_causal_attention(ours.backbone.config)
     ids = helpers.random_texts([9, 30, 4])
     expected = ours.encode_ids(ids)
     assert (expected - build(path, normalize=False).encode_ids(ids)).abs().max() > 1e-2
     save_model(ours.backbone, ours.backbone.state_dict(), load_tokenizer(str(tiny_bert_path)), tmp_path / "saved")
-    assert not sees_only_before(build(tmp_path / "saved").backbone.config)
+    assert not has_causal_attention(build(tmp_path / "saved").backbone.config)
     stock = AutoModel.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         alone = torch.stack([stock(torch.from_numpy(i)[None]).last_hidden_state[0].mean(0) for i in ids])
@@ -252,7 +277,7 @@ def test_other_backbones_run_padded_and_say_so(tmp_path, attention):
     """A backbone whose attention cannot be replaced gives each text's own vector all the same, and is named."""
     encoder = build(helpers.make_model("mpnet", tmp_path), attention)
     assert not can_run_unpadded(encoder.backbone.config)
-    said = say_how(encoder.backbone.config, torch.device("cpu"), torch.float32)
+    said = encoder_module.describe_execution(encoder.backbone.config, torch.device("cpu"), torch.float32)
     assert said.startswith("padded (mpnet is not") and "modernbert" in said and said.count("mpnet") == 1
     texts = helpers.random_texts([9, 30, 4, 9])
     alone = torch.cat([encoder(pack([text])[0]) for text in texts])

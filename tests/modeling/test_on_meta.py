@@ -21,12 +21,12 @@ from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.data.collate import ContrastiveBatch
 from bge_ds.kernels.packed import chunk_bounds, pack
 from bge_ds.losses.contrastive import Temperature
-from bge_ds.modeling.compilation import fill_up
+from bge_ds.modeling.compilation import pad_to_bucket
 from bge_ds.modeling.encoder import FAMILIES, Encoder, load_backbone
 from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
 from bge_ds.objectives import contrastive, retromae
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the GPU's way needs the triton package")
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the GPU's code path needs the triton package")
 
 
 class NoHostData(TorchFunctionMode):
@@ -151,6 +151,6 @@ def test_filling_a_row_up_never_waits():
     """The sizes of the filler are known on the host: no value is read back, nothing is copied."""
     texts = make_batch([12, 3, 7, 12, 2, 21]).texts.to("meta", non_blocking=True)
     with NoHostData(), NoBlockingCopies():
-        filled, ids_T = fill_up(texts, texts.ids_T, 64)
+        filled, ids_T = pad_to_bucket(texts, texts.ids_T, 64)
     assert ids_T.device.type == "meta" and ids_T.numel() == filled.tokens == 64
     assert filled.cu_seqlens.shape == (8,) and filled.positions_T.shape == (64,)

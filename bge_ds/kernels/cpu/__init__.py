@@ -1,1 +1,1 @@
-"""What pays on CPUs only: attention in cache-sized blocks, cheap dropout."""
+"""What pays off on CPUs only: attention in cache-sized blocks, cheap dropout."""

@@ -9,24 +9,24 @@ from contrastive_reference import reference_loss
 
 from bge_ds.kernels import linear_logsumexp as logsumexp_module
 from bge_ds.losses import contrastive
-from bge_ds.losses.contrastive import Candidates, Objective, Temperature
+from bge_ds.losses.contrastive import Candidates, ContrastiveSettings, Temperature
 
 OBJECTIVES = {
-    "plain": Objective(),
-    "unmasked": Objective(mask_false_negatives=False),
-    "own group": Objective(in_batch=False),
-    "bidirectional": Objective(bidirectional=True),
-    "margin": Objective(margin=-0.05),
-    "relative margin": Objective(margin=-0.2, relative=True),
-    "margin, own group": Objective(margin=-0.05, in_batch=False),
-    "kl_div": Objective(distillation="kl_div"),
-    "m3": Objective(distillation="m3_kd_loss"),
-    "m3, own group": Objective(distillation="m3_kd_loss", in_batch=False),
-    "margin_mse": Objective(distillation="margin_mse"),
-    "mrl": Objective(dims=(3, 6, 8)),
-    "mrl, not normalised": Objective(dims=(3, 8), normalize=False),
-    "all together": Objective(bidirectional=True, margin=0.02, distillation="kl_div", dims=(4, 8)),
-    "m3, all together": Objective(bidirectional=True, margin=0.02, distillation="m3_kd_loss", dims=(4, 8)),
+    "plain": ContrastiveSettings(),
+    "unmasked": ContrastiveSettings(mask_false_negatives=False),
+    "own group": ContrastiveSettings(in_batch=False),
+    "bidirectional": ContrastiveSettings(bidirectional=True),
+    "margin": ContrastiveSettings(margin=-0.05),
+    "relative margin": ContrastiveSettings(margin=-0.2, relative=True),
+    "margin, own group": ContrastiveSettings(margin=-0.05, in_batch=False),
+    "kl_div": ContrastiveSettings(distillation="kl_div"),
+    "m3": ContrastiveSettings(distillation="m3_kd_loss"),
+    "m3, own group": ContrastiveSettings(distillation="m3_kd_loss", in_batch=False),
+    "margin_mse": ContrastiveSettings(distillation="margin_mse"),
+    "mrl": ContrastiveSettings(dims=(3, 6, 8)),
+    "mrl, not normalised": ContrastiveSettings(dims=(3, 8), normalize=False),
+    "all together": ContrastiveSettings(bidirectional=True, margin=0.02, distillation="kl_div", dims=(4, 8)),
+    "m3, all together": ContrastiveSettings(bidirectional=True, margin=0.02, distillation="m3_kd_loss", dims=(4, 8)),
 }
 
 
@@ -105,7 +105,7 @@ def test_the_loss_is_its_formula(monkeypatch, name, block):
 def test_odd_shapes(queries, group, short):
     """One query, groups of one, and a group without negatives beside whole ones."""
     q, found = problem(queries, group, short=short)
-    for objective in (Objective(), Objective(bidirectional=True), Objective(margin=0.0)):
+    for objective in (ContrastiveSettings(), ContrastiveSettings(bidirectional=True), ContrastiveSettings(margin=0.0)):
         ours, (expected, *counts) = both(q, found, 4.0, objective)
         assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
         assert [int(ours.negatives), int(ours.by_content), int(ours.by_margin)] == counts
@@ -118,7 +118,7 @@ def test_duplicate_passages():
     q, found = problem(4, 2)
     found.hashes_P = torch.full((8,), 7)
     found.known_BK = found.all_known_CK = torch.full((4, 1), 7)
-    for objective in (Objective(), Objective(bidirectional=True)):
+    for objective in (ContrastiveSettings(), ContrastiveSettings(bidirectional=True)):
         parts = contrastive.loss(q, 5.0, found, objective)
         gradients = torch.autograd.grad(parts.loss, (q, found.p_PD))
         assert parts.loss.item() == pytest.approx(0.0, abs=1e-12)
@@ -132,7 +132,7 @@ def test_extra_columns_are_negatives():
     extra = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64), dim=-1)
     found.p_PD = torch.cat([found.p_PD, extra])
     found.hashes_P = torch.cat([found.hashes_P, torch.arange(500, 506)])
-    ours, (expected, *_) = both(q, found, 5.0, Objective())
+    ours, (expected, *_) = both(q, found, 5.0, ContrastiveSettings())
     assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
