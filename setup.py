@@ -58,7 +58,7 @@ setup(
     package_data={"bge_ds.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.4",
+        "deepspeed>=0.19.4,<0.20",
         "transformers>=5.2,<6",
         "tokenizers",
         "datasets",
