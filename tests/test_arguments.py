@@ -12,6 +12,8 @@ import pytest
 import bge_ds
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, changed, describe, parse, steps_from
 
+pytestmark = pytest.mark.core
+
 REQUIRED = {
     PretrainArguments: ["--output_dir", "out", "--train_data", "data"],
     FinetuneArguments: ["--output_dir", "out", "--train_data", "data", "--model_name_or_path", "model"],

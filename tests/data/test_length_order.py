@@ -14,6 +14,8 @@ from bge_ds.data.sampling.length_grouping import LengthOrder, deal
 from bge_ds.data.sampling.mixture import ByEpoch, SetBatches
 from bge_ds.data.sampling.sampler import Order
 
+pytestmark = pytest.mark.core
+
 LENGTHS = np.random.default_rng(1).integers(3, 500, 3000)
 
 

@@ -11,6 +11,8 @@ from bge_ds.kernels import linear_logsumexp as logsumexp_module
 from bge_ds.losses import contrastive
 from bge_ds.losses.contrastive import Candidates, Objective, Temperature
 
+pytestmark = pytest.mark.core
+
 OBJECTIVES = {
     "plain": Objective(),
     "unmasked": Objective(mask_false_negatives=False),
