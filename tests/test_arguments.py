@@ -14,6 +14,8 @@ from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, change
 from bge_ds.config.parser import groups_of
 from bge_ds.config.run_config import with_values
 
+pytestmark = pytest.mark.core
+
 REQUIRED = {
     PretrainArguments: ["--output_dir", "out", "--train_data", "data"],
     FinetuneArguments: ["--output_dir", "out", "--train_data", "data", "--model_name_or_path", "model"],

@@ -63,6 +63,7 @@ def test_passages_are_stored_once_and_keep_their_places(tmp_path, minilm_path):
     assert len(set(opened.hashes(np.arange(40)).tolist())) == 40
 
 
+@pytest.mark.core
 def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path):
     """Instructions stand before the text, a line's own prompt replaces the query's, lengths cut, scores stay."""
     tokenizer = validate.load_tokenizer(tiny_tokenizer_path)
@@ -91,6 +92,7 @@ def test_settings_reach_the_rows_and_the_manifest(tmp_path, tiny_tokenizer_path)
     assert manifest.tokenizer.fingerprint == validate.fingerprint(tokenizer)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_output_does_not_depend_on_workers(tmp_path, tiny_tokenizer_path, monkeypatch, kind):
     """Every byte is the same for 1 and 3 workers, with many blocks and workers that forget passages."""

@@ -14,6 +14,8 @@ from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, choose_groups
 from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels.packed import pack
 
+pytestmark = pytest.mark.core
+
 
 def test_pack_keeps_every_text():
     """Texts come back whole from the row, in the caller's order, through place_N."""

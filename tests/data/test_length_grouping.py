@@ -14,6 +14,8 @@ from bge_ds.data.sampling.length_grouping import LengthGroupedSampler, deal
 from bge_ds.data.sampling.mixture import ByEpoch, SameDatasetBatchSampler
 from bge_ds.data.sampling.sampler import EpochSampler
 
+pytestmark = pytest.mark.core
+
 LENGTHS = np.random.default_rng(1).integers(3, 500, 3000)
 
 

@@ -20,6 +20,8 @@ from bge_ds.data.sampling.mixture import (
 )
 from bge_ds.data.sampling.sampler import EpochSampler
 
+pytestmark = pytest.mark.core
+
 counts_and_offset = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 sizes_of_sets = st.lists(st.integers(1, 60), min_size=2, max_size=5)
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from bge_ds.data.sampling.sampler import EpochSampler, mix64, permute
 
+pytestmark = pytest.mark.core
+
 
 @given(size=st.integers(1, 10_000), key=st.integers(0, 2**63))
 @settings(max_examples=60, deadline=None)

@@ -13,6 +13,8 @@ from bge_ds.data import dataloader
 from bge_ds.data.sampling.sampler import EpochSampler
 from bge_ds.data.sampling.token_batching import TokenBatchSampler, cut_by_tokens
 
+pytestmark = pytest.mark.core
+
 LENGTHS = np.random.default_rng(0).integers(3, 60, 211)
 LONGEST, BUDGET = 40, 100
 

@@ -91,7 +91,10 @@ def losses(folder) -> dict[int, float]:
     return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
 
 
-@pytest.mark.parametrize("case", ["0", "1", "2", "3", "2-bf16", "1-pieces-tokens", "3-pieces-bf16-tokens"])
+@pytest.mark.parametrize(
+    "case",
+    ["0", pytest.param("1", marks=pytest.mark.core), "2", "3", "2-bf16", "1-pieces-tokens", "3-pieces-bf16-tokens"],
+)
 def test_resumed_equals_undisturbed(tmp_path, setting, case):
     """Stopped in the middle of an epoch after step 3 of 6: same losses, rates, norms and final weights, to the last bit."""
     flags = flags_of(setting, case[0], bf16="bf16" in case, tokens=60 if "tokens" in case else None)

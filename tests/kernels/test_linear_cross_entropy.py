@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from bge_ds.kernels import linear_cross_entropy as module
 from bge_ds.kernels.linear_cross_entropy import linear_cross_entropy
 
+pytestmark = pytest.mark.core
+
 
 def inputs(rows, columns, width, dtype=torch.float64, bias=True):
     generator = torch.Generator().manual_seed(rows + columns)

@@ -11,6 +11,8 @@ from bge_ds.kernels import linear_logsumexp as logsumexp_module
 from bge_ds.losses import contrastive
 from bge_ds.losses.contrastive import Candidates, ContrastiveSettings, Temperature
 
+pytestmark = pytest.mark.core
+
 OBJECTIVES = {
     "plain": ContrastiveSettings(),
     "unmasked": ContrastiveSettings(mask_false_negatives=False),

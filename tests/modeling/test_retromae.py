@@ -136,6 +136,7 @@ def check_against_reference(model, path, batch, tolerance=1e-6):
             assert (mine[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-2), name
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("query", ["embeddings", "raw"])
 @pytest.mark.parametrize("family", ["bert", "distilbert", "ernie", "modernbert", "nomic_bert", "roberta", "xlm-roberta-xl"])
 def test_loss_and_gradients_equal_the_formula(tmp_path, family, query):
