@@ -55,7 +55,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["bge_ds", "bge_ds.*"]), "bge_ds.ds_configs"],
     package_dir={"bge_ds.ds_configs": "ds_configs"},
-    package_data={"bge_ds.ds_configs": ["*.json"]},
+    package_data={"bge_ds": ["py.typed"], "bge_ds.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.4,<0.20",

@@ -13,36 +13,21 @@ second, not the encoding of a corpus.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bge_ds.data.preprocess import validate
 from bge_ds.evaluation import retrieval
+from bge_ds.evaluation.embedder import DEFAULT_LENGTHS, Embedder
 from bge_ds.evaluation.retrieval import KEPT, NAMES, RetrievalSet, measure, read_folder, search
 from bge_ds.modeling import encoder
-
-DEFAULT_LENGTHS = {"query_max_len": 64, "passage_max_len": 256}
-
-
-@dataclass
-class Settings:
-    """How texts become vectors. `said` collects where each setting came from, for the screen."""
-
-    pooling: str
-    normalize: bool
-    query_prompt: str = ""
-    passage_prompt: str = ""
-    said: list[str] = field(default_factory=list)
 
 
 def evaluate(data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor]) -> dict[str, float]:
@@ -62,86 +47,24 @@ def evaluate(data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor
     return measure(data, retrieval.ranking(data, found_QK)) | sizes | {"seconds": round(time.perf_counter() - started, 2)}
 
 
-def settings_folder(name_or_path: str, cache_dir: str | None) -> Path:
-    """Where the sentence-transformers files of a model lie; those of a hub model are fetched (a few kilobytes)."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["modules.json", "*/config.json", "config_sentence_transformers.json"]
-    try:
-        return Path(snapshot_download(name_or_path, cache_dir=cache_dir, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"--model_name_or_path {name_or_path}: neither a folder here nor a model that the hub gave ({error})"
-        ) from None
-
-
-def read_settings(folder: Path, args: argparse.Namespace) -> Settings:
-    """Flags first, then the model's sentence-transformers files, then cls and normalised."""
-    found = encoder.read_pooling(folder)
-    pooling, normalize = found or ("cls", True)
-    origin = "from modules.json" if found else "by default: the model has no modules.json"
-    settings = Settings(pooling, normalize)
-    for name, flag in (("pooling", args.sentence_pooling_method), ("normalize", args.normalize_embeddings)):
-        if flag is not None:
-            setattr(settings, name, flag)
-        settings.said.append(f"{name} {getattr(settings, name)} ({'from the flag' if flag is not None else origin})")
-
-    prompts: dict[str, str] = {}
-    path = folder / "config_sentence_transformers.json"
-    if path.is_file():
-        try:
-            prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: not a JSON object ({error})") from None
-    sides = (
-        ("query", args.query_instruction_for_retrieval, ("query",)),
-        ("passage", args.passage_instruction_for_retrieval, ("passage", "document", "corpus")),
+def load_embedder(args: argparse.Namespace) -> Embedder:
+    """The model with what the flags set, described on the screen."""
+    embedder = Embedder.load(
+        args.model_name_or_path,
+        cache_dir=args.cache_dir,
+        pooling=args.sentence_pooling_method,
+        normalize=args.normalize_embeddings,
+        query_prompt=args.query_instruction_for_retrieval,
+        passage_prompt=args.passage_instruction_for_retrieval,
+        query_max_len=args.query_max_len,
+        passage_max_len=args.passage_max_len,
+        batch_size=args.batch_size,
+        bf16=args.bf16,
+        use_cpu=args.use_cpu,
     )
-    for side, flag, keys in sides:
-        stored = next((prompts[key] for key in keys if prompts.get(key)), "")
-        prompt = stored if flag is None else flag
-        setattr(settings, f"{side}_prompt", prompt)
-        if prompt:
-            settings.said.append(f"{side} prompt {prompt!r} ({'from the model' if flag is None else 'from the flag'})")
-    return settings
-
-
-def build_encode(args: argparse.Namespace) -> tuple[Callable[[list[str], str], torch.Tensor], dict]:
-    """The function that turns texts into vectors, and the effective settings as plain values."""
-    name = args.model_name_or_path
-    settings = read_settings(settings_folder(name, args.cache_dir), args)
-    tokenizer = validate.load_tokenizer(name, cache_dir=args.cache_dir)
-    try:
-        model = encoder.Encoder.load(name, settings.pooling, settings.normalize, cache_dir=args.cache_dir)
-    except OSError as error:
-        raise ValueError(f"--model_name_or_path {name}: {error}") from None
-    limit = encoder.longest_text(model.backbone.config)
-    lengths = {}
-    for key, default in DEFAULT_LENGTHS.items():
-        lengths[key] = getattr(args, key) or min(default, limit)
-    encoder.check_lengths(model.backbone.config, **lengths)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    model.to(device).eval()
-    if args.bf16:
-        settings.said.append("bf16")
-    how = encoder.describe_execution(model.backbone.config, device, next(model.parameters()).dtype)
-    print(f"{name} on {device}, {how}: {', '.join(settings.said)}", file=sys.stderr)
-    print(", ".join(f"{key} {value}" for key, value in lengths.items()), file=sys.stderr)
-
-    def encode(texts: list[str], side: str) -> torch.Tensor:
-        prompt = settings.query_prompt if side == "query" else settings.passage_prompt
-        length = lengths[f"{side}_max_len"]
-        ids = retrieval.tokenize(tokenizer, [prompt + text for text in texts], length)
-        half = torch.autocast(device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-        with half:
-            vectors = model.encode_ids(ids, batch_tokens=args.batch_size * length)
-        return torch.as_tensor(vectors, dtype=torch.float32, device=device)
-
-    effective = {key: getattr(settings, key) for key in ("pooling", "normalize", "query_prompt", "passage_prompt")}
-    return encode, effective | lengths | {"bf16": args.bf16, "device": device.type}
+    print(f"{args.model_name_or_path} {embedder.describe()}", file=sys.stderr)
+    print(", ".join(f"{key} {value}" for key, value in embedder.lengths.items()), file=sys.stderr)
+    return embedder
 
 
 def table(rows: list[tuple[str, dict[str, float]]], head: str = "data") -> str:
@@ -196,16 +119,16 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder: name a file, such as {args.output}/scores.json")
     sets = [read_folder(folder) for folder in args.data]
-    encode, settings = build_encode(args)
+    embedder = load_embedder(args)
     # Two folders of one name (`a/dev`, `b/dev`) are told apart by the path that was given.
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, args.data, strict=True)]
-    results = {label: evaluate(data, encode) for label, data in zip(labels, sets, strict=True)}
+    results = {label: evaluate(data, embedder) for label, data in zip(labels, sets, strict=True)}
     print(table(list(results.items())))
     for label, values in results.items():
         if values["queries_left_out"]:
             print(f"{label}: {values['queries_left_out']} queries have no relevant passage and were left out")
     if args.output is not None:
-        write_json(args.output, {"model": args.model_name_or_path, "settings": settings, "results": results})
+        write_json(args.output, {"model": args.model_name_or_path, "settings": embedder.effective(), "results": results})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bge_ds import evaluate
-from bge_ds.evaluation.during_training import retrieval
+from bge_ds.evaluation import retrieval
+from bge_ds.evaluation.embedder import EmbeddingSettings
 
 PASSAGES = {"p1": "cats purr", "p2": "dogs bark", "p3": "fish swim"}
 QUERIES = {"q1": "what purrs", "q2": "what barks"}
@@ -174,16 +175,15 @@ def test_a_model_that_does_not_exist(tmp_path, capsys):
     assert "error: --model_name_or_path" in capsys.readouterr().err
 
 
-def settings_of(folder: Path, *flags: str):
-    args = evaluate.parser().parse_args(["--model_name_or_path", "m", "--data", "d", *flags])
-    return evaluate.read_settings(folder, args)
+def settings_of(folder: Path, **given):
+    return EmbeddingSettings.read(folder, **given)
 
 
 def test_settings_come_from_flags_then_files_then_defaults(tmp_path, minilm_path):
     """A model trained with mean pooling and a prompt must not be judged with cls and none unless a flag asks for it."""
     bare = settings_of(tmp_path)
     assert (bare.pooling, bare.normalize, bare.query_prompt) == ("cls", True, "")
-    assert "by default" in bare.said[0]
+    assert "by default" in bare.sources[0]
 
     shutil.copytree(minilm_path / "1_Pooling", tmp_path / "1_Pooling")
     modules = json.loads((minilm_path / "modules.json").read_text())
@@ -194,8 +194,7 @@ def test_settings_come_from_flags_then_files_then_defaults(tmp_path, minilm_path
     assert (stored.pooling, stored.normalize) == ("mean", False)
     assert (stored.query_prompt, stored.passage_prompt) == ("find: ", "text: ")
 
-    flags = ["--sentence_pooling_method", "cls", "--normalize_embeddings", "True"]
-    given = settings_of(tmp_path, *flags, "--query_instruction_for_retrieval", "")
+    given = settings_of(tmp_path, pooling="cls", normalize=True, query_prompt="")
     assert (given.pooling, given.normalize) == ("cls", True)
     assert (given.query_prompt, given.passage_prompt) == ("", "text: ")
 
@@ -206,10 +205,10 @@ def test_vectors_equal_those_of_sentence_transformers(minilm_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     texts = ["a short one", "words of a long text " * 60, "中文 and English"]
     flags = ["--query_max_len", "200", "--query_instruction_for_retrieval", "Q: ", "--use_cpu"]
-    encode, settings = evaluate.build_encode(
+    encode = evaluate.load_embedder(
         evaluate.parser().parse_args(["--model_name_or_path", str(minilm_path), "--data", "d", *flags])
     )
-    assert settings["pooling"] == "mean"
+    assert encode.effective()["pooling"] == "mean"
     model = sentence_transformers.SentenceTransformer(str(minilm_path), device="cpu")
     model.max_seq_length = 200
     expected = model.encode([f"Q: {text}" for text in texts], convert_to_tensor=True)

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import shlex
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import orjson
 import xxhash
 
+from bge_ds.data.files import PARTIAL
 from bge_ds.data.preprocess import input_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import build
 from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, PreprocessSettings
@@ -24,6 +26,40 @@ def make_settings(kind: str, on_error: str = "raise", **given: Any) -> Preproces
     values |= dict.fromkeys(WORDS[kind], word_segmentation.NONE)
     values |= {name: value for name, value in given.items() if value is not None and name in values}
     return PreprocessSettings(kind=kind, on_error=on_error, **values)
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where shards made from files are kept: below --cache_dir, else BGE_DS_CACHE, else ~/.cache/bge_ds."""
+    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
+    return base.expanduser()
+
+
+def keep_rows(rows: Iterable[Mapping[str, Any]], base: Path) -> Path:
+    """A file of JSON lines with these rows, named by its content; every process of a host may write it at the same time.
+
+    Raises ValueError for a row that is no mapping or that JSON cannot hold, with its number from 0.
+    """
+    base.mkdir(parents=True, exist_ok=True)
+    digest, count = xxhash.xxh3_128(), 0
+    with tempfile.NamedTemporaryFile(dir=base, prefix="rows-", suffix=PARTIAL, delete=False) as out:
+        try:
+            for count, row in enumerate(rows, start=1):
+                if not isinstance(row, Mapping):
+                    raise ValueError(f"train_data: row {count - 1} is {type(row).__name__}, not a dictionary of columns")
+                try:
+                    line = orjson.dumps(dict(row), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+                except TypeError as error:
+                    raise ValueError(f"train_data: row {count - 1} cannot be written as JSON ({error})") from None
+                digest.update(line)
+                out.write(line)
+            if not count:
+                raise ValueError("train_data holds no rows")
+        except BaseException:
+            Path(out.name).unlink()
+            raise
+    path = base / f"rows-{digest.hexdigest()}.jsonl"
+    os.replace(out.name, path)
+    return path
 
 
 def prepare(
@@ -62,8 +98,7 @@ def prepare(
         word_segmenter=word_segmenter,
     )
     core = validate.core(tokenizer)
-    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
-    base = base.expanduser()
+    base = cache_folder(cache_dir)
     if len(inputs) == 1 and (Path(inputs[0]) / MANIFEST).is_file():
         check_fits(Path(inputs[0]), settings, core, explicit)
         if verify_data:

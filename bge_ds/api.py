@@ -1,0 +1,86 @@
+"""bge_ds from Python: train on Python objects, embed texts, evaluate. The commands do the same with files.
+
+In a notebook one process trains, on one GPU or the CPU. A script that calls these functions runs on several ranks when it is
+started by `deepspeed --num_gpus N script.py`; every rank calls them alike.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def finetune(
+    train_data: str | Path | list[str] | Rows, *, model_name_or_path: str, output_dir: str | Path, **flags: Any
+) -> Path:
+    """Contrastive fine-tuning; the folder of the trained model.
+
+    train_data: rows with `query`, `pos` and `neg` (a `datasets.Dataset`, a list of dictionaries or any iterable of them), or
+    what `--train_data` takes: paths of JSON lines, Parquet or shards. flags: those of `bge_ds.finetune`, by name.
+    Raises ValueError for settings or rows that cannot serve, with what is wrong and where.
+    """
+    from bge_ds import finetune as command
+
+    return _train(command.train, FinetuneArguments, train_data, output_dir, model_name_or_path=model_name_or_path, **flags)
+
+
+def pretrain(train_data: str | Path | list[str] | Rows, *, output_dir: str | Path, **flags: Any) -> Path:
+    """RetroMAE pre-training; the folder of the encoder. train_data: rows with `text`, or paths; otherwise as `finetune`."""
+    from bge_ds import pretrain as command
+
+    return _train(command.train, PretrainArguments, train_data, output_dir, **flags) / "encoder_model"
+
+
+def load(model_name_or_path: str | Path, **how: Any):
+    """A trained model that turns texts into vectors (`evaluation.embedder.Embedder`, whose `load` explains `how`).
+
+    `load(folder)(["what is a shard"], "query")` gives fp32 vectors, texts by features; the other side is "passage".
+    """
+    from bge_ds.evaluation.embedder import Embedder
+
+    return Embedder.load(model_name_or_path, **how)
+
+
+def evaluate(model, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:
+    """The measures (nDCG@10, MRR@10, Recall@100 ...) of a model on folders in BEIR's form, by the path that was given.
+
+    model: of `load`, or a name or folder. Raises ValueError for folders that cannot serve, with file and line.
+    """
+    from bge_ds import evaluate as command
+    from bge_ds.evaluation.retrieval import read_folder
+
+    folders = [data] if isinstance(data, str | Path) else data
+    sets = {str(folder): read_folder(Path(folder)) for folder in folders}
+    embedder = load(model) if isinstance(model, str | Path) else model
+    return {name: command.evaluate(found, embedder) for name, found in sets.items()}
+
+
+def _train(
+    train: Callable[[Any], None], kind: type[TrainArguments], train_data: str | Path | list[str] | Rows,
+    output_dir: str | Path, **flags: Any,
+) -> Path:  # fmt: skip
+    from bge_ds.distributed import collectives
+
+    train(kind.build(train_data=_as_paths(train_data, flags.get("cache_dir")), output_dir=str(output_dir), **flags))
+    # Not now: DeepSpeed keeps groups for the next run in this process.
+    atexit.unregister(collectives.leave)
+    atexit.register(collectives.leave)
+    return Path(output_dir)
+
+
+def _as_paths(train_data: str | Path | list[str] | Rows, cache_dir: str | None) -> list[str]:
+    """Paths as they are; rows are written as JSON lines into the cache, under a name that their content decides."""
+    if isinstance(train_data, str | Path):
+        return [str(train_data)]
+    from bge_ds.data.preprocess.prepare import cache_folder, keep_rows
+
+    rows = train_data if not isinstance(train_data, list) else iter(train_data)
+    if isinstance(train_data, list) and train_data and all(isinstance(entry, str | Path) for entry in train_data):
+        return [str(entry) for entry in train_data]
+    return [str(keep_rows(rows, cache_folder(cache_dir)))]

@@ -1,0 +1,64 @@
+"""bge_ds from Python: objects in, a trained folder out, the same as the commands give."""
+
+from __future__ import annotations
+
+import json
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bge_ds import api
+
+PROGRAM = helpers.REPO / "tests" / "programs" / "python_api.py"
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return helpers.make_training_folder(tmp_path / "base")
+
+
+def flags_of(setting) -> dict:
+    return {
+        "model_name_or_path": str(setting / "model"), "cache_dir": str(setting / "cache"), "max_steps": 2,
+        "per_device_train_batch_size": 2, "train_group_size": 3, "learning_rate": 1e-3, "save_strategy": "no",
+        "sentence_pooling_method": "mean", "query_instruction_for_retrieval": "find: ", "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }  # fmt: skip
+
+
+def test_objects_train_as_the_file_with_the_same_rows(tmp_path, setting):
+    """A data set, a list and an iterator of rows, and their JSON lines, give one model to the last bit, on two ranks; the
+    folder embeds with its own pooling and prompt, and is evaluated as by the command."""
+    data = setting / "set"
+    data.mkdir()
+    for name, ids in (("corpus", ("p1", "p2")), ("queries", ("q1", "q2"))):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"_id": i, "text": f"text {i}"}) + "\n" for i in ids))
+    (data / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp1\t1\nq2\tp2\t1\n")
+    helpers.run_ranks(PROGRAM.read_text(), 2, tmp_path, setting, json.dumps(flags_of(setting)))
+    expected = load_file(tmp_path / "file" / "model.safetensors")
+    for name in ("list", "dataset", "iterator"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected), name
+    assert len(list((setting / "cache").rglob("rows-*.jsonl"))) == 2  # one file a content: groups and texts
+    assert not list((setting / "cache").rglob("*.partial"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["shape"] == [2, 32] and found["lengths"] == pytest.approx([1, 1], abs=1e-5)
+    assert (found["settings"]["pooling"], found["settings"]["query_prompt"]) == ("mean", "find: ")
+    measures = found["measures"][str(data)]
+    assert measures["queries"] == 2 and 0 < measures["nDCG@10"] <= 1
+
+
+def test_mistakes_name_the_row(tmp_path, setting):
+    """A row that is no dictionary or holds what JSON cannot is named, and nothing is left in the cache."""
+    for bad, words in (
+        (["text"], "row 1 is list"),
+        ({"query": object()}, "row 1 cannot be written"),
+        (None, "row 1 is NoneType"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            api.finetune([{"query": "a", "pos": ["b"], "neg": ["c"]}, bad], output_dir=tmp_path / "o", **flags_of(setting))
+    with pytest.raises(ValueError, match="no rows"):
+        api.finetune(iter([]), output_dir=tmp_path / "o", **flags_of(setting))
+    assert not [path for path in (setting / "cache").rglob("rows-*")] and not (tmp_path / "o").exists()
