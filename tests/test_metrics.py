@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from bge_ds.data import files
 from bge_ds.training import metrics
 from bge_ds.training.metrics import Meter, RunLog, peak_rate
 
@@ -104,12 +105,12 @@ def test_the_lines_of_a_resumed_run_are_never_half_there(tmp_path, monkeypatch):
     log.close()
     before = file.read_text()
 
-    def fail(path, text, **more):
-        with path.open("w") as out:
-            out.write(text[:9])
-        raise OSError(28, "No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, content):
+            super().write(content[:9])
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
     with pytest.raises(ValueError, match="No space left"):
         log_to(file, first_step=2)
     assert file.read_text() == before
