@@ -52,13 +52,12 @@ def evaluate(model, data: str | Path | list[str | Path]) -> dict[str, dict[str, 
 
     model: of `load`, or a name or folder. Raises ValueError for folders that cannot serve, with file and line.
     """
-    from bge_ds import evaluate as command
-    from bge_ds.evaluation.retrieval import read_folder
+    from bge_ds.evaluation.retrieval import evaluate_set, read_folder
 
     folders = [data] if isinstance(data, str | Path) else data
     sets = {str(folder): read_folder(Path(folder)) for folder in folders}
     embedder = load(model) if isinstance(model, str | Path) else model
-    return {name: command.evaluate(found, embedder) for name, found in sets.items()}
+    return {name: evaluate_set(found, embedder) for name, found in sets.items()}
 
 
 def _train(
@@ -78,9 +77,8 @@ def _as_paths(train_data: str | Path | list[str] | Rows, cache_dir: str | None) 
     """Paths as they are; rows are written as JSON lines into the cache, under a name that their content decides."""
     if isinstance(train_data, str | Path):
         return [str(train_data)]
-    from bge_ds.data.preprocess.prepare import cache_folder, keep_rows
-
-    rows = train_data if not isinstance(train_data, list) else iter(train_data)
     if isinstance(train_data, list) and train_data and all(isinstance(entry, str | Path) for entry in train_data):
         return [str(entry) for entry in train_data]
-    return [str(keep_rows(rows, cache_folder(cache_dir)))]
+    from bge_ds.data.preprocess.prepare import cache_folder, keep_rows
+
+    return [str(keep_rows(train_data, cache_folder(cache_dir)))]

@@ -14,41 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+import typing
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.parser import to_bool
+from bge_ds.data.files import write_whole
+from bge_ds.evaluation import DEFAULT_LENGTHS
 
-from bge_ds.evaluation import retrieval
-from bge_ds.evaluation.embedder import DEFAULT_LENGTHS, Embedder
-from bge_ds.evaluation.retrieval import KEPT, NAMES, RetrievalSet, measure, read_folder, search
-from bge_ds.modeling import encoder
+if typing.TYPE_CHECKING:
+    from bge_ds.evaluation.embedder import Embedder
 
-
-def evaluate(data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor]) -> dict[str, float]:
-    """The measures of a model on one set. `encode(texts, "query" | "passage")` gives fp32 rows of D features."""
-    started = time.perf_counter()
-    queries_QD = encode(list(data.queries.values()), "query")
-    texts = data.distinct()
-    with tqdm(total=len(data.firsts), desc=data.name, unit="passages", disable=None) as bar:
-
-        def blocks() -> Iterator[torch.Tensor]:
-            while block := list(islice(texts, retrieval.BLOCK)):
-                yield encode(block, "passage")
-                bar.update(len(block))
-
-        _, found_QK = search(queries_QD, blocks(), KEPT)
-    sizes = {"queries": len(data.queries), "passages": len(data.passage_ids), "queries_left_out": data.unjudged}
-    return measure(data, retrieval.ranking(data, found_QK)) | sizes | {"seconds": round(time.perf_counter() - started, 2)}
+POOLINGS = typing.get_args(typing.get_type_hints(FinetuneArguments)["sentence_pooling_method"])
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
     """The model with what the flags set, described on the screen."""
+    from bge_ds.evaluation.embedder import Embedder
+
     embedder = Embedder.load(
         args.model_name_or_path,
         cache_dir=args.cache_dir,
@@ -69,6 +53,8 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
 
 def table(rows: list[tuple[str, dict[str, float]]], head: str = "data") -> str:
     """The measures of each named row, as text in columns."""
+    from bge_ds.evaluation.retrieval import NAMES
+
     width = max(len(head), *(len(name) for name, _ in rows))
     lines = [f"{head:<{width}}  " + "  ".join(f"{name:>10}" for name in NAMES)]
     lines += [f"{name:<{width}}  " + "  ".join(f"{values[n]:>10.4f}" for n in NAMES) for name, values in rows]
@@ -76,18 +62,8 @@ def table(rows: list[tuple[str, dict[str, float]]], head: str = "data") -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Whole or not at all: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def parse_bool(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return values[text.lower()]
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def positive(text: str) -> int:
@@ -105,8 +81,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=positive, default=64, help="full-length texts a batch; of shorter ones, more")
     p.add_argument("--query_instruction_for_retrieval", help="prefix of queries (default: the model's stored prompt)")
     p.add_argument("--passage_instruction_for_retrieval", help="prefix of passages (default: the stored prompt)")
-    p.add_argument("--sentence_pooling_method", choices=encoder.POOLINGS, help="default: what the model's files say")
-    p.add_argument("--normalize_embeddings", type=parse_bool, metavar="True|False", help="default: likewise")
+    p.add_argument("--sentence_pooling_method", choices=POOLINGS, help="default: what the model's files say")
+    p.add_argument("--normalize_embeddings", type=to_bool, metavar="True|False", help="default: likewise")
     p.add_argument("--cache_dir", help="where models fetched from the hub are kept")
     p.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures and settings here")
     p.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
@@ -115,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    from bge_ds.evaluation.retrieval import evaluate_set, read_folder
+
     names = [folder.resolve().name for folder in args.data]
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder: name a file, such as {args.output}/scores.json")
@@ -122,13 +100,14 @@ def run(args: argparse.Namespace) -> None:
     embedder = load_embedder(args)
     # Two folders of one name (`a/dev`, `b/dev`) are told apart by the path that was given.
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, args.data, strict=True)]
-    results = {label: evaluate(data, embedder) for label, data in zip(labels, sets, strict=True)}
+    results = {label: evaluate_set(data, embedder) for label, data in zip(labels, sets, strict=True)}
     print(table(list(results.items())))
     for label, values in results.items():
         if values["queries_left_out"]:
             print(f"{label}: {values['queries_left_out']} queries have no relevant passage and were left out")
     if args.output is not None:
-        write_json(args.output, {"model": args.model_name_or_path, "settings": embedder.effective(), "results": results})
+        content = {"model": args.model_name_or_path, "settings": embedder.effective(), "results": results}
+        write_json(args.output, content)
 
 
 def main(argv: list[str] | None = None) -> int:

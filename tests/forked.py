@@ -92,10 +92,17 @@ def server() -> Path | None:
 
 def serve(path: str) -> tuple[dict, list[int]]:
     """Answer for ever. Comes back in each forked process only, with what it is asked to be and its two streams."""
+    import cpuinfo
     import deepspeed  # noqa: F401
     import sentence_transformers  # noqa: F401
 
-    from bge_ds import finetune, pretrain  # noqa: F401
+    from bge_ds import evaluate, finetune, pretrain  # noqa: F401
+    from bge_ds.objectives import contrastive, retromae  # noqa: F401
+    from bge_ds.training import command, loop  # noqa: F401
+
+    # DeepSpeed asks for the processor each time it makes a CPUAdam, which takes a second in a process of its own.
+    processor = cpuinfo.get_cpu_info()
+    cpuinfo.get_cpu_info = lambda: dict(processor)
 
     # DeepSpeed imports it when it first wraps a model, and with it the whole of torch's compiler.
     with contextlib.suppress(ImportError):

@@ -185,18 +185,9 @@ def restore(engine, taken: Taken) -> None:
 
 
 def save(
-    engine,
-    output_dir: Path,
-    step: int,
-    tokens_seen: int,
-    agreement: dict,
-    export: Callable[[Path], None],
-    keep: int | None,
-    only_model: bool,
-    best: dict | None = None,
-    asked: dict | None = None,
-    meter: dict | None = None,
-) -> Saved:
+    engine, output_dir: Path, step: int, tokens_seen: int, agreement: dict, export: Callable[[Path], object],
+    keep: int | None, only_model: bool, best: dict | None = None, asked: dict | None = None, meter: dict | None = None,
+) -> Saved:  # fmt: skip
     """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`, the best one excepted.
 
     best: step, metric and value of the best checkpoint so far, this one included; it also goes into best.json beside them.
@@ -209,11 +200,8 @@ def save(
     world = collectives.world_size()
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
-    own = (
-        {}
-        if only_model
-        else optimizer_state.entries(optimizer_state.share(optimizer_state.pieces(engine), collectives.rank(), world))
-    )
+    pieces = [] if only_model else optimizer_state.share(optimizer_state.pieces(engine), collectives.rank(), world)
+    own = optimizer_state.entries(pieces)
     needed = sum(collectives.gather_object(optimizer_state.size_of(own))) + model_size(engine)
     tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
     meters = collectives.gather_object(meter)

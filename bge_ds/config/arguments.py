@@ -27,27 +27,29 @@ class PretrainArguments(TrainArguments):
     model_name_or_path: str = flag(
         "bert-base-uncased", "model to start from: name or folder; empty: from scratch, see config_name"
     )
-    max_seq_length: int = flag(512, "tokens a text keeps, special tokens included")
+    max_seq_length: int = flag(512, "maximum tokens of a text, special tokens included")
     word_segmenter: Literal["none", "jieba"] = flag(
-        "none", "words masked whole in Chinese: a character each, or jieba's", rare=True
+        "none",
+        "how Chinese is split into words, which are masked whole: none (each character) or jieba",
+        rare=True,
     )
     per_device_train_tokens: int | None = flag(
-        None, "most tokens of a rank's micro batch, which then takes whole texts while they fit; unset: a number of texts"
+        None, "maximum tokens of a rank's micro batch, filled with whole texts; unset: per_device_train_batch_size texts"
     )
     objective: Literal["retromae", "dupmae", "mlm"] = flag(
-        "retromae", "retromae: masked words, and a decoder that rebuilds the text from [CLS]; dupmae: and its bag of words "
-        "from the other tokens; mlm: masked words alone"
+        "retromae", "retromae: masked language modelling, and a decoder that reconstructs the text from [CLS]; dupmae: also a "
+        "bag-of-words loss on the other tokens; mlm: masked language modelling alone"
     )  # fmt: skip
-    bow_loss_weight: float = flag(0.1, "with objective dupmae: weight of the bag of words beside the two other losses")
-    encoder_mlm_probability: float = flag(0.3, "share of the encoder's tokens that are masked, by whole words")
-    decoder_mlm_probability: float = flag(0.5, "share of the words hidden from each row of the decoder")
+    bow_loss_weight: float = flag(0.1, "with objective dupmae: weight of the bag-of-words loss")
+    encoder_mlm_probability: float = flag(0.3, "fraction of the encoder's tokens that are masked, in whole words")
+    decoder_mlm_probability: float = flag(0.5, "fraction of the words that each position of the decoder cannot attend to")
     decoder_query: Literal["embeddings", "raw"] = flag(
         "embeddings",
-        "decoder's query stream: through the encoder's embedding module, or the raw h + p_i of the paper",
+        "the decoder's queries: passed through the encoder's embedding module, or h + p_i as in the paper (raw)",
         rare=True,
     )
     save_strategy: str = flag(
-        "epoch", "no, steps, epoch or best; with epoch, a save_steps that is given saves every so many steps too"
+        "epoch", "no, steps, epoch or best; with epoch, save_steps may be given too and adds checkpoints between"
     )
 
     @property
@@ -98,11 +100,11 @@ class FinetuneArguments(TrainArguments):
 
     topic_finetuning: ClassVar[str] = "Fine-tuning"
     model_name_or_path: str = field(metadata={"help": "model to start from: name or folder"})
-    train_group_size: int = flag(8, "passages a query brings: one positive, the others its own negatives")
-    query_max_len: int = flag(32, "tokens a query keeps, instruction and special tokens included")
-    passage_max_len: int = flag(128, "tokens a passage keeps, instruction and special tokens included")
+    train_group_size: int = flag(8, "passages of each query: one positive, the others hard negatives")
+    query_max_len: int = flag(32, "maximum tokens of a query, instruction and special tokens included")
+    passage_max_len: int = flag(128, "maximum tokens of a passage, instruction and special tokens included")
     max_example_num_per_dataset: int = flag(
-        100_000_000, "groups taken from each input file, a random subsample of a longer one", rare=True
+        100_000_000, "maximum groups of each input file; a longer one is sampled at random", rare=True
     )
     same_dataset_within_batch: bool = flag(
         False, "all queries of a step, on all ranks, come from one input file, so that negatives are of the same kind"
@@ -110,21 +112,24 @@ class FinetuneArguments(TrainArguments):
     query_instruction_for_retrieval: str | None = flag(None, "prefix of every query, saved as the model's query prompt")
     passage_instruction_for_retrieval: str | None = flag(None, "prefix of every passage, saved as the model's passage prompt")
     sub_batch_size: int | None = flag(
-        None, "texts (queries and passages) computed at a time: the same gradient in less memory (GradCache); unset: all"
+        None, "GradCache: texts (queries and passages) per forward pass; same gradient, less memory; unset: all"
     )
-    sub_batch_tokens: int | None = flag(None, "the same, as tokens at a time: more even pieces where texts differ in length")
+    sub_batch_tokens: int | None = flag(None, "GradCache: tokens per forward pass, in place of texts")
     negatives_cross_device: bool = flag(False, "the passages of all ranks are negatives, not only the rank's own")
     use_inbatch_neg: bool = flag(True, "the other queries' passages are negatives too")
-    bidirectional: bool = flag(False, "also score each positive against all queries; the loss is the mean of both ways")
-    mask_false_negatives: bool = flag(True, "a passage whose text equals the query's positive is no negative of it")
+    bidirectional: bool = flag(False, "also score each positive against all queries; the loss is the mean of both directions")
+    mask_false_negatives: bool = flag(True, "do not use a passage as a negative if its text is one of the query's positives")
     false_negative_margin: float | None = flag(
-        None, "a passage more similar than the positive by more than this is no negative; may be below 0; unset: off"
+        None,
+        "do not use a passage as a negative if its similarity exceeds the positive's by this; may be negative; unset: off",
     )
     false_negative_margin_type: Literal["absolute", "relative"] = flag(
-        "absolute", "the margin is a similarity, or a share of the positive's", rare=True
+        "absolute",
+        "absolute: a difference of similarities; relative: a fraction of the positive's similarity",
+        rare=True,
     )
-    temperature: float = flag(0.02, "divides the similarities; always 1 where vectors are not normalised")
-    learnable_temperature: bool = flag(False, "train the temperature too, from --temperature on")
+    temperature: float = flag(0.02, "similarities are divided by it; always 1 without normalize_embeddings")
+    learnable_temperature: bool = flag(False, "train the temperature, starting at --temperature")
     knowledge_distillation: bool = flag(False, "learn from a teacher's scores: pos_scores and neg_scores of the data")
     kd_loss_type: Literal["kl_div", "m3_kd_loss", "margin_mse"] = flag(
         "kl_div", "kl_div and margin_mse are added to the contrastive loss, m3_kd_loss replaces it"
@@ -133,15 +138,13 @@ class FinetuneArguments(TrainArguments):
     mrl_dims: list[int] = field(
         default_factory=list, metadata={"help": "with use_mrl: the prefixes' lengths, such as 64 128 256 768"}
     )
-    normalize_embeddings: bool = flag(True, "vectors of length 1; also spelled normlized")
-    sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how a text's vector is made of its tokens'")
-    bidirectional_attention: bool = flag(
-        False, "decoder backbones: every token sees the whole text, not only what is before it"
-    )
+    normalize_embeddings: bool = flag(True, "normalise vectors to length 1; alias normlized")
+    sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how token vectors become a text's vector")
+    bidirectional_attention: bool = flag(False, "decoder backbones: bidirectional instead of causal attention")
     fix_position_embedding: bool = flag(False, "do not train parameters whose name contains position_embeddings", rare=True)
 
     topic_lora: ClassVar[str] = "LoRA"
-    use_lora: bool = flag(False, "train low-rank adapters of linear layers alone; saved merged, and by themselves for peft")
+    use_lora: bool = flag(False, "train only low-rank adapters of linear layers; saved merged, and in peft's format")
     lora_rank: int = flag(64, "with use_lora: rank of an adapter's matrices")
     lora_alpha: float = flag(16.0, "with use_lora: an adapter's product is multiplied by lora_alpha / lora_rank", rare=True)
     lora_dropout: float = flag(0.1, "with use_lora: dropout of an adapter's input", rare=True)

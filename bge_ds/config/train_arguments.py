@@ -42,18 +42,18 @@ class TrainArguments:
     output_dir: str = field(metadata={"help": "folder for the model, checkpoint-N/ and metrics.jsonl"})
     train_data: list[str] = field(
         metadata={"help": "shards made by bge_ds.preprocess, or JSON lines (file, folder or glob) to preprocess into a cache; "
-                  "several may be given, each as PATH or, for a share of the texts other than by its rows, PATH=WEIGHT"}
+                  "several may be given, each as PATH, or as PATH=WEIGHT to set its sampling weight"}
     )  # fmt: skip
     mixing_temperature: float | None = flag(
         None,
-        "share of a set ~ rows ** (1 / this): 1 by rows, more favours small sets; unset: all texts once an epoch",
+        "each set is sampled in proportion to rows ** (1 / this); above 1 favours small sets; unset: every text once per epoch",
         rare=True,
     )
-    config_name: str | None = flag(None, "model configuration: name or folder, where it is not the model's own", rare=True)
-    tokenizer_name: str | None = flag(None, "tokenizer: name or folder, where it is not the model's own", rare=True)
+    config_name: str | None = flag(None, "model configuration: name or folder; unset: the model's own", rare=True)
+    tokenizer_name: str | None = flag(None, "tokenizer: name or folder; unset: the model's own", rare=True)
     cache_dir: str | None = flag(None, "folder for downloaded models and for shards made from JSON lines")
     on_error: Literal["raise", "skip"] = flag(
-        "raise", "bad line of raw JSON lines: stop, or skip it, count it and list it", rare=True
+        "raise", "on a bad JSON line: stop (raise), or skip, count and list it (skip)", rare=True
     )
     verify_data: bool = flag(
         True,
@@ -61,16 +61,14 @@ class TrainArguments:
         rare=True,
     )
     kernels: Literal["auto", "torch", "fused"] = flag(
-        "auto", "which kernels: the best that runs here, plain torch, or fused or fail"
+        "auto", "auto: the fastest kernels available; torch: plain torch only; fused: an error where they are not available"
     )
     overwrite_output_dir: bool = flag(False, "train into an output_dir that is not empty; the checkpoints in it are removed")
 
     topic_length_of_the_run: ClassVar[str] = "Length of the run"
-    per_device_train_batch_size: int = flag(
-        8, "texts (queries with their passages, for finetune) a rank takes in one micro batch"
-    )
+    per_device_train_batch_size: int = flag(8, "texts (finetune: queries) in a rank's micro batch")
     gradient_accumulation_steps: int = flag(1, "micro batches in one optimizer step; adds no negatives")
-    num_train_epochs: float = flag(3.0, "passes over the data; a fraction ends within the last one")
+    num_train_epochs: float = flag(3.0, "epochs; may be a fraction")
     max_steps: int = flag(-1, "optimizer steps of the whole run; overrides num_train_epochs unless -1")
 
     topic_optimizer_and_schedule: ClassVar[str] = "Optimizer and schedule"
@@ -79,7 +77,7 @@ class TrainArguments:
     lr_scheduler_kwargs: dict | str | None = field(
         default=None, metadata={"rare": True, "help": "JSON object of further arguments of the schedule; parsed, it is a dict"}
     )
-    warmup_steps: float = flag(0, "steps in which the learning rate rises from 0; below 1, a share of all steps")
+    warmup_steps: float = flag(0, "warm-up steps; below 1, a fraction of all steps")
     optim: str = flag(
         "adamw_torch_fused", "adamw_torch, adamw_torch_fused, or adamw_deepspeed: its FusedAdam on a GPU, CPUAdam on a CPU"
     )
@@ -87,10 +85,10 @@ class TrainArguments:
     adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients", rare=True)
     adam_beta2: float = flag(0.999, "AdamW's decay of the mean of squared gradients", rare=True)
     adam_epsilon: float = flag(1e-8, "AdamW's term against division by zero", rare=True)
-    max_grad_norm: float = flag(1.0, "largest norm of the whole gradient, longer ones are scaled down; 0: never")
+    max_grad_norm: float = flag(1.0, "gradient clipping: maximum norm of the whole gradient; 0: no clipping")
     max_nonfinite_steps: int = flag(
         20,
-        "steps in a row with a loss or gradient that is not finite, each skipped and counted, that stop the run; 0: never",
+        "stop after this many consecutive steps skipped for a NaN or infinite loss or gradient; 0: never",
         rare=True,
     )
     average_tokens_across_devices: bool = flag(
@@ -103,29 +101,29 @@ class TrainArguments:
     tf32: bool | None = flag(
         None, "TensorFloat-32 products on Ampere GPUs and later; unset: as torch has it", nargs="?", const=True, rare=True
     )
-    gradient_checkpointing: bool = flag(False, "keep no activations, compute them again in the backward pass")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass instead of storing them")
     gradient_checkpointing_kwargs: dict | str | None = field(
         default=None, metadata={"rare": True, "help": 'JSON object, {"use_reentrant": true|false}; parsed, it is a dict'}
     )
     torch_compile: bool = flag(
-        False, "compile the layers of a backbone that runs without padding; off, as no GPU has measured a gain yet", rare=True
+        False, "compile the layers of a backbone that runs without padding; no gain has been measured on a GPU yet", rare=True
     )
     torch_compile_backend: Literal["inductor", "aot_eager", "eager"] | None = flag(
-        None, "with torch_compile: what compiles; unset: inductor; the others are for finding faults", rare=True
+        None, "with torch_compile: backend; unset: inductor; the others are for debugging", rare=True
     )
     token_bucket: int | None = flag(
         None,
-        "with torch_compile: rows are filled up to a multiple of so many tokens, each of which is compiled; unset: 1024",
+        "with torch_compile: packed rows are padded to a multiple of this; one compilation per multiple; unset: 1024",
         rare=True,
     )
     torch_empty_cache_steps: int | None = flag(
-        None, "give the GPU's cached memory back every so many steps; unset: never", rare=True
+        None, "empty the GPU's memory cache every this many steps; unset: never", rare=True
     )
     use_cpu: bool = flag(False, "train on the CPU even where there is a GPU")
 
     topic_logging: ClassVar[str] = "Logging"
-    logging_strategy: Literal["no", "steps", "epoch"] = flag("steps", "when a line goes to metrics.jsonl and the writers")
-    logging_steps: float = flag(10, "steps between two lines; below 1, a share of all steps")
+    logging_strategy: Literal["no", "steps", "epoch"] = flag("steps", "when metrics are logged")
+    logging_steps: float = flag(10, "steps between two log lines; below 1, a fraction of all steps")
     logging_first_step: bool = flag(False, "log the first step too", rare=True)
     logging_nan_inf_filter: bool = flag(True, "leave losses that are NaN or infinite out of the logged means", rare=True)
     include_num_input_tokens_seen: str = flag(
@@ -136,10 +134,10 @@ class TrainArguments:
         rare=True,
     )
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = flag(
-        "passive", "level of the main rank's messages; passive: as the libraries have it", rare=True
+        "passive", "log level of rank 0; passive: the libraries' default", rare=True
     )
     log_level_replica: Literal["debug", "info", "warning", "error", "critical", "passive"] = flag(
-        "warning", "level of the other ranks' messages", rare=True
+        "warning", "log level of the other ranks", rare=True
     )
     disable_tqdm: bool | None = flag(None, "show no progress bar", nargs="?", const=True, rare=True)
     report_to: list[str] = field(
@@ -153,35 +151,35 @@ class TrainArguments:
     save_strategy: str = flag(
         "steps", "when a checkpoint is written: no, steps, epoch (at each epoch's end) or best (where an evaluation is)"
     )
-    save_steps: float = flag(500, "steps between two checkpoints; below 1, a share of all steps")
-    save_total_limit: int | None = flag(None, "number of checkpoints kept, the best among them; unset: all")
-    save_only_model: bool = flag(False, "checkpoints hold the model alone: small, but no run resumes from them", rare=True)
+    save_steps: float = flag(500, "steps between two checkpoints; below 1, a fraction of all steps")
+    save_total_limit: int | None = flag(None, "maximum number of checkpoints kept, the best included; unset: all")
+    save_only_model: bool = flag(False, "checkpoints hold the model only: smaller, but a run cannot resume", rare=True)
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint-N folder to go on from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
+        None, "checkpoint-N folder to resume from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
     )
 
     topic_evaluating: ClassVar[str] = "Evaluating"
     eval_data: list[str] = field(
         default_factory=list,
-        metadata={"help": "folders in BEIR's form that are searched while training; the last step is evaluated always"},
+        metadata={"help": "folders in BEIR's format to evaluate on while training; the last step is always evaluated"},
     )
-    eval_strategy: str = flag("no", "no, steps or epoch; with eval_data and unset: steps, or epoch where checkpoints are")
-    eval_steps: float | None = flag(None, "steps between two evaluations; below 1, a share of all steps; unset: save_steps")
+    eval_strategy: str = flag("no", "no, steps or epoch; unset with eval_data: epoch if save_strategy is epoch, else steps")
+    eval_steps: float | None = flag(None, "steps between two evaluations; below 1, a fraction of all steps; unset: save_steps")
     eval_delay: float = flag(0.0, "steps (epochs, with eval_strategy epoch) before the first evaluation", rare=True)
-    eval_on_start: bool = flag(False, "evaluate the model as it is before the first step too", rare=True)
+    eval_on_start: bool = flag(False, "also evaluate before the first step", rare=True)
     per_device_eval_batch_size: int = flag(
-        8, "full-length passages a rank encodes at a time; of shorter texts, more", rare=True
+        8, "full-length passages per forward pass of a rank; more of shorter ones", rare=True
     )
     load_best_model_at_end: bool = flag(False, "the result is the best checkpoint's model, not the last step's")
     metric_for_best_model: str | None = flag(
-        None, "what the best checkpoint is best by, such as dev_Recall@100; unset: nDCG@10, the mean over the sets", rare=True
+        None, "metric that selects the best checkpoint, such as dev_Recall@100; unset: mean nDCG@10 over the sets", rare=True
     )
-    greater_is_better: bool | None = flag(None, "True, as for every measure here", nargs="?", const=True, rare=True)
+    greater_is_better: bool | None = flag(None, "True for every metric here", nargs="?", const=True, rare=True)
 
     topic_randomness_and_order: ClassVar[str] = "Randomness and order"
     seed: int = flag(42, "seed of initial weights, dropout and masks")
     data_seed: int | None = flag(None, "seed of the order and choice of texts; unset: seed", rare=True)
-    full_determinism: bool = flag(False, "deterministic kernels only: slower, repeats to the bit", rare=True)
+    full_determinism: bool = flag(False, "deterministic kernels only: slower, bit-reproducible", rare=True)
     train_sampling_strategy: str = flag(
         "random", "random (shuffled each epoch), sequential (the order of the data) or group_by_length", rare=True
     )
@@ -190,9 +188,9 @@ class TrainArguments:
     )
 
     topic_loading: ClassVar[str] = "Loading"
-    dataloader_drop_last: bool = flag(False, "drop an epoch's last step where it is not full", rare=True)
-    dataloader_num_workers: int = flag(1, "processes a rank that build batches; 0: built between steps")
-    dataloader_prefetch_factor: int | None = flag(None, "batches that each worker holds ready; unset: 2", rare=True)
+    dataloader_drop_last: bool = flag(False, "drop the last, incomplete step of an epoch", rare=True)
+    dataloader_num_workers: int = flag(1, "data loader processes per rank; 0: batches are built between steps")
+    dataloader_prefetch_factor: int | None = flag(None, "batches prefetched by each worker; unset: 2", rare=True)
     dataloader_pin_memory: bool = flag(True, "page-locked memory for faster copies to a GPU", rare=True)
     dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = flag(
         None, "how workers are started; unset: torch's default", rare=True

@@ -150,7 +150,7 @@ def held(path: str, cache_dir: str) -> dict:
     """What an entry of --train_data holds: a mark that is the same where the rows are, and its size in bytes."""
     import xxhash
 
-    from bge_ds.data.preprocess import input_files
+    from bge_ds.data.preprocess import input_files, prepare
     from bge_ds.data.shards import digests, manifest_file, shard_reader
 
     if path.startswith(input_files.table_files.HUB):
@@ -160,8 +160,8 @@ def held(path: str, cache_dir: str) -> dict:
         size = sum((Path(path) / shard.file).stat().st_size for shard in reader.manifest.shards)
         return {"kind": "shards", "mark": reader.fingerprint, "bytes": size}
     files = [file for source in input_files.find_sources([path]) for file in source.files()]
-    base = Path(cache_dir) / "bge_ds" if cache_dir else Path(os.environ.get("BGE_DS_CACHE") or "~/.cache/bge_ds")
-    marks = digests.of_files(files, base.expanduser())
+    base = prepare.cache_folder(cache_dir)
+    marks = digests.of_files(files, base)
     return {
         "kind": f"{len(files)} file{'s' * (len(files) > 1)}",
         "mark": xxhash.xxh3_128_hexdigest(" ".join(marks).encode()),

@@ -15,10 +15,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bge_ds.data.preprocess import validate
-from bge_ds.evaluation import retrieval
+from bge_ds.evaluation import DEFAULT_LENGTHS, retrieval
 from bge_ds.modeling import encoder
 
-DEFAULT_LENGTHS = {"query_max_len": 64, "passage_max_len": 256}
 Side = Literal["query", "passage"]
 
 

@@ -1,17 +1,14 @@
-"""How ranks find and reach each other for the watch: connections of JSON lines, addresses, the names of hosts."""
+"""Connections between ranks: lines of JSON each way."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import os
 import select
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -74,47 +71,3 @@ class Link:
                 break
         self.sock.close()
         raise ConnectionError("no answer")
-
-
-def meeting_point() -> tuple[str, int]:
-    """Where the ranks meet, as the launcher says. Raises ValueError where it does not."""
-    try:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except KeyError as error:
-        raise ValueError(
-            f"the environment has RANK and WORLD_SIZE but no {error.args[0]}: give the address of rank 0's host and a free "
-            "port there as MASTER_ADDR and MASTER_PORT, or start by deepspeed or torchrun, which do"
-        ) from None
-
-
-def own_host() -> str:
-    """Of rank 0: its name, and the address that others reach it by, where that is one."""
-    address = os.environ.get("MASTER_ADDR", "")
-    return socket.gethostname() + ("" if address in ("", "localhost", "127.0.0.1", "::1") else f", {address}")
-
-
-def listen(backlog: int) -> socket.socket:
-    with contextlib.suppress(OSError):  # a host without IPv6
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", 0), backlog=backlog)
-
-
-def own_address(address: str, port: int) -> str:
-    """This host's address as seen from where it talks to address:port; "" where that is this host itself."""
-    with socket.create_connection((address, port), timeout=5) as sock:
-        own = sock.getsockname()[0]
-        return "" if own == sock.getpeername()[0] else own
-
-
-def hosts_of_ranks() -> dict[int, str]:
-    """rank -> host, where this process's launcher is DeepSpeed's, which has them in its command line."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return {}
-    for word in words:
-        if word.startswith("--world_info="):
-            slots = json.loads(base64.urlsafe_b64decode(word.removeprefix("--world_info=")))
-            return dict(enumerate(host for host, ranks in slots.items() for _ in ranks))
-    return {}

@@ -19,7 +19,7 @@ from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.config.run_config import fill_from_shards
 from bge_ds.data import collate
 from bge_ds.data.collate import Share
-from bge_ds.data.preprocess import prepare, validate
+from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -29,8 +29,7 @@ from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling import export, lora
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
 from bge_ds.modeling.flops import backbone_flops
-from bge_ds.training import data_order
-from bge_ds.training.command import is_first_on_host, silent
+from bge_ds.objectives.shards import open_shards
 from bge_ds.training.objective import Objective, Values
 
 
@@ -51,7 +50,11 @@ class ContrastiveObjective(Objective):
                 "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out"
             )
         self.tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
-        self.data = open_data(args, self.tokenizer)
+        self.data: shard_reader.FinetuneShards = open_shards(
+            "finetune", args, self.tokenizer, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
+            query_instruction=args.query_instruction_for_retrieval,
+            passage_instruction=args.passage_instruction_for_retrieval,
+        )  # fmt: skip
         self.args: FinetuneArguments = fill_from_shards(args, self.data.manifest, _FROM_SHARDS)
         self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
         self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0  # every group has negatives of its own
@@ -179,19 +182,6 @@ class ContrastiveObjective(Objective):
 
 
 _FROM_SHARDS = ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval")
-
-
-def open_data(args: FinetuneArguments, tokenizer) -> shard_reader.FinetuneShards:
-    """The shards, made from JSON lines where they must be."""
-    say = print if is_first_on_host() else silent
-    paths, weights = data_order.split_weights(args.train_data)
-    folders = prepare.prepare_all(
-        "finetune", paths, tokenizer, bool(weights or args.mixing_temperature),
-        query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
-        query_instruction=args.query_instruction_for_retrieval, passage_instruction=args.passage_instruction_for_retrieval,
-        explicit=args.explicit, cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data, say=say,
-    )  # fmt: skip
-    return shard_reader.open_folders(folders)
 
 
 def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> dict[str, str]:

@@ -14,7 +14,7 @@ from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import PretrainArguments
 from bge_ds.config.run_config import fill_from_shards
 from bge_ds.data import collate
-from bge_ds.data.preprocess import prepare, validate
+from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -23,8 +23,7 @@ from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, check_vocabulary, load_backbone, load_config
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 from bge_ds.modeling.vocabulary import check_can_pretrain
-from bge_ds.training import data_order
-from bge_ds.training.command import is_first_on_host, silent
+from bge_ds.objectives.shards import open_shards
 from bge_ds.training.objective import Objective, Values
 
 _SUMS = (*(f"{name}_loss" for name in LOSSES), "encoder_correct", "decoder_correct")
@@ -43,7 +42,9 @@ class RetroMAEObjective(Objective):
     def __init__(self, args: PretrainArguments):
         name = args.tokenizer_name or args.model_name_or_path
         self.tokenizer = validate.load_tokenizer(name, args.cache_dir)
-        self.data = open_data(args, self.tokenizer)
+        self.data: shard_reader.PretrainShards = open_shards(
+            "pretrain", args, self.tokenizer, max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter
+        )
         self.args: PretrainArguments = fill_from_shards(args, self.data.manifest, ("max_seq_length",))
         self.model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
         check_can_pretrain(self.model_config)
@@ -126,18 +127,6 @@ class RetroMAEObjective(Objective):
 
     def result(self) -> str:
         return f"the encoder is in {Path(self.args.output_dir) / 'encoder_model'}"
-
-
-def open_data(args: PretrainArguments, tokenizer) -> shard_reader.PretrainShards:
-    """The shards, made from JSON lines where they must be."""
-    paths, weights = data_order.split_weights(args.train_data)
-    folders = prepare.prepare_all(
-        "pretrain", paths, tokenizer, bool(weights or args.mixing_temperature),
-        max_seq_length=args.max_seq_length, word_segmenter=args.word_segmenter, explicit=args.explicit,
-        cache_dir=args.cache_dir, on_error=args.on_error, verify_data=args.verify_data,
-        say=print if is_first_on_host() else silent,
-    )  # fmt: skip
-    return shard_reader.open_folders(folders)
 
 
 def make_model(args: PretrainArguments, config, tokenizer, data: shard_reader.PretrainShards) -> RetroMAE:

@@ -38,10 +38,10 @@ def fixed_vectors(table: dict[str, list[float]]):
 def test_measures_of_a_known_ranking(tmp_path):
     """The right passage at rank 1 and at rank 2 gives (1 + 1/log2(3)) / 2 and (1 + 1/2) / 2: a shifted rank, a wrong
     join of ids or scores taken in ascending order would all give other numbers."""
-    data = evaluate.read_folder(write_set(tmp_path / "set"))
+    data = retrieval.read_folder(write_set(tmp_path / "set"))
     vectors = {"cats purr": [1, 0], "dogs bark": [0, 1], "fish swim": [0.8, 0.6]}
     vectors |= {"what purrs": [1, 0], "what barks": [0.7, 0.75]}
-    values = evaluate.evaluate(data, fixed_vectors(vectors))
+    values = retrieval.evaluate_set(data, fixed_vectors(vectors))
     assert values["nDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 2, abs=1e-6)
     assert values["MRR@10"] == pytest.approx(0.75, abs=1e-6)
     assert values["Recall@100"] == 1.0
@@ -52,9 +52,9 @@ def test_measures_stop_at_their_cutoffs(tmp_path):
     passages = {f"p{i:03d}": f"text {i}" for i in range(150)}
     queries = {"eleventh": "eleven", "hundred and first": "far"}
     qrels = "eleventh\tp010\t1\nhundred and first\tp100\t1\n"
-    data = evaluate.read_folder(write_set(tmp_path / "set", passages, queries, qrels))
+    data = retrieval.read_folder(write_set(tmp_path / "set", passages, queries, qrels))
     vectors = {f"text {i}": [1.0 - i / 1000] for i in range(150)} | {"eleven": [1.0], "far": [1.0]}
-    values = evaluate.evaluate(data, fixed_vectors(vectors))
+    values = retrieval.evaluate_set(data, fixed_vectors(vectors))
     assert (values["nDCG@10"], values["MRR@10"], values["Recall@100"]) == (0.0, 0.0, 0.5)
 
 
@@ -63,7 +63,7 @@ def test_search_in_blocks_and_tiles_is_exact(monkeypatch):
     monkeypatch.setattr(retrieval, "TILE", 7)
     generator = torch.Generator().manual_seed(0)
     queries_QD, passages_PD = (torch.randn(n, 16, generator=generator) for n in (23, 501))
-    scores, rows = evaluate.search(queries_QD, passages_PD.split(37), kept=50)
+    scores, rows = retrieval.search(queries_QD, passages_PD.split(37), kept=50)
     expected = (queries_QD @ passages_PD.T).topk(50)
     torch.testing.assert_close(scores, expected.values, rtol=1e-5, atol=1e-6)  # blocks may sum in another order
     assert torch.equal(rows, expected.indices)
@@ -78,16 +78,16 @@ def test_equal_scores_come_in_the_order_of_the_corpus(block):
     exact_QP = torch.nan_to_num(queries_QD @ passages_PD.T, nan=-torch.inf)
     expected = exact_QP.sort(dim=1, descending=True, stable=True)
     for kept in (5, 13, 40, 100):
-        scores, rows = evaluate.search(queries_QD, passages_PD.split(block), kept)
+        scores, rows = retrieval.search(queries_QD, passages_PD.split(block), kept)
         assert torch.equal(rows, expected.indices[:, :kept]) and torch.equal(scores, expected.values[:, :kept])
 
 
 def test_the_measures_keep_the_order_of_equal_scores(tmp_path):
     """Three passages of one score: the first of the corpus is the first found, also where its id sorts last or first."""
     for relevant, reciprocal in (("p1", 1.0), ("p2", 0.5), ("p3", 1 / 3)):
-        data = evaluate.read_folder(write_set(tmp_path / relevant, qrels=f"q1\t{relevant}\t1\n"))
+        data = retrieval.read_folder(write_set(tmp_path / relevant, qrels=f"q1\t{relevant}\t1\n"))
         vectors = {text: [1.0] for text in [*PASSAGES.values(), *QUERIES.values()]}
-        assert evaluate.evaluate(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(reciprocal, abs=1e-6)
+        assert retrieval.evaluate_set(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(reciprocal, abs=1e-6)
 
 
 def test_equal_texts_are_encoded_once_and_all_found(tmp_path):
@@ -95,12 +95,12 @@ def test_equal_texts_are_encoded_once_and_all_found(tmp_path):
     encodings of it might differ in the last bit."""
     passages = {"a": "cats purr", "b": "dogs bark", "c": "cats purr", "d": "fish swim", "e": "cats purr"}
     folder = write_set(tmp_path / "set", passages, {"q": "what purrs"}, "q\te\t1\n")
-    data = evaluate.read_folder(folder)
+    data = retrieval.read_folder(folder)
     assert list(data.distinct()) == ["cats purr", "dogs bark", "fish swim"] and len(list(data.passages())) == 5
     run = retrieval.ranking(data, torch.tensor([[2, 0, 1]]))
     assert sorted(run["q"], key=run["q"].get, reverse=True) == ["d", "a", "c", "e", "b"]
     vectors = {"cats purr": [1.0], "dogs bark": [0.0], "fish swim": [0.5], "what purrs": [1.0]}
-    assert evaluate.evaluate(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(1 / 3, abs=1e-6)
+    assert retrieval.evaluate_set(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_names_tell_folders_apart(tmp_path):
@@ -116,9 +116,9 @@ def test_names_tell_folders_apart(tmp_path):
 def test_blocks_of_a_corpus_keep_their_order(tmp_path, monkeypatch):
     """Passages beyond the first block are found under their own ids."""
     monkeypatch.setattr(retrieval, "BLOCK", 2)
-    data = evaluate.read_folder(write_set(tmp_path / "set", qrels="q1\tp3\t1\n"))
+    data = retrieval.read_folder(write_set(tmp_path / "set", qrels="q1\tp3\t1\n"))
     vectors = {"cats purr": [0.0], "dogs bark": [0.1], "fish swim": [1.0], "what purrs": [1.0]}
-    assert evaluate.evaluate(data, fixed_vectors(vectors))["MRR@10"] == 1.0
+    assert retrieval.evaluate_set(data, fixed_vectors(vectors))["MRR@10"] == 1.0
 
 
 def test_titles_gz_and_nested_qrels(tmp_path):
@@ -129,7 +129,7 @@ def test_titles_gz_and_nested_qrels(tmp_path):
     (folder / "qrels.tsv.gz").rename(folder / "qrels/test.tsv.gz")
     with gzip.open(folder / "corpus.jsonl.gz", "at") as out:
         out.write('{"_id": "p4", "title": "Birds", "text": "sing"}\n')
-    data = evaluate.read_folder(folder)
+    data = retrieval.read_folder(folder)
     assert list(data.passages())[-1] == "Birds sing"
     assert list(data.queries) == ["q1", "q2"] and data.unjudged == 1
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import evaluate
-
 sys.path.insert(0, str(helpers.REPO / "examples"))
 import bag_of_words
 import harvest
@@ -39,7 +37,7 @@ def read(path: Path) -> list[dict]:
 def test_held_out_docstrings_are_in_no_training_file(tmp_path, docstrings):
     """A test text seen in training, even as a negative or in pre-training, would make the table's gain worthless."""
     harvest.write(docstrings, tmp_path, test_share=0.3, max_queries=1000)
-    test = evaluate.read_folder(tmp_path / "test")
+    test = bag_of_words.read_folder(tmp_path / "test")
     bodies, queries = list(test.passages()), list(test.queries.values())
     assert len(bodies) > 10 and len(queries) == len(bodies)
     training = (tmp_path / "train.jsonl").read_text() + (tmp_path / "pretrain.jsonl").read_text()
@@ -110,7 +108,7 @@ def test_bag_of_words_is_bm25(tmp_path):
     )
     tmp_path.joinpath("queries.jsonl").write_text('{"_id": "q", "text": "Red fox?"}\n')
     tmp_path.joinpath("qrels.tsv").write_text("q\ta\t1\n")
-    run = bag_of_words.rank(evaluate.read_folder(tmp_path))
+    run = bag_of_words.rank(bag_of_words.read_folder(tmp_path))
     penalty = 0.9 * (0.6 + 0.4 * 3 / 4)
     idf = math.log(1 + 1.5 / 1.5)
     assert run == {"q": {"a": pytest.approx(idf * (2 * 1.9 / (2 + penalty) + 1.9 / (1 + penalty)))}}

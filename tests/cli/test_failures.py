@@ -52,7 +52,7 @@ if moment == "join":
 elif moment == "rendezvous":
     at(torch.distributed, "init_process_group")
 elif moment == "data":
-    at({"finetune": contrastive, "pretrain": retromae}[command], "open_data")
+    at({"finetune": contrastive, "pretrain": retromae}[command], "open_shards")
 elif moment == "step":
     at(loop, "seed_dropout", 3)  # in the middle of a step, whose collectives the others wait in
 elif moment == "save":

@@ -13,7 +13,7 @@ import helpers
 import pytest
 from safetensors.torch import load_file
 
-RUNS = 12
+RUNS = 20
 STEPS, SAVE_EVERY = 10, 3
 # Executed by every rank: the one that is named kills itself, once a run, some time after a step or a save has begun.
 HOOK = """
@@ -80,7 +80,7 @@ def result(folder: Path) -> tuple:
     return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines]
 
 
-def test_a_dozen_kills(setting):
+def test_twenty_kills(setting):
     """One rank of two is killed at a random moment of a random step or save; the supervisor's second run goes on.
 
     The losses and the final weights are the undisturbed run's to the last bit, and nothing but whole checkpoints is left.

@@ -174,7 +174,7 @@ def single_process(setting: Path, command: str, model: Path | None = None) -> di
     if command == "finetune":
         flags += ["--sentence_pooling_method", "mean", "--query_instruction_for_retrieval", "the "]
     args = evaluate.parser().parse_args(flags)
-    values = evaluate.evaluate(retrieval.read_folder(setting / "set"), evaluate.load_embedder(args))
+    values = retrieval.evaluate_set(retrieval.read_folder(setting / "set"), evaluate.load_embedder(args))
     return {f"eval_{prefix}{name}": values[name] for prefix in ("set_", "") for name in retrieval.NAMES}
 
 

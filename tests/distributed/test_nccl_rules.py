@@ -262,7 +262,7 @@ def test_the_device_is_set_before_the_group_is_made(monkeypatch):
 def test_the_watching_thread_touches_no_gpu():
     """Its modules name no device: a thread that waits for the GPU could not end a run whose GPU hangs."""
     folder = helpers.REPO / "bge_ds" / "health"
-    for name in ("failure_detector", "preemption", "connections"):
+    for name in ("failure_detector", "watcher", "rendezvous", "preemption", "connections"):
         text = (folder / f"{name}.py").read_text()
         assert "cuda" not in text and "synchronize" not in text
         assert all("torch.distributed as dist" in line for line in text.splitlines() if line.startswith("import torch"))

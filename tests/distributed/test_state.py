@@ -110,17 +110,19 @@ def test_any_stage_and_number_of_ranks_reads_any_other(tmp_path, kinds, ranks):
     expected = {}
     for number in ranks:
         expected |= json.loads((tmp_path / f"results-{number}-0.json").read_text())
-    pairs = set()
+    pairs, numbers = set(), set()
     for number in ranks:
         helpers.run_ranks(RANK_SCRIPT, number, tmp_path, json.dumps(kinds), json.dumps(list(expected)))
         found = json.loads((tmp_path / f"results-{number}-{len(expected)}.json").read_text())
         pairs |= {(again.split("--")[0].split("-", 1)[1], again.split("--")[1].split("-", 1)[1]) for again in found}
+        numbers |= {(again.split("--")[0][0], again.split("--")[1][0]) for again in found}
         for again, losses in found.items():
             source = again.split("--")[0]
             tolerance = 2e-2 if kinds is BF16 else 1e-5
             assert torch.allclose(torch.tensor(losses), torch.tensor(expected[source]), rtol=tolerance), again
             compare(tmp_path / source, tmp_path / again)
     assert pairs == {(a, b) for a in kinds for b in kinds}
+    assert numbers == {(str(a), str(b)) for a in ranks for b in ranks}
     assert len({round(losses[-1][0], 4) for losses in expected.values()}) <= (4 if kinds is BF16 else 1)
 
 

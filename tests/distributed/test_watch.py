@@ -18,12 +18,12 @@ import helpers
 import pytest
 import ranks as runs
 
-from bge_ds.health import connections, exit_codes, failure_detector
+from bge_ds.health import exit_codes, rendezvous, watcher
 
 # Ranks that step without talking to each other, so that nothing but the watch holds them together.
 SCRIPT = """
 import json, os, socket, sys, time
-from bge_ds.health import failure_detector as watch
+from bge_ds.health import failure_detector as watch, rendezvous
 rank, mode, seconds = int(os.environ["RANK"]), sys.argv[1], float(sys.argv[2])
 print("imported", flush=True)
 if mode == "late" and rank == 1:
@@ -42,8 +42,8 @@ if mode == "again":
 if mode == "reused":
     kept, silent = watch.store(), socket.create_server(("", 0))
     if rank == 0:
-        where = json.loads(kept.get(watch._KEY))
-        kept.set(watch._KEY, json.dumps({**where, "port": silent.getsockname()[1]}))
+        where = json.loads(kept.get(rendezvous.KEY))
+        kept.set(rendezvous.KEY, json.dumps({**where, "port": silent.getsockname()[1]}))
     time.sleep(0 if rank == 0 else 1)
     watch.leave()
     time.sleep(4 if rank == 0 else 0)
@@ -100,7 +100,7 @@ def test_a_silent_rank_ends_the_run(tmp_path):
             stopped.append(time.monotonic())
         for victim, run in enumerate(runs):
             assert run.processes[1 - victim].wait(60) == exit_codes.LOST
-            assert time.monotonic() - stopped[victim] > failure_detector.SILENCE_S - failure_detector.BEAT_S - 1
+            assert time.monotonic() - stopped[victim] > watcher.SILENCE_S - watcher.BEAT_S - 1
             assert f"rank {victim} " in run.log(1 - victim) and "silent for 30 s" in run.log(1 - victim)
             # It finds itself alone as soon as it runs again.
             os.kill(run.processes[victim].pid, signal.SIGCONT)
@@ -210,15 +210,15 @@ def test_one_rank_stops_at_its_current_step(tmp_path):
 
 def test_a_stranger_is_no_rank():
     """Who connects without the run's secret is dropped, and no loss; the handlers of the signals are put back afterwards."""
-    before = [signal.getsignal(number) for number in failure_detector.SIGNALS]
+    before = [signal.getsignal(number) for number in watcher.SIGNALS]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(helpers.free_port()))
     for text in (
         b'{"kind": "hello", "secret": "x", "rank": 1, "name": "n", "pid": 1, "local": 0}\n',
         b"GET / HTTP/1.0\r\n\r\n",
     ):
-        guard = failure_detector._Watch(0, 1, 5)
+        guard = watcher.Watcher(0, 1, 5)
         guard.start()
-        listener = connections.listen(1)
+        listener = rendezvous.listen(1)
         guard._order(lambda guard=guard, listener=listener: guard._open(listener))
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=10) as sock:
             sock.sendall(text)
@@ -226,7 +226,7 @@ def test_a_stranger_is_no_rank():
                 assert b"beat" in data
         guard.leave(keep_ignoring=False)  # waits for the thread
         assert guard.links == []
-    assert [signal.getsignal(number) for number in failure_detector.SIGNALS] == before
+    assert [signal.getsignal(number) for number in watcher.SIGNALS] == before
 
 
 def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
@@ -234,13 +234,13 @@ def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match="no MASTER_ADDR: give the address of rank 0's host"):
-        connections.meeting_point()
+        rendezvous.meeting_point()
 
 
 def test_the_hosts_of_ranks_that_never_came(tmp_path):
     """DeepSpeed's launcher, the parent process, has them in its command line; another parent's says nothing."""
     slots = base64.urlsafe_b64encode(json.dumps({"worker-1": [0, 1], "worker-2": [0]}).encode()).decode()
-    ask = "from bge_ds.health import connections; print(connections.hosts_of_ranks())"
+    ask = "from bge_ds.health import rendezvous; print(rendezvous.hosts_of_ranks())"
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
     for more, expected in (([f"--world_info={slots}"], {0: "worker-1", 1: "worker-1", 2: "worker-2"}), ([], {})):
         done = subprocess.run(

@@ -37,7 +37,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 def keep_rows(rows: Iterable[Mapping[str, Any]], base: Path) -> Path:
     """A file of JSON lines with these rows, named by its content; every process of a host may write it at the same time.
 
-    Raises ValueError for a row that is no mapping or that JSON cannot hold, with its number from 0.
+    Raises ValueError, with the row's number from 0, for a row that is not a mapping or cannot be written as JSON.
     """
     base.mkdir(parents=True, exist_ok=True)
     digest, count = xxhash.xxh3_128(), 0

@@ -122,7 +122,7 @@ def read_manifest(folder: Path, check: bool = True) -> Manifest:
     if not path.is_file() and (Path(folder) / PART).is_file():
         raise ValueError(f"{folder} is one part of several: join them first (python -m bge_ds.preprocess merge)")
     if not path.is_file():
-        raise ValueError(f"{folder} is no folder of shards: no {MANIFEST} in it (python -m bge_ds.preprocess makes it)")
+        raise ValueError(f"{folder} is not a folder of shards: it has no {MANIFEST}; run python -m bge_ds.preprocess")
     content = _read_json(path)
     manifest = _as_typed(content, Manifest, path)
     if manifest.kind not in TABLES:
@@ -145,7 +145,7 @@ def read_part(folder: Path) -> Part:
     path = folder / PART
     if not path.is_file():
         whole = " (it is a whole folder of shards)" if (folder / MANIFEST).is_file() else ""
-        raise ValueError(f"{folder} is no finished part: no {PART} in it{whole}: make it with --partition i/n")
+        raise ValueError(f"{folder} is not a finished part: it has no {PART}{whole}; make parts with --partition i/n")
     return _as_typed(_read_json(path), Part, path)
 
 
