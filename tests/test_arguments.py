@@ -214,6 +214,7 @@ def test_negations_of_refused_switches_are_refused_too(capsys):
         (["--false_negative_margin", "nan"], ["--false_negative_margin is nan", "finite"]),
         (["--learnable_temperature", "--normalize_embeddings", "False"], ["--learnable_temperature", "--normalize_embed"]),
         (["--model_name_or_path", ""], ["--model_name_or_path"]),
+        (["--kernels", "fused"], ["--kernels fused: fine-tuning takes fused kernels wherever they run", "use auto, or torch"]),
         (["--trust_remote_code", "True"], ["--trust_remote_code is refused"]),
         (["--push_to_hub", "--do_eval", "True"], ["--push_to_hub is refused", "--do_eval is refused"]),
     ],

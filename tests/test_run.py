@@ -136,7 +136,6 @@ def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path, groups, tiny
     [
         (["--passage_max_len", "131"], "--passage_max_len 131 is more than the 130 positions"),
         (["--resume_from_checkpoint", "nowhere"], "no resumable checkpoint there"),
-        (["--kernels", "fused"], "fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out"),
         (["--train_data", "missing.jsonl"], "missing.jsonl"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--eval_data", "no/such/folder"], "--eval_data no/such/folder: no such folder"),

@@ -192,6 +192,10 @@ class FinetuneArguments(TrainArguments):
             "--negatives_cross_device and --use_inbatch_neg False exclude each other: without in-batch negatives no "
             "other query's passage is compared; drop one of them",
         )
+        require(
+            self.kernels != "fused",
+            "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out",
+        )
         check_objective(self)
         check_lora(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)

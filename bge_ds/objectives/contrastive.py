@@ -45,10 +45,6 @@ class ContrastiveObjective(Objective):
     )  # fmt: skip
 
     def __init__(self, args: FinetuneArguments):
-        if args.kernels == "fused":
-            raise ValueError(
-                "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out"
-            )
         self.tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
         self.data: shard_reader.FinetuneShards = open_shards(
             "finetune", args, self.tokenizer, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
