@@ -208,8 +208,8 @@ def test_overwriting_is_asked_for(tmp_path, tiny_tokenizer_path, capsys):
     [
         ([], "the following arguments are required: command"),
         (["inspect"], "the following arguments are required: folder"),
-        (["inspect", "nowhere"], "no folder of shards"),
-        (["verify", "nowhere"], "no folder of shards"),
+        (["inspect", "nowhere"], "nowhere is not a folder of shards"),
+        (["verify", "nowhere"], "nowhere is not a folder of shards"),
         (["pretrain", "--input", "a"], "required: --output, --tokenizer"),
         ([*WHOLE, "--query_max_len", "3"], "unrecognized arguments: --query_max_len 3"),
         ([*WHOLE, "--num_proc", "-1"], "--num_proc -1: give 0 or more"),

@@ -243,7 +243,7 @@ def damage(folder, how):
         ("cut", r"texts-00000-000000\.arrow: corrupted shard, \d+ bytes, the manifest says"),
         ("schema", r"texts-00000-000000\.arrow: corrupted shard, no readable Arrow schema"),
         ("columns", r"texts-00000-000000\.arrow: its columns are"),
-        ("no manifest", r"no folder of shards: no manifest\.json"),
+        ("no manifest", r"is not a folder of shards: it has no manifest\.json"),
         ("not json", r"manifest\.json: not JSON"),
         ({"schema_version": 1}, r"schema version 1; this bge_ds reads 2"),
         ({"kind": "mine"}, r"kind 'mine' is none of pretrain, finetune"),
