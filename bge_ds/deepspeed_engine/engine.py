@@ -347,6 +347,16 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
     return out
 
 
+@contextmanager
+def whole(parameter: nn.Parameter):
+    """The parameter is whole in here, under ZeRO 3 too; what the first rank writes into it stays. To be entered on every rank."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
 def mark_of_frozen(engine) -> str | None:
     """A hash of the names, shapes and first values of the weights that do not train, on every rank; None where all train.
 

@@ -55,7 +55,8 @@ class RetroMAEObjective(Objective):
 
     def build_model(self, device: torch.device) -> nn.Module:
         decoder_attention_backend(self.args.kernels, device.type)  # refuses what cannot run here
-        self.model = make_model(self.args, self.model_config, self.tokenizer, self.data)
+        self.model = make_model(self.args, self.model_config, self.tokenizer)
+        self.new_head = start_at_frequencies(self.model.model.get_output_embeddings().bias, self.data)
         return self.model
 
     def backbone(self, model: nn.Module) -> nn.Module:
@@ -66,6 +67,11 @@ class RetroMAEObjective(Objective):
         return [
             ("model", f"{args.model_name_or_path or f'from scratch, {args.config_name}'}, runs {runs}"),
             ("objective", say_objective(args, self.model)),
+            *(
+                [("vocabulary head", "untrained: its bias starts at the log frequencies of the tokens")]
+                if self.new_head
+                else []
+            ),
             ("data", f"{len(self.data)} texts to {args.max_seq_length} tokens"),
         ]
 
@@ -129,14 +135,13 @@ class RetroMAEObjective(Objective):
         return f"the encoder is in {Path(self.args.output_dir) / 'encoder_model'}"
 
 
-def make_model(args: PretrainArguments, config, tokenizer, data: shard_reader.PretrainShards) -> RetroMAE:
+def make_model(args: PretrainArguments, config, tokenizer) -> RetroMAE:
     """The encoder (loaded, or from scratch) with a decoder: the one saved beside the encoder, or a random one."""
     if args.model_name_or_path:
         with engines.sharded_loading(args.deepspeed, bf16=args.bf16, fp16=args.fp16):
             encoder = load_backbone(AutoModelForMaskedLM, args.model_name_or_path, config=config, cache_dir=args.cache_dir)
     else:
         encoder = build_backbone(AutoModelForMaskedLM, config)
-        start_at_frequencies(encoder.get_output_embeddings().bias, data)
     if args.gradient_checkpointing:
         options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -150,21 +155,26 @@ def make_model(args: PretrainArguments, config, tokenizer, data: shard_reader.Pr
     return model
 
 
-def start_at_frequencies(bias: torch.Tensor, data: shard_reader.PretrainShards, tokens: int = 1 << 21) -> None:
-    """Set a new vocabulary head's bias to the log frequencies of the (first two million) tokens.
+def start_at_frequencies(bias: nn.Parameter | None, data: shard_reader.PretrainShards, tokens: int = 1 << 21) -> bool:
+    """Set an untrained vocabulary head's bias (all zeros) to the log frequencies of the first two million tokens.
 
-    From scratch, a head first learns how frequent each token is, and with tied weights it does so by pushing the
-    embeddings of all rare tokens the same way, which costs a short run more than it ever gains. A bias that knows the
-    frequencies leaves the embeddings free.
+    Returns whether it was untrained. A new head first learns how frequent each token is. With tied weights it does so by pushing
+    the embeddings of all rare tokens in one direction, which costs a short run more than it gains later
+    (docs/pretraining.md has the figures). A bias that knows the frequencies leaves the embeddings free. On every rank.
     """
-    counts = np.ones(bias.numel())
-    for first in range(0, len(data), 1024):
-        if counts.sum() >= tokens:
-            break
-        ids, _ = data.texts(np.arange(first, min(first + 1024, len(data))))
-        counts += np.bincount(ids.values, minlength=bias.numel())
-    with torch.no_grad():
+    if bias is None:
+        return False
+    with engines.whole(bias), torch.no_grad():
+        if bias.any():
+            return False
+        counts = np.ones(bias.numel())
+        for first in range(0, len(data), 1024):
+            if counts.sum() >= tokens:
+                break
+            ids, _ = data.texts(np.arange(first, min(first + 1024, len(data))))
+            counts += np.bincount(ids.values, minlength=bias.numel())
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+    return True
 
 
 def losses_of(sums: dict[str, float], bow_weight: float) -> dict[str, float]:

@@ -240,8 +240,8 @@ def test_decoder_starts_random_and_small():
     assert not decoder.up.bias.any()
 
 
-def test_a_head_from_scratch_starts_at_the_token_frequencies():
-    """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible."""
+def test_an_untrained_head_starts_at_the_token_frequencies():
+    """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible. A trained head stays."""
     from bge_ds.data.ragged import RaggedArrays
     from bge_ds.objectives.retromae import start_at_frequencies
 
@@ -249,6 +249,8 @@ def test_a_head_from_scratch_starts_at_the_token_frequencies():
         def texts(self, rows):
             return RaggedArrays.of([self[row] for row in rows]), None
 
-    bias = torch.zeros(6)
-    start_at_frequencies(bias, Rows([np.array([1, 1, 2]), np.array([2, 1, 3])]))
-    assert torch.allclose(bias.exp(), torch.tensor([1, 4, 3, 2, 1, 1]) / 12)
+    rows = Rows([np.array([1, 1, 2]), np.array([2, 1, 3])])
+    untrained, trained = torch.zeros(6), torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0, 0.0])
+    assert start_at_frequencies(untrained, rows) and torch.allclose(untrained.exp(), torch.tensor([1, 4, 3, 2, 1, 1]) / 12)
+    assert not start_at_frequencies(trained, rows) and trained.tolist() == [0.0, 0.0, 0.5, 0.0, 0.0, 0.0]
+    assert not start_at_frequencies(None, rows)  # a head without a bias
