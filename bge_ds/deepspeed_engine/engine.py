@@ -349,7 +349,7 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
 
 @contextmanager
 def whole(parameter: nn.Parameter):
-    """The parameter is whole in here, under ZeRO 3 too; what the first rank writes into it stays. To be entered on every rank."""
+    """The parameter is whole in here, under ZeRO 3 too; what the first rank writes into it stays. On every rank."""
     if not hasattr(parameter, "ds_id"):
         yield
         return

@@ -67,11 +67,7 @@ class RetroMAEObjective(Objective):
         return [
             ("model", f"{args.model_name_or_path or f'from scratch, {args.config_name}'}, runs {runs}"),
             ("objective", say_objective(args, self.model)),
-            *(
-                [("vocabulary head", "untrained: its bias starts at the log frequencies of the tokens")]
-                if self.new_head
-                else []
-            ),
+            *([("new head", "its bias starts at the log frequencies of the tokens")] if self.new_head else []),
             ("data", f"{len(self.data)} texts to {args.max_seq_length} tokens"),
         ]
 
@@ -158,8 +154,8 @@ def make_model(args: PretrainArguments, config, tokenizer) -> RetroMAE:
 def start_at_frequencies(bias: nn.Parameter | None, data: shard_reader.PretrainShards, tokens: int = 1 << 21) -> bool:
     """Set an untrained vocabulary head's bias (all zeros) to the log frequencies of the first two million tokens.
 
-    Returns whether it was untrained. A new head first learns how frequent each token is. With tied weights it does so by pushing
-    the embeddings of all rare tokens in one direction, which costs a short run more than it gains later
+    Returns whether it was untrained. A new head first learns how frequent each token is. With tied weights it does so by
+    pushing the embeddings of all rare tokens in one direction, which costs a short run more than it gains later
     (docs/pretraining.md has the figures). A bias that knows the frequencies leaves the embeddings free. On every rank.
     """
     if bias is None:

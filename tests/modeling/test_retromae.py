@@ -241,7 +241,7 @@ def test_decoder_starts_random_and_small():
 
 
 def test_an_untrained_head_starts_at_the_token_frequencies():
-    """The bias alone predicts the data's unigrams, smoothed; a token never seen is unlikely, not impossible. A trained head stays."""
+    """The bias alone predicts the data's unigrams, smoothed: a token never seen is not impossible. A trained bias stays."""
     from bge_ds.data.ragged import RaggedArrays
     from bge_ds.objectives.retromae import start_at_frequencies
 
