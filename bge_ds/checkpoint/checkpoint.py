@@ -9,7 +9,6 @@ generators from (seed, step, rank), and the data's position is the step, so that
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shutil
 import time
@@ -18,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
-from bge_ds.checkpoint import filesystem, optimizer_state
+from bge_ds.checkpoint import filesystem, optimizer_state, state_file
 from bge_ds.checkpoint.filesystem import PARTIAL
+from bge_ds.checkpoint.state_file import STATE, Best, State
 from bge_ds.distributed import collectives
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 DAMAGED = ".damaged"
 FROZEN = "frozen_weights"
-FORMAT = 2  # of state.json and resume/; 1 was DeepSpeed's own
 _DISK = re.compile(r"\[Errno \d+\]|os error \d+")  # the latter is what safetensors says
 
 
@@ -39,7 +36,7 @@ class Taken:
     """
 
     path: Path
-    state: dict
+    state: State
     notes: list[str]
     refitted: bool = False
 
@@ -55,7 +52,7 @@ def _all(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _resumable(output_dir: Path) -> list[Path]:
-    return [path for _, path in _all(output_dir) if (path / "state.json").is_file()]
+    return [path for _, path in _all(output_dir) if (path / STATE).is_file()]
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -73,7 +70,7 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
             raise ValueError(f"--resume_from_checkpoint {resume}: no checkpoint-N with a state.json in {output_dir}")
         return path
     path = Path(resume)
-    if not (path / "state.json").is_file():
+    if not (path / STATE).is_file():
         here = ", ".join(sorted(p.name for p in path.glob("checkpoint-*"))) if path.is_dir() else ""
         hint = f"; it holds {here}: name one of them" if here else ""
         raise ValueError(f"--resume_from_checkpoint {path}: no resumable checkpoint there (state.json is missing){hint}")
@@ -97,10 +94,10 @@ def take(resume: str | None, output_dir: Path) -> Taken | None:
 
     collectives.on_first_rank(prepare)
     while (path := collectives.on_first_rank(lambda: find(resume, output_dir))) is not None:
-        content = collectives.on_first_rank(lambda path=path: _read(path))
-        wrong = content if isinstance(content, str) else _damage(path, content)
+        state = collectives.on_first_rank(lambda path=path: _state_or_damage(path))
+        wrong = state if isinstance(state, str) else _damage(path, state)
         if wrong is None:
-            return Taken(path, content, notes)
+            return Taken(path, state, notes)
         if not auto:
             others = [p.name for p in _resumable(path.parent) if p.name != path.name]
             remain = f"resume from another one: {', '.join(others)}" if others else "no other one is beside it"
@@ -121,39 +118,20 @@ def _put_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def _damage(path: Path, content: dict) -> str | None:
+def _damage(path: Path, state: State) -> str | None:
     """The first file of `resume/` that is not as it was written; the ranks share the reading, and all give the same."""
-    files = sorted(name for name in content["files"] if name.startswith("resume/"))
+    files = sorted(name for name in state.files if name.startswith("resume/"))
     own = files[collectives.rank() :: collectives.world_size()]
-    found = next(filter(None, (filesystem.damage(path / name, *content["files"][name]) for name in own)), None)
+    found = next(filter(None, (filesystem.damage(path / name, *state.files[name]) for name in own)), None)
     return next(filter(None, collectives.gather_object(found)), None)
 
 
-def _checksum(content: dict) -> str:
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
-
-
-def _read(path: Path) -> dict | str:
-    """state.json, or what is wrong with it. Raises ValueError for a whole one of another version."""
-    file = path / "state.json"
+def _state_or_damage(path: Path) -> State | str:
+    """The state of a checkpoint, or what is wrong with its file. Raises ValueError for one of another version."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        return f"{file} cannot be read ({error})"
-    except ValueError as error:
-        return f"{file} is no JSON ({error})"
-    if not isinstance(content, dict):
-        return f"{file} holds no object"
-    written = content.get("format", 1)  # DeepSpeed's own, which had no checksum
-    if ("checksum" in content or "format" in content) and content.get("checksum") != _checksum(content):
-        return f"{file} does not have its checksum"
-    if written != FORMAT:
-        raise ValueError(
-            f"{path} was written by another version of bge_ds (format {written}, this one reads {FORMAT}); go on with that "
-            "version, or start a new run from its model"
-        )
-    return content
+        return state_file.read(path)
+    except state_file.Damaged as error:
+        return str(error)
 
 
 def check_agreement(taken: Taken, expected: dict) -> None:
@@ -161,7 +139,7 @@ def check_agreement(taken: Taken, expected: dict) -> None:
 
     What a checkpoint does not hold was off there, as it must be here.
     """
-    there = taken.state["agreement"]
+    there = taken.state.agreement
     if there.get(FROZEN) and expected.get(FROZEN) and there[FROZEN] != expected[FROZEN]:
         raise ValueError(
             f"{taken.path} belongs to another run: the weights that are not trained differ, so --model_name_or_path is not the "
@@ -186,7 +164,7 @@ def restore(engine, taken: Taken) -> None:
 
 def save(
     engine, output_dir: Path, step: int, tokens_seen: int, agreement: dict, export: Callable[[Path], object],
-    keep: int | None, only_model: bool, best: dict | None = None, asked: dict | None = None, meter: dict | None = None,
+    keep: int | None, only_model: bool, best: Best | None = None, asked: dict | None = None, meter: dict | None = None,
 ) -> Saved:  # fmt: skip
     """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`, the best one excepted.
 
@@ -226,13 +204,11 @@ def save(
             filesystem.write_json(partial / "resume" / optimizer_state.ENGINE, optimizer_state.describe(engine))
         files = filesystem.hashes(partial, known)
         if not only_model:
-            content = {
-                "format": FORMAT, "step": step, "tokens_seen": tokens_seen, "best": best, "ranks": world,
-                "zero_stage": engine.zero_optimization_stage(), "asked": asked or {}, "agreement": agreement, "files": files,
-                "meters": meters,
-            }  # fmt: skip
-            content = json.loads(json.dumps(content))
-            filesystem.write_json(partial / "state.json", content | {"checksum": _checksum(content)})
+            state = State(
+                step=step, tokens_seen=tokens_seen, best=best, ranks=world, zero_stage=engine.zero_optimization_stage(),
+                asked=asked or {}, agreement=agreement, files=files, meters=meters,
+            )  # fmt: skip
+            state_file.write(partial, state)
         filesystem.sync(partial)
         filesystem.replace_folder(partial, final)
         filesystem.sync_one(output_dir)
@@ -353,19 +329,17 @@ def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None, newes
         shutil.rmtree(doomed)
 
 
-def read_best(path: Path) -> tuple[dict, Path] | None:
-    """(step, metric and value of the best checkpoint, its folder) as they were when the checkpoint `path` was written."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    best = state.get("best")
-    if best is None:
+def read_best(path: Path) -> tuple[Best, Path] | None:
+    """(the best checkpoint, its folder) as they were when the checkpoint `path` was written."""
+    state = state_file.read(path)
+    if state.best is None:
         return None
-    return best, path if best["step"] == state["step"] else path.parent / f"checkpoint-{best['step']}"
+    return state.best, path if state.best["step"] == state.step else path.parent / f"checkpoint-{state.best['step']}"
 
 
 def check_model(path: Path) -> None:
     """Raises ValueError where a file of a checkpoint's model is not as written. Without a state.json there are no hashes."""
-    file = path / "state.json"
-    files = json.loads(file.read_text(encoding="utf-8"))["files"] if file.is_file() else {}
+    files = state_file.read(path).files if (path / STATE).is_file() else {}
     for name, entry in files.items():
         if not name.startswith("resume/") and (wrong := filesystem.damage(path / name, *entry)):
             others = ", ".join(p.name for p in _resumable(path.parent) if p.name != path.name) or "none"
@@ -375,7 +349,7 @@ def check_model(path: Path) -> None:
 def copy_model(path: Path, folder: Path) -> None:
     """A checkpoint's model (checked when it was written) into an existing folder: all but what resuming needs."""
     for entry in sorted(path.iterdir()):
-        if entry.name in ("resume", "state.json"):
+        if entry.name in ("resume", STATE):
             continue
         if entry.is_dir():
             shutil.copytree(entry, folder / entry.name)

@@ -42,7 +42,7 @@ def _batch(args: TrainArguments) -> tuple[str, str, str]:
 def asked_batch(args: TrainArguments, taken: checkpoint.Taken | None) -> dict[str, int]:
     """The batch as the command gave it: the same command is then understood on any number of ranks."""
     flag = _batch(args)[0]
-    return taken.state["asked"] if taken and taken.refitted else {flag: getattr(args, flag)}
+    return taken.state.asked if taken and taken.refitted else {flag: getattr(args, flag)}
 
 
 def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> TrainArguments:
@@ -52,15 +52,15 @@ def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> TrainArguments:
     decides more than the shares.
     """
     flag, product, words = _batch(args)
-    ranks, before = collectives.world_size(), taken.state["ranks"]
-    total, given = taken.state["agreement"].get(product), getattr(args, flag)
+    ranks, before = collectives.world_size(), taken.state.ranks
+    total, given = taken.state.agreement.get(product), getattr(args, flag)
     if total is None:
         return args  # of another command or kind of batch, which the agreement will say
     if ranks != before and (reason := args.rank_dependence()):
         raise ValueError(f"{taken.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
     if given * ranks == total:
         return args
-    if given != taken.state["asked"].get(flag):
+    if given != taken.state.asked.get(flag):
         raise ValueError(
             f"--{flag} {given} on {ranks} ranks makes a {words} of {given * ranks}, and {taken.path} was written with "
             f"{total} ({total // before} on {before} ranks); give the command as it was, or start a new run"
@@ -113,7 +113,7 @@ def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreeme
         return 0, 0
     checkpoint.check_agreement(taken, agreement)
     checkpoint.restore(engine, taken)
-    return taken.state["step"], taken.state["tokens_seen"] if collectives.rank() == 0 else 0
+    return taken.state.step, taken.state.tokens_seen if collectives.rank() == 0 else 0
 
 
 def restore_meter(meter: Meter, nonfinite: SkippedSteps, taken: checkpoint.Taken | None) -> None:
@@ -123,7 +123,7 @@ def restore_meter(meter: Meter, nonfinite: SkippedSteps, taken: checkpoint.Taken
     """
     if taken is None:
         return
-    meters = taken.state["meters"]
+    meters = taken.state.meters
     nonfinite.go_on(meters[0]["skipped"])
     if len(meters) == collectives.world_size():
         meter.go_on(meters[collectives.rank()])

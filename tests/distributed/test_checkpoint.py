@@ -84,7 +84,7 @@ def test_a_wrong_path_is_an_error_with_the_right_ones(tmp_path):
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     """Other data, another batch: what differs is named, with both values; what was not there was off."""
     taken = checkpoint.take(str(save(tmp_path, 5, global_micro_batch=2, data_fingerprint="a").path), tmp_path)
-    assert (taken.state["step"], taken.state["tokens_seen"]) == (5, 7)
+    assert (taken.state.step, taken.state.tokens_seen) == (5, 7)
     checkpoint.check_agreement(taken, {"global_micro_batch": 2, "data_fingerprint": "a", "of_later": False})
     with pytest.raises(ValueError, match="global_micro_batch: 2 there, 3 now; of_later: None there, 1 now"):
         checkpoint.check_agreement(taken, {"global_micro_batch": 3, "data_fingerprint": "a", "of_later": 1})
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, how, w
     with pytest.raises(ValueError, match=rf"checkpoint-2 is damaged: .*{words}; resume from another one: checkpoint-1"):
         checkpoint.take(str(newest), tmp_path)
     taken = checkpoint.take("auto", tmp_path)
-    assert taken.path == before and taken.state["step"] == 1
+    assert taken.path == before and taken.state.step == 1
     (note,) = taken.notes
     assert "checkpoint-2 is damaged and now checkpoint-2.damaged" in note
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2.damaged", "run.lock"]
@@ -260,7 +260,7 @@ def test_a_whole_checkpoint_is_not_called_unwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "drop_oldest", refuse)
     with pytest.raises(ValueError, match=r"checkpoint-1 is written and whole, but .*No space left"):
         save(tmp_path, 1, keep=1)
-    assert checkpoint.take("auto", tmp_path).state["step"] == 1
+    assert checkpoint.take("auto", tmp_path).state.step == 1
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):

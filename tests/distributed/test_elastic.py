@@ -136,8 +136,8 @@ def fit(monkeypatch, ranks, kind=FinetuneArguments, before=2, asked=6, total=12,
         "per_device_train_batch_size", "global_micro_batch")  # fmt: skip
     flags.setdefault("negatives_cross_device", True) if kind is FinetuneArguments else None
     args = kind.build(output_dir="o", train_data="d", model_name_or_path="m", **flags)
-    content = {"ranks": before, "agreement": {product: total}, "asked": {flag: asked}}
-    taken = checkpoint.Taken(SimpleNamespace(__str__=lambda self: "c"), content, [])
+    state = SimpleNamespace(ranks=before, agreement={product: total}, asked={flag: asked})
+    taken = checkpoint.Taken(SimpleNamespace(__str__=lambda self: "c"), state, [])
     args = resume.fit_batch(args, taken)
     return getattr(args, flag), taken, resume.asked_batch(args, taken)
 
