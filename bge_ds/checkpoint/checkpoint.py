@@ -1,7 +1,7 @@
 """Saving what a run needs to go on, resuming it, and swapping finished folders into place.
 
-A checkpoint is `checkpoint-N/`: `resume/` (what the ranks have learned, `state.py`), `state.json` (step, what the run must
-agree on to be resumed, the size and hash of every file) and the model as it was then, ready to load. It is written as
+A checkpoint is `checkpoint-N/`: `resume/` (what the ranks have learned, `optimizer_files.py`), `state.json` (step, what a run
+must share to resume, the size and hash of every file) and the model as it was then, ready to load. It is written as
 `checkpoint-N.partial`, flushed to the disk, and renamed when whole. There is no random state in it: a step seeds its own
 generators from (seed, step, rank), and the data's position is the step, so that a resumed run is the undisturbed one.
 """
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bge_ds.checkpoint import filesystem, optimizer_state, state_file
+from bge_ds.checkpoint import filesystem, optimizer_files, state_file
 from bge_ds.checkpoint.filesystem import PARTIAL
 from bge_ds.checkpoint.state_file import STATE, Best, State
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.deepspeed_engine import optimizer_state
 from bge_ds.distributed import collectives
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -159,7 +161,7 @@ def check_agreement(taken: Taken, expected: dict) -> None:
 
 def restore(engine, taken: Taken) -> None:
     """Load weights, optimizer, schedule and loss scale, on every rank, into an engine of any ZeRO stage."""
-    optimizer_state.load(engine, taken.path / "resume")
+    optimizer_files.load(engine, taken.path / "resume")
 
 
 def save(
@@ -178,9 +180,9 @@ def save(
     world = collectives.world_size()
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
-    pieces = [] if only_model else optimizer_state.share(optimizer_state.pieces(engine), collectives.rank(), world)
-    own = optimizer_state.entries(pieces)
-    needed = sum(collectives.gather_object(optimizer_state.size_of(own))) + model_size(engine)
+    fragments = [] if only_model else optimizer_files.share(optimizer_state.fragments(engine), collectives.rank(), world)
+    own = optimizer_files.entries(fragments)
+    needed = sum(collectives.gather_object(optimizer_files.size_of(own))) + 4 * engines.count_elements(engine.module)
     tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
     meters = collectives.gather_object(meter)
 
@@ -195,13 +197,13 @@ def save(
         if only_model:
             return {}
         (partial / "resume").mkdir(exist_ok=True)  # another host may not yet see what rank 0 made
-        name = f"resume/{optimizer_state.file_name(collectives.rank(), world)}"
-        return {name: optimizer_state.write(own, partial / name)}
+        name = f"resume/{optimizer_files.file_name(collectives.rank(), world)}"
+        return {name: optimizer_files.write(own, partial / name)}
 
     def finish() -> int:
         known = {name: entry for part in written for name, entry in part.items()}
         if not only_model:
-            filesystem.write_json(partial / "resume" / optimizer_state.ENGINE, optimizer_state.describe(engine))
+            filesystem.write_json(partial / "resume" / optimizer_files.ENGINE, optimizer_state.describe(engine))
         files = filesystem.hashes(partial, known)
         if not only_model:
             state = State(
@@ -249,11 +251,6 @@ def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callab
     result = part(lambda: export(aside))
     part(lambda: place(aside), first_only=True)
     return result
-
-
-def model_size(engine) -> int:
-    """Bytes of the saved model, nearly: every weight in fp32."""
-    return 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
 
 
 def _try(work: Callable, first_only: bool) -> tuple[object, str | None]:

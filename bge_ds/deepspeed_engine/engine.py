@@ -17,8 +17,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from bge_ds.checkpoint import optimizer_state
-from bge_ds.deepspeed_engine import corrections, op_builds
+from bge_ds.deepspeed_engine import corrections, op_builds, optimizer_state
 from bge_ds.deepspeed_engine.ds_config import read_config
 from bge_ds.distributed import collectives, communication_profile
 from bge_ds.health import failure_detector
@@ -262,7 +261,7 @@ def _make_optimizer(groups: list[dict], adam: dict, optim: str, offload: bool) -
 
 def optimizer_name(engine) -> str:
     """The class that updates the weights, such as AdamW (fused) or DeepSpeedCPUAdam."""
-    inner = optimizer_state.innermost(engine.optimizer)
+    inner = optimizer_state.base_optimizer(engine.optimizer)
     fused = " (fused)" if getattr(inner, "defaults", {}).get("fused") else ""
     return type(inner).__name__ + fused
 
@@ -326,7 +325,7 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
     deepspeed = _deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param
 
-    out, masters = {}, optimizer_state.masters(engine.optimizer)
+    out, masters = {}, optimizer_state.fp32_masters(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not wanted(name):
             continue

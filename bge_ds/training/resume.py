@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bge_ds.checkpoint import checkpoint, optimizer_state
+from bge_ds.checkpoint import checkpoint
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.config.run_config import with_values
+from bge_ds.deepspeed_engine import optimizer_state
 from bge_ds.distributed import collectives
 from bge_ds.training.data_order import split_weights
 from bge_ds.training.metrics import Meter, RunLog
@@ -106,7 +107,7 @@ def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreeme
     """
     output = Path(args.output_dir)
     if not args.save_only_model:
-        next(optimizer_state.pieces(engine), None)  # what cannot be saved is said now, not hours later
+        next(optimizer_state.fragments(engine), None)  # what cannot be saved is said now, not hours later
     of_another = taken is None or taken.path.absolute().parent.resolve() != output.resolve()
     checkpoint.begin(output, drop=of_another and args.overwrite_output_dir)
     if taken is None:

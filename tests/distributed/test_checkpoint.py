@@ -13,7 +13,8 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.checkpoint import checkpoint, filesystem, optimizer_state
+from bge_ds.checkpoint import checkpoint, filesystem, optimizer_files
+from bge_ds.deepspeed_engine import optimizer_state
 
 
 class Engine:
@@ -282,8 +283,8 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     """The bytes of all ranks and of the model are held against the free ones."""
     engine = Engine()
-    content = optimizer_state.entries(list(optimizer_state.pieces(engine)))
-    needed = optimizer_state.size_of(content) + 4 * 8
+    content = optimizer_files.entries(list(optimizer_state.fragments(engine)))
+    needed = optimizer_files.size_of(content) + 4 * 8
     usage = type(shutil.disk_usage(tmp_path))
     exported = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 0, needed - 1))
