@@ -66,8 +66,8 @@ def fragments(engine) -> Iterator[Fragment]:
         )
     base, masters = base_optimizer(optimizer), fp32_masters(optimizer)
     # ZeRO 1 and 2, and DeepSpeed's wrapper for 16-bit weights with fp32 gradients at stage 1.
-    attributes = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    flats = next((getattr(optimizer, name) for name in attributes if hasattr(optimizer, name)), None)
+    partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    partitions = partitions or getattr(optimizer, "fp32_groups_flat_partition", None)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -76,7 +76,7 @@ def fragments(engine) -> Iterator[Fragment]:
         elif hasattr(parameter, "_hp_mapping"):
             if (mapping := parameter._hp_mapping) is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Fragment(name, here.start, here.numel, flats[mapping.param_group_index], there.start, base)
+                yield Fragment(name, here.start, here.numel, partitions[mapping.param_group_index], there.start, base)
         else:
             master, offset = masters.get(id(parameter), (parameter, 0))
             yield Fragment(name, 0, parameter.numel(), master, offset, base, replicated=True)
