@@ -25,7 +25,7 @@ class Recorder:
     """
 
     def __init__(
-        self, objective: Objective, engine, log: RunLog, taken: checkpoint.Taken | None, agreement: dict, asked: dict,
+        self, objective: Objective, engine, log: RunLog, taken: checkpoint.ResumePoint | None, agreement: dict, asked: dict,
         tokens_seen: int, started: float,
     ):  # fmt: skip
         args = objective.args

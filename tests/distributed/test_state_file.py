@@ -42,7 +42,7 @@ def test_300_damages_are_refused_or_without_effect(tmp_path):
         else:
             continue
         with pytest.raises(ValueError, match=r"checkpoint-7 is damaged: .*state\.json"):
-            checkpoint.take(str(folder), tmp_path)
+            checkpoint.select(str(folder), tmp_path)
     assert refused > 250 and named > 50
 
 
