@@ -19,7 +19,7 @@ import typing
 from pathlib import Path
 
 from bge_ds.config.arguments import FinetuneArguments
-from bge_ds.config.parser import to_bool
+from bge_ds.config.parser import positive_int, to_bool
 from bge_ds.data.files import write_whole
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
@@ -66,19 +66,13 @@ def write_json(path: Path, value: dict) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bge_ds.evaluate", description=__doc__.split("\n")[0].split(": ")[0])
     p.add_argument("--model_name_or_path", required=True, help="folder or hub name of the model")
     p.add_argument("--data", required=True, nargs="+", type=Path, metavar="FOLDER", help="folders in BEIR's form")
     for name, default in DEFAULT_LENGTHS.items():
-        p.add_argument(f"--{name}", type=positive, help=f"tokens, prompt and special tokens included ({default})")
-    p.add_argument("--batch_size", type=positive, default=64, help="full-length texts a batch; of shorter ones, more")
+        p.add_argument(f"--{name}", type=positive_int, help=f"tokens, prompt and special tokens included ({default})")
+    p.add_argument("--batch_size", type=positive_int, default=64, help="full-length texts a batch; of shorter ones, more")
     p.add_argument("--query_instruction_for_retrieval", help="prefix of queries (default: the model's stored prompt)")
     p.add_argument("--passage_instruction_for_retrieval", help="prefix of passages (default: the stored prompt)")
     p.add_argument("--sentence_pooling_method", choices=POOLINGS, help="default: what the model's files say")
