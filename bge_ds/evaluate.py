@@ -85,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bge_ds.evaluation.retrieval import evaluate_set, read_folder
+    from bge_ds.data.beir import read_folder
+    from bge_ds.evaluation.retrieval import evaluate_set
 
     names = [folder.resolve().name for folder in args.data]
     if args.output is not None and args.output.is_dir():
