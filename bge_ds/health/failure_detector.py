@@ -2,7 +2,7 @@
 
 How a dead rank is noticed: before it opens its data, every rank connects to rank 0 (`rendezvous`). A thread of each rank
 (`watcher`) sends a heartbeat over that connection every 2 s. A closed connection, or 30 s of silence, is a lost rank: rank 0
-tells the others, and every process ends with exit code LOST. Collectives, saves and downloads of the main thread do not delay it.
+tells the others, and every process ends with exit code LOST. Nothing in the main thread delays it.
 On SIGTERM or SIGUSR1 rank 0 proposes a last step to all ranks (`preemption`).
 
 This module has the functions that the main thread calls.
