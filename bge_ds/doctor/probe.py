@@ -9,9 +9,7 @@ import os
 import platform
 import shutil
 import socket
-import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -24,7 +22,6 @@ from bge_ds.doctor.cluster import ANSWER
 PACKAGES = ("torch", "deepspeed", "transformers")
 VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
-_SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 
 
 def answer(questions: Iterable[str], out: TextIO) -> None:
@@ -113,22 +110,14 @@ def _ask_driver(what: str) -> list[str]:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Name -> IPv4 addresses, then IPv6 ones, of every network interface; on Linux."""
-    if sys.platform != "linux":
-        return {}
-    import fcntl
-
+    """Name -> IPv4 addresses, then IPv6 ones, of every network interface."""
     found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex()}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for name, addresses_of in found.items():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                reply = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                addresses_of.append(socket.inet_ntoa(reply[20:24]))
-    table = Path("/proc/net/if_inet6")
-    for line in table.read_text().splitlines() if table.is_file() else ():
-        address, *_, name = line.split()
-        if name in found and not address.startswith("fe80"):
-            found[name].append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
+    with contextlib.suppress(ImportError):  # deepspeed, which needs psutil as well, is then reported as missing
+        import psutil
+
+        for name, entries in psutil.net_if_addrs().items():
+            families = [[e.address for e in entries if e.family == family] for family in (socket.AF_INET, socket.AF_INET6)]
+            found[name] = [address for addresses in families for address in addresses if not address.startswith("fe80")]
     return found
 
 

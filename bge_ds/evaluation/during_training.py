@@ -132,15 +132,14 @@ class Evaluator:
         started = time.perf_counter()
         training = model.training
         model.eval()
-        found = {name: self.measure(name, model) for name in self.sets}
+        found = {
+            name: retrieval.measure(data, retrieval.ranking(data, self.rank(name, model))) for name, data in self.sets.items()
+        }
         model.train(training)
         values = {f"eval_{name}_{measure}": v for name, measures in found.items() for measure, v in measures.items()}
         for measure in retrieval.NAMES:
             values[f"eval_{measure}"] = round(sum(measures[measure] for measures in found.values()) / len(found), 6)
         return values | {"eval_seconds": time.perf_counter() - started}
-
-    def measure(self, name: str, model: nn.Module) -> dict[str, float]:
-        return retrieval.measure(self.sets[name], retrieval.ranking(self.sets[name], self.rank(name, model)))
 
     def rank(self, name: str, model: nn.Module) -> torch.Tensor:
         """The indices of each query's best distinct texts, Q x K, best first."""
