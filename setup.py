@@ -69,6 +69,7 @@ setup(
         "zstandard",
         "filelock",
         "msgspec",
+        "psutil",
         "tqdm",
         "safetensors",
         "ir-measures",
