@@ -83,6 +83,13 @@ class Block:
     is_arrow: bool = False
     ends: str = ""  # "segment": that was all of it; "source": so was that, and `segment` is how many there are
 
+    def lines(self) -> list[Any]:
+        """Its lines as bytes, blank ones too, or its rows as objects: one ValueError where they cannot be decoded."""
+        if self.is_arrow:
+            return table_files.from_bytes(self.data)
+        lines = self.data.split(b"\n")
+        return lines if lines[-1] else lines[:-1]
+
 
 # ---------------------------------------------------------------------------------------------------------- finding
 
@@ -177,6 +184,12 @@ def lines_before(source: Source, segment: int, cut: int, columns: tuple[str, ...
         while left and (chunk := file.read(min(left, BLOCK_BYTES))):
             left, count = left - len(chunk), count + chunk.count(b"\n")
     return count
+
+
+def place_of(source: Source, block: Block, number: int, cut: int, columns: tuple[str, ...] = ()) -> str:
+    """`file:line` of a line (row) of a block's segment, where it has that number."""
+    before = lines_before(source, block.segment, cut, columns) if block.before is None else block.before
+    return f"{source.name}:{before + number + source.first_number}"
 
 
 def first_lines(blocks: Iterable[Block], count: int) -> Iterator[Block]:

@@ -124,9 +124,12 @@ def to_bytes(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def from_bytes(data: bytes) -> list[dict[str, Any]]:
-    """The rows of `to_bytes` as Python objects; a column that is null counts as absent."""
-    rows = pa.ipc.open_stream(data).read_all().to_pylist()
+def from_bytes(data: bytes) -> list[dict[str, Any] | ValueError]:
+    """The rows of `to_bytes` as Python objects, or one ValueError; a column that is null counts as absent."""
+    try:
+        rows = pa.ipc.open_stream(data).read_all().to_pylist()
+    except (ValueError, pa.ArrowException) as error:
+        return [ValueError(f"the rows from here on cannot be decoded: {error}")]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
