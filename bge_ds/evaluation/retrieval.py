@@ -74,15 +74,13 @@ def find_file(folder: Path, *names: str) -> Path:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not blank; the place is `file:line`."""
-    for block in input_files.read_blocks(input_files.Source(path), 0):
-        for number, raw in enumerate(block.data.split(b"\n"), block.first):
-            try:
-                line = raw.decode("utf-8").rstrip("\r")
-            except UnicodeDecodeError as error:
-                place = f"{path}:{number}"
-                raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line)") from None
-            if line.strip():
-                yield f"{path}:{number}", line
+    for place, raw in input_files.read_lines(path):
+        try:
+            line = raw.decode("utf-8").rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line)") from None
+        if line.strip():
+            yield place, line
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str, str]]:

@@ -200,8 +200,8 @@ class _Build:
             return
         sample = self.share.sample if stage == "rows" else 0
         wanted = mine if sample else lambda k: mine(k) and k not in done
-        blocks = input_files.read_segments(source, number, self.cut, wanted, columns=settings.input_columns())
-        yield from input_files.first_lines(blocks, sample) if sample else blocks
+        columns = settings.input_columns()
+        yield from input_files.read_segments(source, number, self.cut, wanted, columns=columns, sample=sample)
 
     def _take(
         self,

@@ -175,17 +175,23 @@ def hub_shards(given: str) -> list[HubShard]:
     return [HubShard(name, config or None, split or "train", i, revision) for i in range(max(1, data.num_shards))]
 
 
-def hub_lines(shard: HubShard, columns: tuple[str, ...]) -> Iterator[bytes]:
-    """The rows of a shard as JSON lines, of the columns asked for where the set has them."""
+def hub_lines(shard: HubShard, columns: tuple[str, ...], block_bytes: int) -> Iterator[bytes]:
+    """The rows of a shard as JSON lines, of the columns asked for where the set has them, `block_bytes` or more at a time."""
     data = _stream(_builder(shard.name, shard.config), shard.split, str(shard))
     if data.num_shards > 1:
         data = data.shard(data.num_shards, shard.number)
+    block = bytearray()
     try:
         for row in data:
             held = {name: row[name] for name in columns if row.get(name) is not None} if columns else row
-            yield orjson.dumps(held) + b"\n"
+            block += orjson.dumps(held, option=orjson.OPT_APPEND_NEWLINE)
+            if len(block) >= block_bytes:
+                yield bytes(block)
+                block.clear()
     except (OSError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{shard}: the stream breaks off: {error}: run the same command again to go on") from error
+    if block:
+        yield bytes(block)
 
 
 def _builder(name: str, config: str | None) -> Any:
