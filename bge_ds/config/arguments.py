@@ -33,7 +33,7 @@ class PretrainArguments(TrainArguments):
         "how Chinese is split into words, which are masked whole: none (each character) or jieba",
         rare=True,
     )
-    per_device_train_tokens: int | None = flag(
+    per_device_train_tokens: int | None = flag(  # type: ignore[misc]  # a constant where there is no such flag
         None, "maximum tokens of a rank's micro batch, filled with whole texts; unset: per_device_train_batch_size texts"
     )
     objective: Literal["retromae", "dupmae", "mlm"] = flag(

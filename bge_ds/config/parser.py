@@ -16,11 +16,14 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from bge_ds.config.huggingface_names import ALIASES, FALSE, REFUSED, TRUE, accepted, refusal, refusal_of_newer
 
-Arguments = TypeVar("Arguments")
+if TYPE_CHECKING:
+    from bge_ds.config.train_arguments import TrainArguments
+
+Arguments = TypeVar("Arguments", bound="TrainArguments")
 _LOCAL_RANK = re.compile(r"--local[-_]rank(=.*)?")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -38,7 +41,7 @@ class _Formatter(argparse.HelpFormatter):
 class _Help(argparse.Action):
     """`--help` shows the flags that most runs need, `--help all` every one."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         rare = [action for action in parser._actions if getattr(action, "rare", False) and action.help != argparse.SUPPRESS]
         if values is None:
             for action in rare:
@@ -97,7 +100,7 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
         parser.error(str(error))
 
 
-def _build_parser(cls: type) -> _Parser:
+def _build_parser(cls: type["TrainArguments"]) -> _Parser:
     usage = f"deepspeed -m {cls.command} --flag value ... | deepspeed -m {cls.command} settings.json"
     parser = _Parser(
         usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False
@@ -114,20 +117,17 @@ def _build_parser(cls: type) -> _Parser:
     more.add_argument(
         "--help", "-h", action=_Help, nargs="?", choices=["all"], default=argparse.SUPPRESS, help="the flags of most runs; all"
     )  # fmt: skip
-    hidden = {"default": argparse.SUPPRESS}
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for alias, (name, kind) in ALIASES.items():
         if name not in fields:
             continue
-        shape = {"type": to_bool, "nargs": "?", "const": True} if kind is bool else {"type": kind}
-        parser.add_argument(*_spellings(alias), dest=alias, help=argparse.SUPPRESS, **shape, **hidden)
+        parser.add_argument(*_spellings(alias), dest=alias, **_SWITCH if kind is bool else {"type": kind}, **hidden)
         if fields[name].default is True:
-            off = {"dest": alias, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
-            parser.add_argument(*_spellings(f"no_{alias}"), **off, **hidden)
+            parser.add_argument(*_spellings(f"no_{alias}"), dest=alias, action="store_const", const=False, **hidden)
     for name in REFUSED.keys() - fields.keys():
-        parser.add_argument(*_spellings(name), dest=name, nargs="*", help=argparse.SUPPRESS, **hidden)
+        parser.add_argument(*_spellings(name), dest=name, nargs="*", **hidden)
         if True in accepted(name):
-            off = {"dest": name, "action": "store_const", "const": ["false"], "help": argparse.SUPPRESS}
-            parser.add_argument(*_spellings(f"no_{name}"), **off, **hidden)
+            parser.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"], **hidden)
     return parser
 
 
@@ -140,7 +140,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
         options = list(typing.get_args(hint))
     shape: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
     if hint is bool:
-        shape |= {"type": to_bool, "nargs": "?", "const": True, "metavar": "True|False"}
+        shape |= _SWITCH | {"metavar": "True|False"}
     elif typing.get_origin(hint) is Literal:
         shape |= {"type": type(options[0]), "choices": options}
     elif typing.get_origin(hint) is list:
@@ -154,10 +154,10 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if field.default is field.default_factory is dataclasses.MISSING:
         shape["required"] = True
     action = group.add_argument(*_spellings(field.name), dest=field.name, **shape | given)
-    action.rare = field.metadata.get("rare", False)
+    action.rare = field.metadata.get("rare", False)  # type: ignore[attr-defined]  # `_Help` reads it
     if hint is bool and field.default is True:
-        off = {"dest": field.name, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
-        group.add_argument(*_spellings(f"no_{field.name}"), default=True, **off)
+        off = _spellings(f"no_{field.name}")
+        group.add_argument(*off, dest=field.name, action="store_const", const=False, default=True, help=argparse.SUPPRESS)
 
 
 def to_bool(text: str) -> bool:
@@ -165,6 +165,9 @@ def to_bool(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in TRUE
+
+
+_SWITCH: dict[str, Any] = {"type": to_bool, "nargs": "?", "const": True}
 
 
 def _spellings(name: str) -> list[str]:
@@ -206,9 +209,8 @@ def _refuse(values: dict[str, Any], rest: list[str], known: list[str]) -> None:
         near = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
         reasons.append(f"unknown flag {flag}{hint}")
-    reasons = [reason for reason in reasons if reason]
-    if reasons:
-        raise ValueError("; ".join(reasons))
+    if found := [reason for reason in reasons if reason]:
+        raise ValueError("; ".join(found))
 
 
 def _newer_defaults() -> dict[str, Any]:

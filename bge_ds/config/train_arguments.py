@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from bge_ds.config.validation import (
     SCHEDULES,
@@ -23,6 +23,8 @@ from bge_ds.config.validation import (
     require,
     writers,
 )
+
+_Arguments = TypeVar("_Arguments", bound="TrainArguments")
 
 
 def flag(default: Any, text: str, **extra: Any) -> Any:
@@ -210,14 +212,14 @@ class TrainArguments:
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     @classmethod
-    def build(cls, **values: Any) -> "TrainArguments":
+    def build(cls: type[_Arguments], **values: Any) -> _Arguments:
         """Arguments from field values, checked; `explicit` holds the names given. Raises ValueError."""
         args = cls(**values)
         args.explicit = frozenset(values)
         args.check()
         return args.frozen()
 
-    def frozen(self) -> "TrainArguments":
+    def frozen(self: _Arguments) -> _Arguments:
         """Itself, from here on without assignments (`config/run_config.py` makes changed copies)."""
         self.__dict__["_frozen"] = True
         return self

@@ -110,7 +110,8 @@ def _json_object(name: str, value: dict | str | None) -> dict:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"--{name} {value} is not JSON ({error}); give an object such as '{{\"key\": 1}}'") from None
-    require(value is None or isinstance(value, dict), f"--{name} {value!r} is not a JSON object")
+    if not (value is None or isinstance(value, dict)):
+        raise ValueError(f"--{name} {value!r} is not a JSON object")
     return value or {}
 
 

@@ -10,6 +10,8 @@ from bge_ds.data.sampling.mixture import SameDatasetBatchSampler
 from bge_ds.data.sampling.sampler import Sampler
 from bge_ds.data.sampling.token_batching import TokenBatchSampler
 
+Order = Sampler | TokenBatchSampler
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -32,7 +34,7 @@ class StepPlan:
     eval_after: float = 0.0
 
     @classmethod
-    def make(cls, args: TrainArguments, order: Sampler | TokenBatchSampler) -> StepPlan:
+    def make(cls, args: TrainArguments, order: Order) -> StepPlan:
         if args.max_steps > 0:
             total, epochs = args.max_steps, order.epochs(args.max_steps)
         else:
@@ -57,7 +59,7 @@ class StepPlan:
             save_epochs=args.save_strategy == "epoch",
             # Whatever the model has become last is a candidate too: without it, a run might end with nothing to choose from.
             save_last=args.load_best_model_at_end and args.save_strategy != "best",
-            eval_every=steps_from(args.eval_steps, total) if args.eval_strategy == "steps" else None,
+            eval_every=None if args.eval_steps is None else steps_from(args.eval_steps, total),
             eval_epochs=by_epoch,
             eval_after=args.eval_delay * (epoch_steps if by_epoch else 1),
         )
@@ -95,5 +97,5 @@ class StepPlan:
         """The last step is evaluated always: it is what the run ends with."""
         if self.eval_every is None and not self.eval_epochs:
             return False
-        due = self._ends_epoch(step) if self.eval_epochs else step % self.eval_every == 0
+        due = self._ends_epoch(step) if self.eval_every is None else step % self.eval_every == 0
         return step == self.total or (due and step >= self.eval_after - 1e-9)
