@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from bge_ds.checkpoint import checkpoint, filesystem
-from bge_ds.config.arguments import TrainArguments, steps_from
+from bge_ds.config.arguments import TrainArguments
 from bge_ds.deepspeed_engine import ds_config as configs
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
@@ -97,7 +97,6 @@ def compile_layers(args: TrainArguments, backbone: torch.nn.Module) -> None:
 def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan) -> tuple[Engine, dict]:
     """(engine, its effective config): DeepSpeed around the model, with AdamW and transformers' schedule."""
     config, source = configs.read_config(args.deepspeed)
-    warmup = steps_from(args.warmup_steps, plan.total)
     adam: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     values = configs.auto_values(
         micro_batch=args.per_device_train_batch_size,
@@ -112,7 +111,7 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan) -
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         total_steps=plan.total,
-        warmup_steps=warmup,
+        warmup_steps=plan.warmup,
     )
     config = configs.merge_config(config, source, values, _monitors(args))
 
@@ -123,7 +122,7 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan) -
         return transformers.get_scheduler(
             args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=warmup,
+            num_warmup_steps=plan.warmup,
             num_training_steps=plan.total,
             scheduler_specific_kwargs=kwargs,
         )
