@@ -185,7 +185,7 @@ class RunLog:
         """One line of metrics; `record["step"]` is the number of steps done."""
         if not self.active:
             return
-        record = self._append(record)
+        record = self._append("train", record)
         shown = {
             "loss": f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
@@ -197,24 +197,25 @@ class RunLog:
         self.bar.set_postfix(shown)
         if self.bar.disable:
             self.say("  ".join([f"step {record['step']}"] + [f"{k} {v}" for k, v in shown.items()]))
-        self.write_events([(f"train/{k}", v, record["step"]) for k, v in record.items() if k != "step"])
 
     def write_evaluation(self, record: Record, shown: list[str]) -> None:
         """The same for an evaluation after that step: `eval_...` values and `eval_seconds`; a person is shown some of them."""
         if not self.active:
             return
-        record = self._append(record)
+        record = self._append("eval", record)
         words = [f"{k.removeprefix('eval_')} {record[k]:.4f}" for k in shown]
         self.say("  ".join([f"step {record['step']}: evaluated in {record['eval_seconds']:.1f} s", *words]))
-        self.write_events([(f"eval/{k.removeprefix('eval_')}", v, record["step"]) for k, v in record.items() if k != "step"])
 
-    def _append(self, record: Record) -> Record:
+    def _append(self, kind: str, record: Record) -> Record:
+        """The record, rounded: a line of metrics.jsonl, and values of the monitors under `kind`."""
         record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
         # JSON has no NaN or infinity; other readers than Python's refuse them.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._explained():
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
+        step = record["step"]
+        self.write_events([(f"{kind}/{k.removeprefix('eval_')}", v, step) for k, v in record.items() if k != "step"])
         return record
 
     def say(self, text: str) -> None:

@@ -134,9 +134,6 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan) -
 def _monitors(args: TrainArguments) -> dict[str, dict]:
     folder = args.logging_dir or str(Path(args.output_dir) / "runs")
     name = args.run_name or Path(args.output_dir).name
-    sections = {
-        "tensorboard": {"enabled": True, "output_path": folder, "job_name": name},
-        "wandb": {"enabled": True, "project": name},
-        "csv": {"enabled": True, "output_path": folder, "job_name": name},
-    }
-    return {"csv_monitor" if kind == "csv" else kind: sections[kind] for kind in args.report_to}
+    files = {"enabled": True, "output_path": folder, "job_name": name}
+    sections = {"tensorboard": files, "csv_monitor": files, "wandb": {"enabled": True, "project": name}}
+    return {section: sections[section] for section in ("csv_monitor" if kind == "csv" else kind for kind in args.report_to)}
