@@ -59,6 +59,10 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
 def groups_of(cls: type, own: bool = False) -> list[tuple[str, list[str]]]:
     """(topic, names of its flags): a class attribute `topic_...` begins a topic. own: those of the class itself only.
 
@@ -66,7 +70,7 @@ def groups_of(cls: type, own: bool = False) -> list[tuple[str, list[str]]]:
     """
     found: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
-    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    names = _fields(cls).keys()
     for base in [cls] if own else [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
         topics: list[tuple[str, list[str]]] = []
         for name in inspect.get_annotations(base):
@@ -86,15 +90,10 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
     fields that the user gave. A mistake prints `error: ...` and exits with code 2; `--help` exits with 0.
     """
     parser = _build_parser(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    unset = object()
     try:
-        argv = _expand_json(cls, parser, list(sys.argv[1:] if argv is None else argv))
-        # A namespace that already has every field keeps argparse from filling in defaults: what is still `unset`
-        # afterwards was not given.
-        given, rest = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-        values = {name: value for name, value in vars(given).items() if value is not unset}
-        _refuse(values, rest, known=names)
+        given, rest = parser.parse_known_args(_expand_json(cls, parser, list(sys.argv[1:] if argv is None else argv)))
+        values = vars(given)
+        _refuse(values, rest, known=list(_fields(cls)))
         return cls.build(**_merge_aliases(values))
     except ValueError as error:
         parser.error(str(error))
@@ -103,9 +102,10 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
 def _build_parser(cls: type["TrainArguments"]) -> _Parser:
     usage = f"deepspeed -m {cls.command} --flag value ... | deepspeed -m {cls.command} settings.json"
     parser = _Parser(
-        usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False
+        usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False,
+        argument_default=argparse.SUPPRESS,  # what was not given is not in the result
     )  # fmt: skip
-    fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, typing.get_type_hints(cls)
+    fields, hints = _fields(cls), typing.get_type_hints(cls)
     required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     topics = [("Required", required)]
     topics += [(title, [name for name in names if name not in required]) for title, names in groups_of(cls)]
@@ -114,10 +114,8 @@ def _build_parser(cls: type["TrainArguments"]) -> _Parser:
         for name in names:
             _add_flag(group, fields[name], hints[name])
     more = parser.add_argument_group("Help")
-    more.add_argument(
-        "--help", "-h", action=_Help, nargs="?", choices=["all"], default=argparse.SUPPRESS, help="the flags of most runs; all"
-    )  # fmt: skip
-    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    more.add_argument("--help", "-h", action=_Help, nargs="?", choices=["all"], help="the flags of most runs; all")
+    hidden: dict[str, Any] = {"help": argparse.SUPPRESS}
     for alias, (name, kind) in ALIASES.items():
         if name not in fields:
             continue
@@ -138,7 +136,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = str if str in options else options[0]
         options = list(typing.get_args(hint))
-    shape: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+    shape: dict[str, Any] = {"help": field.metadata["help"]}
     if hint is bool:
         shape |= _SWITCH | {"metavar": "True|False"}
     elif typing.get_origin(hint) is Literal:
@@ -157,7 +155,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     action.rare = field.metadata.get("rare", False)  # type: ignore[attr-defined]  # `_Help` reads it
     if hint is bool and field.default is True:
         off = _spellings(f"no_{field.name}")
-        group.add_argument(*off, dest=field.name, action="store_const", const=False, default=True, help=argparse.SUPPRESS)
+        group.add_argument(*off, dest=field.name, action="store_const", const=False, help=argparse.SUPPRESS)
 
 
 def to_bool(text: str) -> bool:
@@ -241,7 +239,7 @@ def _expand_json(cls: type, parser: _Parser, argv: list[str]) -> list[str]:
         raise ValueError(f"cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError("the file must hold one JSON object of settings, name to value")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = _fields(cls)
     return [word for name, value in settings.items() for word in _as_flags(name, value, fields)] + launcher
 
 

@@ -75,7 +75,8 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
         micro_batches = [batch.to(device) for batch in micro_batches]
         applied, values = train_step(objective, engine, step, micro_batches, counts_R)
         recorder.end_step(step, applied, values, micro_batches)
-        empty_cache(args, step, device)
+        if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0:
+            torch.cuda.empty_cache()  # nothing on a CPU
         if plan.logs(step):
             recorder.write(step, plan.epoch(step), learning_rate, micro_batches[-1])
             engine.train()
@@ -143,12 +144,6 @@ def open_log(args: TrainArguments, engine: Engine, first_step: int, plan: StepPl
         show_bar=not args.disable_tqdm and sys.stderr.isatty(),
         write_events=engine.monitor.write_events,
     )
-
-
-def empty_cache(args: TrainArguments, step: int, device: torch.device) -> None:
-    """--torch_empty_cache_steps; a CPU has no cache to give back."""
-    if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0 and device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def place_model(objective: Objective, save: Callable[[Path], float], output: Path) -> float:
