@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from bge_ds.config.parser import parse
 from bge_ds.config.train_arguments import TrainArguments, changed, describe, flag, rare, steps_from
-from bge_ds.config.validation import check_effects, check_lora, check_objective, check_token_budget, require
+from bge_ds.config.validation import check_effects, check_objective, check_token_budget, require
 
 __all__ = ["FinetuneArguments", "PretrainArguments", "TrainArguments", "changed", "describe", "parse", "steps_from"]
 
@@ -181,7 +181,6 @@ class FinetuneArguments(TrainArguments):
             "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out",
         )
         check_objective(self)
-        check_lora(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)
         require(
             self.train_group_size > 1 or not alone,

@@ -24,6 +24,7 @@ from bge_ds.config.validation import (
     writers,
 )
 
+LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
 _Arguments = TypeVar("_Arguments", bound="TrainArguments")
 
 
@@ -124,12 +125,8 @@ class TrainArguments:
     include_num_input_tokens_seen: str = rare(
         "no", "log the tokens trained on: no, all or non_padding (the same: nothing is padded)", nargs="?", const="all"
     )
-    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = rare(
-        "passive", "log level of rank 0; passive: the libraries' default"
-    )
-    log_level_replica: Literal["debug", "info", "warning", "error", "critical", "passive"] = rare(
-        "warning", "log level of the other ranks"
-    )
+    log_level: LogLevel = rare("passive", "log level of rank 0; passive: the libraries' default")
+    log_level_replica: LogLevel = rare("warning", "log level of the other ranks")
     disable_tqdm: bool | None = rare(None, "show no progress bar")
     report_to: list[str] = flag([], "writers of the metrics beside metrics.jsonl: none, all, tensorboard, wandb, csv")
     run_name: str | None = rare(None, "name of the run for the writers; unset: the name of output_dir")

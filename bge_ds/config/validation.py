@@ -142,8 +142,7 @@ def check_data(args: Any) -> None:
 def check_optimizer(args: Any) -> None:
     """Check optimizer, schedule and recomputation; JSON texts become dicts, empty ones None."""
     own = 'an "optimizer" section in the file given to --deepspeed chooses another optimizer'
-    known = str(args.optim)
-    require(known in OPTIMIZERS, f"--optim {known} is refused: {own}; choose from {', '.join(OPTIMIZERS)}")
+    choose(args, "optim", OPTIMIZERS, {args.optim: own})
     no_metric = "it follows a metric, and schedules here follow the step alone"
     choose(args, "lr_scheduler_type", tuple(SCHEDULES), dict.fromkeys(("reduce_lr_on_plateau", "greedy"), no_metric))
     args.lr_scheduler_kwargs = _json_object("lr_scheduler_kwargs", args.lr_scheduler_kwargs) or None
@@ -200,7 +199,7 @@ def check_evaluation(args: Any) -> None:
 
 
 def check_objective(args: Any) -> None:
-    """Check which parts of the contrastive objective go together."""
+    """Check which parts of contrastive fine-tuning go together."""
     for flag in ("sub_batch_size", "sub_batch_tokens"):
         require(
             getattr(args, flag) is None or args.gradient_accumulation_steps == 1,
@@ -234,6 +233,11 @@ def check_objective(args: Any) -> None:
         args,
         ("false_negative_margin_type", "--false_negative_margin", args.false_negative_margin is not None),
         ("kd_loss_type", "--knowledge_distillation", args.knowledge_distillation),
+        ("lora_rank lora_alpha lora_dropout target_modules", "--use_lora", args.use_lora),
+    )
+    require(
+        not (args.use_lora and args.fix_position_embedding),
+        "--fix_position_embedding has no effect with --use_lora, which trains nothing but the adapters; drop it",
     )
 
 
@@ -244,15 +248,6 @@ def check_token_budget(args: Any) -> None:
         budget is None or longest <= budget,
         f"--per_device_train_tokens {budget} does not hold one text of --max_seq_length {longest}; raise the former to at "
         f"least {longest}, or give --max_seq_length {budget} or less, which cuts longer texts",
-    )
-
-
-def check_lora(args: Any) -> None:
-    """Check that nothing asks for adapters that are not trained, or for what training adapters alone leaves no room for."""
-    check_effects(args, ("lora_rank lora_alpha lora_dropout target_modules", "--use_lora", args.use_lora))
-    require(
-        not (args.use_lora and args.fix_position_embedding),
-        "--fix_position_embedding has no effect with --use_lora, which trains nothing but the adapters; drop it",
     )
 
 
