@@ -178,18 +178,23 @@ collectives.leave()
 """
 
 
-def start_python(
-    script: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO, fresh: bool = False
+def program(name: str, *args: object) -> list[str]:
+    """The command that runs a program of `tests/programs`."""
+    return [sys.executable, str(REPO / "tests/programs"), name, *map(str, args)]
+
+
+def start_program(
+    name: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO, fresh: bool = False
 ) -> forked.Process | subprocess.Popen:
-    """A process that runs a Python text in the repository; where that can be, its imports are done, unless `fresh`."""
+    """A process that runs a program in the repository; where that can be, its imports are done, unless `fresh`."""
     if not fresh and (server := forked.server()) is not None:
-        return forked.Process(server, script, args, env, stdout.fileno(), stderr.fileno(), REPO)
-    command = [sys.executable, "-c", script, *args]
+        return forked.Process(server, name, args, env, stdout.fileno(), stderr.fileno(), REPO)
+    command = program(name, *args) if "\n" not in name else [sys.executable, "-c", name, *args]
     return subprocess.Popen(command, cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
 
 
-def run_ranks(script: str, ranks: int, *args: str, timeout: int = 240, fresh: bool = False) -> str:
-    """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others').
+def run_ranks(name: str, ranks: int, *args: object, timeout: int = 240, fresh: bool = False) -> str:
+    """Run a program of `tests/programs` as `ranks` processes of one group; their standard outputs, one after the other.
 
     fresh: they share no memory and no allocator with what forks processes, for tests that measure memory.
     Ranks that are still at it after `timeout` seconds are killed, and what they have said is shown.
@@ -198,8 +203,8 @@ def run_ranks(script: str, ranks: int, *args: str, timeout: int = 240, fresh: bo
     with contextlib.ExitStack() as files:
         outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
         processes = [
-            start_python(
-                _NO_WAITING + script + _LEAVE, [str(arg) for arg in args],
+            start_program(
+                name if "\n" not in name else _NO_WAITING + name + _LEAVE, [str(arg) for arg in args],
                 environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),
                 *outputs[r], fresh,

@@ -13,24 +13,6 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 # Without a C++ compiler the graphs run uncompiled: all but the code made of them.
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
-# Runs one after the other in each rank; after each, how many graphs there are by now and its exit status.
-RANK_SCRIPT = """
-import json, sys
-sys.stderr = sys.stdout
-from torch._dynamo.utils import counters
-from bge_ds import finetune, pretrain
-from bge_ds.training import command as run
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives
-
-leave, collectives.leave = collectives.leave, lambda: None
-commands = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
-for name, args in json.loads(sys.argv[1]):
-    train, kind = commands[name]
-    status = run.run_command(train, kind.build(**args, use_cpu=True))
-    print("status", status, "graphs", counters["stats"]["unique_graphs"])
-collectives.leave = leave
-"""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +45,7 @@ def records(folder) -> list[dict]:
 
 def run(ranks, *plans) -> list[int]:
     """The numbers of graphs after each run, on all ranks; fails where a run did."""
-    out = helpers.run_ranks(RANK_SCRIPT, ranks, json.dumps(plans))
+    out = helpers.run_ranks("statuses", ranks, json.dumps(plans))
     found = [line.split() for line in out.splitlines() if line.startswith("status ")]
     assert len(found) == ranks * len(plans) and all(words[1] == "0" for words in found), out
     return [int(words[3]) for words in found]
@@ -127,7 +109,7 @@ def test_what_does_not_compile_is_refused(tmp_path, setting):
         ("finetune", arguments(setting, "finetune", tmp_path / "out", **compiled())
          | {"model_name_or_path": str(tmp_path / "mpnet")}),
     ]  # fmt: skip
-    out = helpers.run_ranks(RANK_SCRIPT, 1, json.dumps(plans))
+    out = helpers.run_ranks("statuses", 1, json.dumps(plans))
     assert out.count("status 2") == 3 and not (tmp_path / "out").exists(), out
     assert out.count("error: --torch_compile does not work at ZeRO 3") == 2
     assert "error: --torch_compile: mpnet is not one of the families that run without padding" in out

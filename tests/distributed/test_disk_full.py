@@ -13,20 +13,6 @@ from bge_ds.checkpoint import checkpoint
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.training import setup
 
-RANK_SCRIPT = """
-import json, os, shutil, sys
-from bge_ds import finetune
-from bge_ds.config.arguments import FinetuneArguments
-from bge_ds.distributed import collectives
-flags, honest = json.loads(sys.argv[1]), shutil.disk_usage
-for name, usage in (("seen", honest), ("unseen", lambda path: type(honest(path))(1 << 40, 0, 1 << 40))):
-    shutil.disk_usage = usage
-    try:
-        finetune.train(FinetuneArguments.build(**flags, output_dir=f"{sys.argv[2]}/{name}/run", use_cpu=True))
-    except ValueError as error:
-        print(f"{name}, rank {collectives.rank()}: {error}", flush=True)
-"""
-
 
 @pytest.fixture
 def small_disks(tmp_path):
@@ -57,7 +43,7 @@ def test_the_checkpoint_before_stays_good(small_disks, tiny_bert_path):
         "cache_dir": str(small_disks / "cache"), "per_device_train_batch_size": 2, "max_steps": 3, "save_strategy": "steps",
         "save_steps": 1, "dataloader_num_workers": 0, "negatives_cross_device": True, "logging_steps": 1,
     }  # fmt: skip
-    out = helpers.run_ranks(RANK_SCRIPT, 2, json.dumps(flags), small_disks)
+    out = helpers.run_ranks("full_disk", 2, json.dumps(flags), small_disks)
     for name, words in (("seen", "MiB are free): it needs"), ("unseen", "No space left on device")):
         said = [line for line in out.splitlines() if line.startswith(f"{name}, rank ")]
         assert len(said) == 2 and len({line.split(": ", 1)[1] for line in said}) == 1

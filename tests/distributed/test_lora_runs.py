@@ -11,21 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-RANK_SCRIPT = """
-import json, sys
-from bge_ds import finetune
-from bge_ds.config.arguments import FinetuneArguments
-
-runs = json.loads(sys.argv[1])
-for flags in runs:
-    finetune.train(FinetuneArguments.build(**flags, use_cpu=True))
-"""
-REFUSED_SCRIPT = (
-    RANK_SCRIPT.replace("    finetune.train", "    try: finetune.train")
-    + """
-    except ValueError as error: print(error)
-"""
-)
 PASSAGES = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
 
 
@@ -54,6 +39,10 @@ def flags_of(setting, output, stage, **more) -> dict:
     }  # fmt: skip
 
 
+def train(ranks: int, runs: list[dict], errors: str = "raise") -> str:
+    return helpers.run_ranks("train", ranks, json.dumps([("finetune", flags) for flags in runs]), errors)
+
+
 def losses(folder) -> dict[int, tuple]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: (r["loss"], r["learning_rate"], r["grad_norm"]) for r in records}
@@ -79,7 +68,7 @@ def resumed_runs(tmp_path_factory, setting):
             flags_of(setting, whole, case[0], **more),
             flags_of(setting, base / case / "resumed", case[0], **more, **middle),
         ]
-    helpers.run_ranks(RANK_SCRIPT, 2, json.dumps(runs))
+    train(2, runs)
     return base
 
 
@@ -128,7 +117,7 @@ def check_export(base, folder, bf16: bool) -> None:
 def test_another_base_model_is_refused(tmp_path, setting):
     """The checkpoint holds no frozen weights, so resuming onto other ones would go on as another run; it is refused."""
     whole = tmp_path / "whole"
-    helpers.run_ranks(RANK_SCRIPT, 1, json.dumps([flags_of(setting, whole, 1, max_steps=3)]))
+    train(1, [flags_of(setting, whole, 1, max_steps=3)])
     helpers.make_model("bert", tmp_path / "other", initializer_range=0.1)
     helpers.make_tokenizer("wordpiece", tmp_path / "other")
     changes = {
@@ -139,7 +128,7 @@ def test_another_base_model_is_refused(tmp_path, setting):
         {**flags_of(setting, tmp_path / f"{n}", 1, max_steps=3, resume_from_checkpoint=str(whole / "checkpoint-3")), **more}
         for n, more in enumerate(changes.values())
     ]
-    errors = helpers.run_ranks(REFUSED_SCRIPT, 1, json.dumps(again)).splitlines()
+    errors = train(1, again, "print").splitlines()
     errors = [line for line in errors if "belongs to another run" in line]
     for words, error in zip(changes, errors, strict=True):
         assert words in error
@@ -162,7 +151,7 @@ def test_ranks_and_stages_train_alike(tmp_path, setting):
             flags = flags_of(setting, tmp_path / name, stage, **{**plain, **more})
             del flags["save_steps"]
             given.append(flags)
-        helpers.run_ranks(RANK_SCRIPT, ranks, json.dumps(given))
+        train(ranks, given)
     first = losses(tmp_path / "one")
     for name in ("two", "zero3", "fresh", "reentrant"):
         other = losses(tmp_path / name)

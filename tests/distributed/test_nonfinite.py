@@ -13,55 +13,6 @@ from safetensors.torch import load_file
 from bge_ds.checkpoint import checkpoint
 from bge_ds.health import exit_codes
 
-# Each run of `flags["runs"]`: its arguments, the steps whose first micro batch has NaN in the embeddings of one rank, and
-# the steps left out, in which nothing is computed at all. The exit status of each rank's run is printed.
-RANK_SCRIPT = """
-import json, sys
-import torch
-from bge_ds import finetune, pretrain
-from bge_ds.objectives import contrastive
-from bge_ds.training import command, loop, setup
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives
-from bge_ds.deepspeed_engine import engine as engines
-
-now, last = {"step": 0, "micro": 0}, []
-seed_dropout, take_step, build, backward = loop.seed_dropout, engines.take_step, setup.build_engine, contrastive.backward
-
-def note_and_seed(seed, step, micro, piece=0):
-    now.update(step=step, micro=micro)
-    seed_dropout(seed, step, micro, piece)
-
-def poison(module, inputs, output):
-    if now["step"] in plan["poisoned"] and now["micro"] == 0 and collectives.rank() == collectives.world_size() - 1:
-        return output * float("nan")
-
-def left_out():
-    return now["step"] in plan["left_out"]
-
-def build_and_hook(args, model, steps):
-    engine, config = build(args, model, steps)
-    next(m for m in engine.module.modules() if isinstance(m, torch.nn.Embedding)).register_forward_hook(poison)
-    own = engine.backward
-    engine.backward = lambda loss, **more: None if left_out() else own(loss, **more)
-    return engine, config
-
-def backward_or_last(engine, batch, args, objective, seed, shares):
-    seed(0)
-    if not left_out():
-        last[:] = [backward(engine, batch, args, objective, seed, shares)]
-    return last[0]
-
-loop.seed_dropout, setup.build_engine, contrastive.backward = note_and_seed, build_and_hook, backward_or_last
-engines.take_step = lambda engine: False if left_out() else take_step(engine)
-leave, collectives.leave = collectives.leave, lambda: None
-commands = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
-for plan in json.loads(sys.argv[1]):
-    train, kind = commands[plan["name"]]
-    print("status", command.run_command(train, kind.build(**plan["args"], use_cpu=True)))
-collectives.leave = leave
-"""
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
@@ -102,7 +53,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, setting, case):
         for how in ("poisoned", "left_out"):
             args = arguments(setting, name, tmp_path / f"{name}_{how}", deepspeed="zero" + case.split("-")[0], **changes)
             plans.append({"name": name, "args": args, "poisoned": [], "left_out": [], how: [3]})
-    out = helpers.run_ranks(RANK_SCRIPT, 2, json.dumps(plans))
+    out = helpers.run_ranks("nonfinite", 2, json.dumps(plans))
     assert out.split().count("status") == 8 and "status 0" in out and not any(f"status {s}" in out for s in (1, 2, 77))
     for name, file in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
         poisoned, left_out = (records(tmp_path / f"{name}_{how}") for how in ("poisoned", "left_out"))
@@ -130,8 +81,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, setting, name):
         save_steps=2, logging_steps=2,
     )  # fmt: skip
     plan = {"name": name, "args": args, "poisoned": [3, 5, 6, 7, 8], "left_out": []}
-    script = RANK_SCRIPT.replace("import json, sys", "import json, sys; sys.stderr = sys.stdout", 1)
-    out = helpers.run_ranks(script, 2, json.dumps([plan]))
+    out = helpers.run_ranks("nonfinite", 2, json.dumps([plan]))
     assert out.count(f"status {exit_codes.DIVERGED}") == 2, out
     assert f"the last checkpoint is {tmp_path / 'out' / 'checkpoint-4'}" in out
     # The vectors of the poisoned rank reach the other's loss where they are its negatives.
@@ -164,8 +114,7 @@ def test_steps_in_a_row_count_across_a_resume(tmp_path, setting):
     resume = str(tmp_path / "first" / "checkpoint-4")
     second = arguments(setting, "finetune", tmp_path / "second", resume_from_checkpoint=resume, **common)
     plans = [{"name": "finetune", "args": args, "poisoned": [4, 5], "left_out": []} for args in (first, second)]
-    script = RANK_SCRIPT.replace("import json, sys", "import json, sys; sys.stderr = sys.stdout", 1)
-    out = helpers.run_ranks(script, 2, json.dumps(plans))
+    out = helpers.run_ranks("nonfinite", 2, json.dumps(plans))
     assert out.count(f"status {exit_codes.DIVERGED}") == 4, out
     assert out.count("step 5: 2 steps in a row were skipped as not finite") == 2  # once a run
     assert out.count("step 4: skipped") == 1 and f"resumed from {resume} at step 4" in out

@@ -13,36 +13,6 @@ from sentence_transformers import SentenceTransformer
 
 from bge_ds.checkpoint import checkpoint
 
-# Both commands, each once to the end and once from the checkpoint in the middle, in one group of ranks. `save` of the
-# whole runs also notes the live model's vectors, which the test holds against sentence-transformers'.
-RANK_SCRIPT = """
-import json, sys
-import numpy as np
-from bge_ds import finetune, pretrain
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives
-from bge_ds.objectives.contrastive import ContrastiveObjective
-
-folder, flags = sys.argv[1], json.loads(sys.argv[2])
-write = ContrastiveObjective.save
-
-def write_and_note(self, engine, out):
-    ids = [self.data.passage(row) for row in range(6)]
-    live = engine.module.encode_ids(ids).numpy()
-    if collectives.rank() == 0:
-        np.save(f"{folder}/live.npy", live)
-    return write(self, engine, out)
-
-ContrastiveObjective.save = write_and_note
-for name, train, kind in (("finetune", finetune.train, FinetuneArguments), ("pretrain", pretrain.train, PretrainArguments)):
-    if name not in flags:
-        continue
-    common = {**flags["common"], **flags[name], "use_cpu": True}
-    train(kind.build(**common, output_dir=f"{folder}/{name}_whole"))
-    if not flags.get("only_whole"):
-        middle = f"{folder}/{name}_whole/checkpoint-3"
-        train(kind.build(**common, output_dir=f"{folder}/{name}_resumed", resume_from_checkpoint=middle))
-"""
 PASSAGES = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(9)]
 
 
@@ -100,7 +70,7 @@ def test_resumed_equals_undisturbed(tmp_path, setting, case):
     flags = flags_of(setting, case[0], bf16="bf16" in case, tokens=60 if "tokens" in case else None)
     if "pieces" in case:
         flags["finetune"] |= {"sub_batch_size": 3, "learnable_temperature": True, "use_mrl": True, "mrl_dims": [8, 32]}
-    helpers.run_ranks(RANK_SCRIPT, 2, tmp_path, json.dumps(flags))
+    helpers.run_ranks("resume", 2, tmp_path, json.dumps(flags))
     for name, weights in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
         whole, resumed = tmp_path / f"{name}_whole", tmp_path / f"{name}_resumed"
         expected, found = losses(whole), losses(resumed)
@@ -127,7 +97,7 @@ def test_resumed_equals_undisturbed(tmp_path, setting, case):
 def test_a_line_of_the_log_spans_the_stop(tmp_path, setting):
     """Logged every 4 steps, stopped after step 3: the line of step 4 is about all four, as that of the undisturbed run."""
     flags = flags_of(setting, 1, logging_steps=4)
-    helpers.run_ranks(RANK_SCRIPT, 2, tmp_path, json.dumps(flags))
+    helpers.run_ranks("resume", 2, tmp_path, json.dumps(flags))
     for name in ("finetune", "pretrain"):
         whole, resumed = (
             [json.loads(line) for line in (tmp_path / f"{name}_{how}" / "metrics.jsonl").read_text().splitlines()]
@@ -170,12 +140,12 @@ def test_one_rank_and_two_ranks_train_alike(tmp_path, setting):
     for ranks in (1, 2):
         flags = flags_of(setting, 1, texts=4 // ranks, model_name_or_path=str(tmp_path / "model"))
         (tmp_path / str(ranks)).mkdir()
-        helpers.run_ranks(RANK_SCRIPT, ranks, tmp_path / str(ranks), json.dumps({**flags, "only_whole": True}))
+        helpers.run_ranks("resume", ranks, tmp_path / str(ranks), json.dumps({**flags, "only_whole": True}))
         flags = flags_of(setting, 1, tokens=60, model_name_or_path=str(tmp_path / "model"))
         flags["pretrain"]["gradient_accumulation_steps"] = 4 // ranks
         (tmp_path / f"tokens{ranks}").mkdir()
         only = {name: flags[name] for name in ("common", "pretrain")} | {"only_whole": True}
-        helpers.run_ranks(RANK_SCRIPT, ranks, tmp_path / f"tokens{ranks}", json.dumps(only))
+        helpers.run_ranks("resume", ranks, tmp_path / f"tokens{ranks}", json.dumps(only))
     for kind, name in (("", "finetune"), ("", "pretrain"), ("tokens", "pretrain")):
         one, two = (losses(tmp_path / f"{kind}{ranks}" / f"{name}_whole") for ranks in (1, 2))
         assert one.keys() == two.keys()
@@ -189,7 +159,7 @@ def test_the_seed_decides_the_run(tmp_path, setting):
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         (tmp_path / name).mkdir()
         flags = flags_of(setting, 1, seed=seed, dataloader_num_workers=2, max_steps=3)
-        helpers.run_ranks(RANK_SCRIPT, 1, tmp_path / name, json.dumps({**flags, "only_whole": True}))
+        helpers.run_ranks("resume", 1, tmp_path / name, json.dumps({**flags, "only_whole": True}))
         runs[name] = [losses(tmp_path / name / f"{command}_whole") for command in ("finetune", "pretrain")]
     assert runs["first"] == runs["again"]
     assert all(a[1][0] != b[1][0] for a, b in zip(runs["first"], runs["other"], strict=True))
