@@ -10,80 +10,6 @@ import torch
 
 from bge_ds.checkpoint import optimizer_state
 
-RANK_SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from torch import nn
-from bge_ds.distributed import collectives
-from bge_ds.checkpoint import optimizer_state as state
-from bge_ds.deepspeed_engine import engine as engines
-
-engines.start(use_cpu=True)
-
-def build(kind, seed):
-    torch.manual_seed(seed)
-    stage, precision, optim, offload = kind.split("-")
-    # Odd sizes, so that shares need padding; the last layer never gets a gradient.
-    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(2, 3))
-    model.forward = lambda x: model[2](torch.tanh(model[1](model[0](x))))
-    zero = {"stage": int(stage), "stage3_param_persistence_threshold": 8}
-    if offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-              "zero_optimization": zero, "steps_per_print": 1 << 60}
-    if precision != "fp32":
-        config[precision] = {"enabled": True}
-    groups = engines.parameter_groups(model, 0.1)
-    schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    adam = {"lr": 1e-2, "betas": (0.8, 0.9)}
-    return engines.build(model, config, groups, adam=adam, optim=f"adamw_{optim}", schedule=schedule)
-
-def steps(engine, first, end):
-    found = []
-    for step in range(first, end):
-        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).to(engines.precision(engine))
-        loss = engine(x).float().square().mean()
-        engine.backward(loss)
-        engine.step()
-        found.append([loss.item(), engine.get_lr()[0]])
-    return found
-
-def write(engine, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    rank, world = collectives.rank(), collectives.world_size()
-    content = state.entries(state.share(state.pieces(engine), rank, world))
-    size, _ = state.write(content, folder / state.file_name(rank, world))
-    assert size == state.size_of(content) == (folder / state.file_name(rank, world)).stat().st_size
-    if rank == 0:
-        (folder / state.ENGINE).write_text(json.dumps(state.describe(engine)))
-    collectives.barrier()
-
-base, kinds, sources = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-world, results = collectives.world_size(), {}
-for number, kind in enumerate(kinds):
-    if not sources:
-        engine = build(kind, seed=0)
-        steps(engine, 0, 3)
-        write(engine, base / f"{world}-{kind}")
-        results[f"{world}-{kind}"] = steps(engine, 3, 5)
-    # Every kind reads every other once, which the test asserts; each number of ranks is read by each, too.
-    read = [f"{1 + (k + 2 * number) % 3}-{other}" for k, other in enumerate(kinds) if 1 + (k + number) % 3 == world]
-    for source in read if sources else ():
-        engine = build(kind, seed=1)
-        state.load(engine, base / source)
-        again = f"{source}--{world}-{kind}"
-        write(engine, base / again)
-        masters = engines.full_parameters(engine)
-        for name, parameter in engine.module.named_parameters():
-            with engines._deepspeed().zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if collectives.rank() == 0:
-                    assert torch.equal(parameter.detach().float(), masters[name].to(parameter.dtype).float()), (again, name)
-        assert (engine.global_steps, engine.global_samples) == (3, 6 * int(source[0])), source
-        results[again] = steps(engine, 3, 5)
-if collectives.rank() == 0:
-    (base / f"results-{world}-{len(sources)}.json").write_text(json.dumps(results))
-"""
 FP32 = ["0-fp32-torch-no", "1-fp32-torch_fused-no", "2-fp32-torch-no", "3-fp32-torch_fused-no", "1-fp32-deepspeed-no",
         "2-fp32-torch-cpu", "3-fp32-torch-cpu"]  # fmt: skip
 BF16 = [f"{stage}-bf16-torch-no" for stage in range(4)]
@@ -106,13 +32,13 @@ def test_any_stage_and_number_of_ranks_reads_any_other(tmp_path, kinds, ranks):
     """Masters, moments, counts, rates and the computed weights are the written ones, and the next steps are those of the
     undisturbed run, whichever stage, Adam and number of ranks wrote and reads."""
     for number in ranks:
-        helpers.run_ranks(RANK_SCRIPT, number, tmp_path, json.dumps(kinds), "[]")
+        helpers.run_ranks("optimizer_states", number, tmp_path, json.dumps(kinds), "[]")
     expected = {}
     for number in ranks:
         expected |= json.loads((tmp_path / f"results-{number}-0.json").read_text())
     pairs, numbers = set(), set()
     for number in ranks:
-        helpers.run_ranks(RANK_SCRIPT, number, tmp_path, json.dumps(kinds), json.dumps(list(expected)))
+        helpers.run_ranks("optimizer_states", number, tmp_path, json.dumps(kinds), json.dumps(list(expected)))
         found = json.loads((tmp_path / f"results-{number}-{len(expected)}.json").read_text())
         pairs |= {(again.split("--")[0].split("-", 1)[1], again.split("--")[1].split("-", 1)[1]) for again in found}
         numbers |= {(again.split("--")[0][0], again.split("--")[1][0]) for again in found}

@@ -13,41 +13,12 @@ import torch
 from bge_ds.deepspeed_engine.ds_config import read_config, traffic_estimate
 from bge_ds.distributed import communication_profile
 
-SLEEPER = """
-import sys, time
-import torch
-from bge_ds.distributed import collectives, communication_profile as timing
-from bge_ds.deepspeed_engine import engine as engines
-
-device = engines.start(use_cpu=True)
-model = torch.nn.Linear(8, 8)
-config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-          "zero_optimization": {"stage": int(sys.argv[1])}}
-engine = engines.build(model, config, engines.parameter_groups(model, 0.0), adam={"lr": 1e-3}, optim="adamw_torch",
-                       schedule=None)
-said = []
-pace = timing.Pace(device, said.append)
-for step in range(3):
-    pace.begin()
-    if collectives.rank() == 1:
-        time.sleep(1.0)
-    engine.backward(engine(torch.ones(2, 8)).sum())
-    engines.take_step(engine)
-    pace.end(10 * (1 + collectives.rank()))
-    time.sleep(0.5)  # no step is under way
-    collectives.barrier()
-found = pace.read()
-if collectives.rank() == 0:
-    import json
-    print(json.dumps([found, said]))
-"""
-
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_rank_that_others_wait_for_is_named(stage):
     """One of two ranks sleeps a second in each step: it is named with its own time, and the other's is communication, in
     DeepSpeed's collectives at any stage. What happens between steps counts for nobody."""
-    found, said = json.loads(helpers.run_ranks(SLEEPER, 2, stage).strip().splitlines()[-1])
+    found, said = json.loads(helpers.run_ranks("slow_rank", 2, stage).strip().splitlines()[-1])
     assert found["slowest_rank"] == 1 and found["slowest_rank_seconds"] >= 1
     assert found["median_rank_seconds"] < found["slowest_rank_seconds"] / communication_profile.SLOW  # of two, the lower
     step = 10 / found["tokens_per_second_lowest"]
@@ -90,15 +61,6 @@ def test_nothing_is_counted_between_steps():
     assert pace.read()["tokens_per_second_per_rank"] > 0 and pace.steps == 0
 
 
-RANK = """
-import json, sys
-sys.path.insert(0, "benchmarks")
-import own_zero
-from bge_ds.distributed import collectives
-found = [own_zero.measure(asked) for asked in json.loads(sys.argv[1])]
-if collectives.rank() == collectives.world_size() - 1:
-    print(json.dumps(found))
-"""
 SHAPE = dict(
     vocab_size=211, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=40
 )
@@ -125,7 +87,7 @@ def test_the_formulas_are_what_is_counted(ranks, nothing_reused):
     common = dict(batch=2, group=3, length=8, warmup=2, steps=1, cuda=False, shape=SHAPE)
     names = ("zero0", "zero1", "zero2", "zero3", nothing_reused)
     asked = [dict(common, config=name, bf16=bf16) for name in names for bf16 in (False, True)]
-    results = json.loads(helpers.run_ranks(RANK, ranks, json.dumps(asked), timeout=900).strip().splitlines()[-1])
+    results = json.loads(helpers.run_ranks("traffic", ranks, json.dumps(asked), timeout=900).strip().splitlines()[-1])
     for what, found in zip(asked, results, strict=True):
         formula, moved, name = found["formula"], found["moved"], (what["config"], what["bf16"])
         reduced = "reduce_scatter" if "zero3" in what["config"] else "all_reduce"
