@@ -150,15 +150,10 @@ def become(wanted: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(wanted["env"])
     os.chdir(wanted["cwd"])
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"] = types.ModuleType("__main__")
     status = 0
     try:
-        if "\n" in wanted["program"]:
-            sys.argv = ["-c", *wanted["args"]]
-            sys.path.insert(0, "")
-            exec(compile(wanted["program"], "<string>", "exec"), module.__dict__)
-        else:
-            programs.run(wanted["program"], *wanted["args"])
+        programs.run(wanted["program"], *wanted["args"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -171,18 +166,17 @@ def become(wanted: dict, streams: list[int]) -> None:
     os._exit(status)
 
 
-def ask(path: str, number: int, hook: str, words: list[str]) -> int:
-    """Be a launcher: run `bge_ds.finetune WORDS` as ranks of one group, the file HOOK executed in each before; their status.
+def ask(path: str, number: int, program: str, words: list[str]) -> int:
+    """Be a launcher: run a program of `tests/programs` as ranks of one group; their status.
 
     When one has failed, the others have a minute to end by themselves.
     """
-    script = (Path(hook).read_text() if hook else "") + "\nimport sys\nfrom bge_ds import finetune\nsys.exit(finetune.main())"
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(sock.getsockname()[1])}  # fmt: skip
     environments = [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-    ranks = [Process(path, script, words, environment, 1, 2, Path.cwd()) for environment in environments]
+    ranks = [Process(path, program, words, environment, 1, 2, Path.cwd()) for environment in environments]
     deadline = None
     while None in [rank.poll() for rank in ranks]:
         if deadline is None and any(rank.returncode for rank in ranks):

@@ -58,7 +58,7 @@ def started(
         for rank in sorted(set(range(ranks)) - {*leave_out}):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             environment = helpers.environment(
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=found.port, PYTHONPATH=f"{helpers.REPO}:{helpers.REPO / 'tests'}",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=found.port, PYTHONPATH=helpers.PYTHONPATH,
                 PYTHONUNBUFFERED="1", **({name: str(number) for name, number in places.items()} | variables),
             )  # fmt: skip
             with open(folder / f"rank-{rank}.log", "w") as log:

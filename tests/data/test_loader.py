@@ -175,31 +175,12 @@ def test_workers_leave_signals_to_their_rank(folder):
     assert len([first, *rest]) == 6
 
 
-ORPHAN = """
-import os, sys
-import torch
-from torch.utils.data import DataLoader
-from bge_ds.data.dataloader import _follow_rank
-
-class Large(torch.utils.data.Dataset):
-    def __len__(self):
-        return 100
-    def __getitem__(self, row):
-        return b"x" * (1 << 22)  # more than the pipe holds
-
-batches = iter(DataLoader(Large(), batch_size=None, num_workers=1, worker_init_fn=_follow_rank, prefetch_factor=8))
-next(batches)
-print(batches._workers[0].pid, flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_workers_end_with_a_killed_rank():
     """Even those that are in the middle of handing a batch to nobody, and at once."""
     rank = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=helpers.REPO,
-        env=helpers.environment(PYTHONPATH=str(helpers.REPO)),
+        helpers.program("loader_workers", "orphan"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=helpers.environment(),
     )  # fmt: skip
     with rank:
         worker = Path("/proc", rank.stdout.readline().strip(), "stat")
@@ -212,28 +193,10 @@ def test_workers_end_with_a_killed_rank():
             time.sleep(0.02)
 
 
-FAILING = """
-import sys
-from pathlib import Path
-from bge_ds.data import collate as batches, dataloader as loader
-from bge_ds.data.sampling.sampler import EpochSampler
-
-folder = Path(sys.argv[1])
-order = EpochSampler(seed=3, spans=((0, 60),), global_batch=8)
-options = {"max_seq_length": 12, "encoder_share": 0.3}
-batches_of_steps = iter(loader.steps([folder], order, batches.collate_texts, first_step=0, end_step=50, accumulation=1, rank=0,
-                                     world=1, workers=2, pin_memory=False, seed=3, **options))
-next(batches_of_steps)
-raise RuntimeError("the step failed")
-"""
-
-
 def test_a_failed_run_ends_although_it_has_workers(folder):
     """An error amid the steps ends the process with its words: workers ignore the SIGTERM by which Python would end them."""
     if shard_reader.open_folder(folder).manifest.kind == "finetune":
         pytest.skip("the same for both kinds")
-    command = [sys.executable, "-c", FAILING, str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=helpers.environment(PYTHONPATH=str(helpers.REPO))
-    )
+    command = helpers.program("loader_workers", "failing", folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=helpers.environment())
     assert done.returncode == 1 and "the step failed" in done.stderr

@@ -252,26 +252,15 @@ def test_a_batch_gives_what_each_text_gives_alone(tokenizer, monkeypatch):
 
 def test_encoding_starts_no_thread():
     """A process with threads must not fork, and workers would fight over the cores; the caller's setting is put back."""
-    script = """
-import os, sys
-from pathlib import Path
-from bge_ds.data.preprocess import validate as records
-encoder = records.BatchTokenizer(records.core(records.load_tokenizer(sys.argv[1])))
-before = os.listdir("/proc/self/task")
-encoder.encode(["the quick brown fox"] * 2000, 64), encoder.ids(["the quick brown fox"] * 2000, 64, "query: ")
-assert os.listdir("/proc/self/task") == before
-assert os.environ.get("TOKENIZERS_PARALLELISM") == (sys.argv[2:] or [None])[0]
-"""
     if not Path("/proc/self/task").exists():
         pytest.skip("the threads of a process are counted under /proc")
     for given in ([], ["true"]):
         env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-        env["PYTHONPATH"] = str(helpers.REPO)
         if given:
             env["TOKENIZERS_PARALLELISM"] = given[0]
         with tempfile.TemporaryDirectory() as folder:
             helpers.make_tokenizer("wordpiece", Path(folder))
-            subprocess.run([sys.executable, "-c", script, folder, *given], check=True, env=env, timeout=120)
+            subprocess.run(helpers.program("threads_of_encoding", folder, *given), check=True, env=env, timeout=120)
 
 
 def test_a_segmenters_dictionary_waits_for_the_first_text_that_needs_it(minilm_path, monkeypatch):

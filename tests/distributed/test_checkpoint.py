@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import helpers
@@ -306,22 +305,10 @@ def test_what_a_kill_left_is_tidied(tmp_path):
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "checkpoint-1"
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from bge_ds.checkpoint import filesystem as disk
-disk.hold(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
 def test_one_run_a_folder(tmp_path):
     """A second run is refused with host and process of the first; a kill, even by -9, gives the folder back."""
-    environment = helpers.environment(PYTHONPATH=str(helpers.REPO))
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path], env=environment, stdout=subprocess.PIPE, text=True
-    ) as other:
+    command = helpers.program("locks", "folder", tmp_path)
+    with subprocess.Popen(command, env=helpers.environment(), stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "held\n"
             with pytest.raises(ValueError, match=rf"another run writes there \(host .*, process {other.pid}, since "):

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-import sys
 import time
 
+import helpers
 import pytest
 from torch.utils.file_baton import FileBaton
 
 from bge_ds.deepspeed_engine import op_builds
-
-HOLDING = """
-import sys, time
-from torch.utils.file_baton import FileBaton
-assert FileBaton(sys.argv[1]).try_acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
-TAKING = """
-import sys, time
-from bge_ds.deepspeed_engine import op_builds as compiling
-with compiling.turn("cpu_adam"):
-    print("in", time.monotonic(), flush=True)
-    time.sleep(1)
-    print("out", time.monotonic(), flush=True)
-"""
 
 
 @pytest.fixture
@@ -38,7 +22,7 @@ def mark(tmp_path, monkeypatch):
 
 
 def test_the_mark_of_a_killed_process_goes_that_of_a_living_one_stays(mark, caplog):
-    with subprocess.Popen([sys.executable, "-c", HOLDING, str(mark)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(helpers.program("locks", "mark", mark), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         with op_builds.turn("cpu_adam"):
             assert mark.exists()
@@ -52,7 +36,7 @@ def test_the_mark_of_a_killed_process_goes_that_of_a_living_one_stays(mark, capl
 
 def test_ranks_take_turns(mark):
     """Each of three processes is alone in there: none can take another's mark for one left behind."""
-    processes = [subprocess.Popen([sys.executable, "-c", TAKING], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [subprocess.Popen(helpers.program("locks", "turn"), stdout=subprocess.PIPE, text=True) for _ in range(3)]
     began = time.monotonic()
     spans = sorted(tuple(float(word) for word in p.communicate(timeout=120)[0].split()[1::2]) for p in processes)
     assert all(began < enter < leave for enter, leave in spans)

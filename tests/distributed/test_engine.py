@@ -127,80 +127,21 @@ def test_auto_is_no_sharding_on_one_rank():
     assert read_config("auto")[0]["zero_optimization"]["stage"] == 0
 
 
-MASTERS = """
-import sys, torch
-from torch import nn
-from bge_ds.deepspeed_engine import engine as engines
-engines.start(use_cpu=True)
-model = nn.Linear(16, 16)
-config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
-          "bf16": {"enabled": True}, "zero_optimization": {"stage": int(sys.argv[1])}}
-groups = [{"params": list(model.parameters())}]
-engine = engines.build(model, config, groups, adam={"lr": 1e-4}, optim="adamw_torch_fused", schedule=None)
-for _ in range(3):
-    engine.backward(engine(torch.randn(2, 16).bfloat16()).float().square().sum())
-    engine.step()
-weight = engines.full_parameters(engine)["weight"]
-print("exact in bf16:", (weight == weight.bfloat16().float()).float().mean().item())
-assert torch.equal(weight.bfloat16(), engine.module.weight.detach()) or int(sys.argv[1]) == 3
-"""
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_saved_weights_are_the_fp32_masters(stage):
     """After steps far below bf16's resolution the saved weights are not bf16 numbers: the rounded copy would lose them."""
-    out = helpers.run_ranks(MASTERS, 1, stage)
+    out = helpers.run_ranks("tiny_engines", 1, "masters", stage)
     assert float(out.rsplit(":", 1)[1]) < 0.1
-
-
-BUFFERS = """
-import torch
-from torch import nn
-from bge_ds.deepspeed_engine import engine as engines
-engines.start(use_cpu=True)
-for stage in range(4):
-    model = nn.Linear(16, 16)
-    model.register_buffer("frequencies", torch.full((3,), 1 / 3), persistent=False)
-    model.register_buffer("count", torch.arange(3), persistent=False)
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
-              "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
-    groups = [{"params": list(model.parameters())}]
-    engine = engines.build(model, config, groups, adam={"lr": 1e-4}, optim="adamw_torch", schedule=None)
-    assert engines.precision(engine) == torch.bfloat16
-    assert torch.equal(engine.module.frequencies, torch.full((3,), 1 / 3)), stage
-    assert torch.equal(engine.module.count, torch.arange(3))
-"""
 
 
 def test_buffers_keep_their_precision():
     """In 16-bit runs weights are rounded, and nothing else: rounded rotary frequencies turn late tokens by wrong angles."""
-    helpers.run_ranks(BUFFERS, 1)
-
-
-ADAM = """
-import torch
-from torch import nn
-from bge_ds.deepspeed_engine import engine as engines
-engines.start(use_cpu=True)
-weights = []
-for optim in ("adamw_torch", "adamw_torch_fused", "adamw_deepspeed"):
-    torch.manual_seed(0)
-    model = nn.Linear(16, 16)
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
-    groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-    engine = engines.build(model, config, groups, adam={"lr": 1e-2}, optim=optim, schedule=None)
-    print(engines.optimizer_name(engine))
-    for _ in range(3):
-        engine.backward(engine(torch.randn(4, 16)).square().sum())
-        engine.step()
-    weights.append(model.weight.detach().clone())
-assert (weights[0] - weights[1]).abs().max() < 1e-6 and (weights[0] - weights[2]).abs().max() < 1e-6
-"""
+    helpers.run_ranks("tiny_engines", 1, "buffers")
 
 
 def test_every_adam_is_the_same_adam():
     """DeepSpeed's Adam, compiled here, takes the steps of torch's; the summary names what runs."""
-    out = helpers.run_ranks(ADAM, 1).splitlines()
+    out = helpers.run_ranks("tiny_engines", 1, "adams").splitlines()
     assert [line for line in out if "Adam" in line and "Time" not in line and "Config" not in line][:2] == [
         "AdamW",
         "AdamW (fused)",

@@ -19,54 +19,6 @@ from bge_ds.training.metrics import Meter, RunLog
 
 WORDS = " ".join(helpers.SENTENCES).split()
 
-# Rankings of one model, by as many ranks as there are; passes are counted, since under ZeRO-3 they must not differ.
-SHARE_SCRIPT = """
-import json, os, sys
-import torch
-from pathlib import Path
-from bge_ds.evaluation import during_training as evaluation, retrieval
-from bge_ds.data.preprocess import validate as records
-from bge_ds.modeling.encoder import Encoder
-
-if int(os.environ["WORLD_SIZE"]) > 1:
-    torch.distributed.init_process_group("gloo")
-model_path, folder, out = sys.argv[1:]
-evaluation.SMALLEST_UNIT = 4
-sets = retrieval.read_folders([Path(folder)], "--eval_data")
-tokenizer = records.load_tokenizer(model_path)
-evaluator = evaluation.Evaluator(sets, tokenizer, torch.device("cpu"), query_max_len=16, passage_max_len=24, batch_size=3)
-model = Encoder.load(model_path, "mean").train()
-passes = []
-model.register_forward_hook(lambda *_: passes.append(1))
-values = evaluator(model)
-values.pop("eval_seconds")
-assert model.training and model.backbone.training
-with torch.no_grad():
-    rows = evaluator.rank("set", model.eval())
-Path(out, os.environ["RANK"]).write_text(json.dumps([values, rows.tolist(), len(passes)]))
-"""
-
-# Each item of the list is a run; with `peak`, the mean nDCG@10 is replaced: it rises up to that step and is low after it.
-TRAIN_SCRIPT = """
-import json, sys
-from bge_ds.evaluation import during_training as evaluation
-from bge_ds import finetune, pretrain
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-
-call = evaluation.Evaluator.__call__
-for command, peak, done, flags in json.loads(sys.argv[1]):
-    step = done
-
-    def scripted(self, model):
-        global step
-        step += 1
-        return call(self, model) | ({evaluation.METRIC: 0.1 * step if step <= peak else 0.05} if peak else {})
-
-    evaluation.Evaluator.__call__ = scripted
-    train, kind = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}[command]
-    train(kind.build(**flags, use_cpu=True))
-"""
-
 
 def write_set(folder: Path, passages: int = 75, queries: int = 20) -> Path:
     """A folder of random texts, some of them equal; what is relevant is chance, so that no measure is 0 or 1."""
@@ -126,7 +78,7 @@ def test_any_number_of_ranks_finds_the_same(tmp_path, setting):
     for ranks in (1, 3):
         out = tmp_path / str(ranks)
         out.mkdir()
-        helpers.run_ranks(SHARE_SCRIPT, ranks, setting / "model", setting / "set", out)
+        helpers.run_ranks("share_of_evaluation", ranks, setting / "model", setting / "set", out)
         found[ranks] = [json.loads((out / str(rank)).read_text()) for rank in range(ranks)]
     values, rows, _ = found[1][0]
     assert len(set(map(tuple, rows))) > 5 and 0.01 < values["eval_nDCG@10"] < 0.9
@@ -150,7 +102,7 @@ def test_training_is_the_same_with_evaluation(tmp_path, setting, stage):
         runs.append([command, 0, 0, flags_of(setting, command, tmp_path / command, **common)])
         more = {"eval_data": [str(setting / "set")], "eval_steps": 2, "eval_on_start": True}
         runs.append([command, 0, 0, flags_of(setting, command, tmp_path / f"{command}_evaluated", **common, **more)])
-    helpers.run_ranks(TRAIN_SCRIPT, 2, json.dumps(runs))
+    helpers.run_ranks("evaluated_training", 2, json.dumps(runs))
     for command, weights in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
         plain, evaluated = tmp_path / command, tmp_path / f"{command}_evaluated"
         (losses, nothing), (same_losses, measures) = lines_of(plain), lines_of(evaluated)
@@ -190,7 +142,7 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_result(tmp_path, setting):
         runs += [[command, 2, 0, whole], [command, 2, 2, resumed]]
     flags = flags_of(setting, "finetune", tmp_path / "by_best", eval_data=best["eval_data"], eval_steps=1, save_strategy="best")
     runs.append(["finetune", 2, 0, flags])
-    out = helpers.run_ranks(TRAIN_SCRIPT, 1, json.dumps(runs))
+    out = helpers.run_ranks("evaluated_training", 1, json.dumps(runs))
     for command, weights in (("finetune", "model.safetensors"), ("pretrain", "encoder_model/model.safetensors")):
         whole, resumed = tmp_path / f"{command}_whole", tmp_path / f"{command}_resumed"
         assert sorted(p.name for p in whole.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

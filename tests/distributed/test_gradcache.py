@@ -57,33 +57,10 @@ def test_cuts_hold_every_text_once():
     assert more[-3:] == [7, 7, 7] and len(split(texts, more)) == 9  # two pieces without a text of their own
 
 
-SIXTEEN_BITS = """
-import sys, torch
-from torch import nn
-from bge_ds.deepspeed_engine import engine as engines
-import deepspeed
-stage = int(sys.argv[1])
-engines.start(use_cpu=True)
-model = nn.Linear(8, 8, bias=False)
-config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
-          "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-groups = [{"params": list(model.parameters())}]
-engine = engines.build(model, config, groups, adam={"lr": 0.0}, optim="adamw_torch", schedule=None)
-x = torch.eye(8, dtype=torch.bfloat16)
-with engines.one_reduction(engine, 257) as run_backward:
-    for k in range(257):
-        run_backward((engine(x) * (1.0 if k == 0 else 2.0**-9)).float().sum())
-full = deepspeed.utils.safe_get_full_grad(engine.module.weight)
-if full is None:
-    full = engine.module.weight.grad
-print("sum", full.float().mean().item())
-"""
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sixteen_bit_gradients_are_summed_in_fp32(stage):
     """1 + 256 / 512 = 1.5 at every stage; summed in bf16 the small ones would vanish and leave 1."""
-    out = helpers.run_ranks(SIXTEEN_BITS, 2, stage)
+    out = helpers.run_ranks("tiny_engines", 2, "sum_of_gradients", stage)
     assert [float(value) for value in re.findall(r"sum (\S+)", out)] == [1.5, 1.5]
 
 
@@ -110,42 +87,12 @@ def finetune(model, groups, out, *flags, steps=2):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-REPLAY = """
-import sys
-import torch
-from bge_ds import finetune
-from bge_ds.config.arguments import FinetuneArguments
-from bge_ds.losses import grad_cache as gradcache
-
-model, data, out = sys.argv[1:]
-original, seen, replayed = gradcache.backward, {}, []
-
-def watched(embed, sizes, loss, run_backward):
-    seen.clear()
-    def watched_embed(k):
-        vectors, scale = embed(k)
-        if k in seen:
-            replayed.append(torch.equal(seen[k], vectors.detach()))
-        seen[k] = vectors.detach()
-        return vectors, scale
-    return original(watched_embed, sizes, loss, run_backward)
-
-gradcache.backward = watched
-finetune.train(FinetuneArguments.build(
-    model_name_or_path=model, train_data=data, output_dir=out, cache_dir=out + "_cache", max_steps=2, train_group_size=3,
-    per_device_train_batch_size=3, sub_batch_size=2, use_cpu=True, save_strategy="no", dataloader_num_workers=0,
-))
-different = not torch.equal(seen[0], seen[1])
-print("replayed", len(replayed), all(replayed), different)
-"""
-
-
 def test_a_piece_computed_twice_is_the_same_piece(tmp_path, tiny_tokenizer_path, groups):
     """With dropout, the replay draws the masks of the first pass: the vectors are equal to the bit, or the gradient would
     belong to other vectors than the loss."""
     folder = helpers.make_model("bert", tmp_path / "model", dropout=0.2)
     helpers.make_tokenizer("wordpiece", folder)
-    out = helpers.run_ranks(REPLAY, 1, folder, groups, tmp_path / "out")
+    out = helpers.run_ranks("replayed_pieces", 1, folder, groups, tmp_path / "out")
     assert "replayed 10 True True" in out  # 12 texts are 6 pieces, 5 of them computed twice, in 2 steps
 
 

@@ -9,26 +9,10 @@ import pytest
 
 from bge_ds.doctor.meeting import LARGEST_DIFFERENCE
 
-SCRIPT = """
-import json, sys
-from bge_ds.doctor import selftest
-from bge_ds.distributed import collectives
-
-def own_rows_only(ctx, grad):  # forgets what the other ranks' losses say of a row
-    first = collectives.rank() * ctx.rows
-    return grad[first : first + ctx.rows]
-
-results = [selftest.run({"stage": stage}, use_cpu=True, timeout_s=120) for stage in json.loads(sys.argv[1])]
-collectives._AllGatherRows.backward = staticmethod(own_rows_only)
-results.append(selftest.run({"stage": 1}, use_cpu=True, timeout_s=120))
-if collectives.rank() == 0:
-    print("RESULT", json.dumps(results))
-"""
-
 
 def results(ranks: int, stages: list[int]) -> list[dict]:
     """Of each stage, and of stage 1 with a wrong gather."""
-    printed = helpers.run_ranks(SCRIPT, ranks, json.dumps(stages))
+    printed = helpers.run_ranks("selftest", ranks, json.dumps(stages))
     return json.loads(printed.split("RESULT", 1)[1].splitlines()[0])
 
 

@@ -15,81 +15,6 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the GPU's way needs the triton package")
 
-RANK_SCRIPT = """
-import json, os, sys, traceback
-from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"
-from bge_ds.kernels import triton_support
-triton_support.is_gpu = lambda device_type: True
-
-import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from bge_ds import finetune, pretrain
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives, communication_profile as timing
-
-OPERATIONS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "is_nonzero"}
-READS = {"tolist", "numpy", "cpu", "__array__", "cuda"}
-found = []
-
-def place():
-    frames = [f for f in traceback.extract_stack() if ("/bge_ds/" in f.filename or "/deepspeed/" in f.filename)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
-
-def on_host(x):
-    "Mark a tensor that would be on the host: what is computed of it and read costs no wait."
-    if isinstance(x, torch.Tensor):
-        x.on_host = True
-    return x
-
-class Dispatched(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [x for x in args if isinstance(x, torch.Tensor)]
-        if given and all(hasattr(x, "on_host") for x in given):
-            return on_host(func(*args, **(kwargs or {})))
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_", "index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])
-        unsized = name == "repeat_interleave" and func._overloadname == "Tensor" and (kwargs or {}).get("output_size") is None
-        if name in OPERATIONS or masks or unsized:
-            found.append(f"{name} at {place()}")
-        return func(*args, **(kwargs or {}))
-
-class Called(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, result = getattr(func, "__name__", ""), func(*args, **(kwargs or {}))
-        if name in READS and not hasattr(args[0], "on_host"):
-            found.append(f"{name} at {place()}")
-        return on_host(result.clone()) if name == "cpu" else result
-
-class Pace(timing.Pace):
-    began_steps, modes = 0, ()
-
-    def begin(self):
-        super().begin()
-        self.began_steps += 1
-        if 2 < self.began_steps <= STEPS:  # two set up what the others use (ZeRO-3 its order), and then the model is saved
-            found.append("step")
-            self.modes = Called(), Dispatched()
-            for mode in self.modes:
-                mode.__enter__()
-
-    def end(self, tokens):
-        for mode in reversed(self.modes):
-            mode.__exit__(None, None, None)
-        self.modes = ()
-        super().end(tokens)
-
-from bge_ds.training import recorder
-recorder.Pace = Pace
-STEPS = int(sys.argv[2])
-for command, flags in json.loads(sys.argv[1]):
-    train, kind = (finetune.train, FinetuneArguments) if command == "finetune" else (pretrain.train, PretrainArguments)
-    found.clear()
-    train(kind.build(**flags, use_cpu=True))
-    Path(f"{flags['output_dir']}.{collectives.rank()}.json").write_text(json.dumps(found))
-"""
 STEPS = 4
 # Each with its reason.
 ALLOWED = {
@@ -121,7 +46,9 @@ def found(tmp_path_factory):
         for command in own
         for stage in range(4)
     ]
-    helpers.run_ranks(RANK_SCRIPT, 2, json.dumps(runs), str(STEPS), fresh=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        helpers.run_ranks("recorded_waits", 2, json.dumps(runs), STEPS, fresh=True)
     return {(c, s): json.loads((base / f"{c}{s}.0.json").read_text()) for c in own for s in range(4)}
 
 

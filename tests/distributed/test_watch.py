@@ -20,54 +20,9 @@ import ranks as runs
 
 from bge_ds.health import exit_codes, rendezvous, watcher
 
-# Ranks that step without talking to each other, so that nothing but the watch holds them together.
-SCRIPT = """
-import json, os, socket, sys, time
-from bge_ds.health import failure_detector as watch, rendezvous
-rank, mode, seconds = int(os.environ["RANK"]), sys.argv[1], float(sys.argv[2])
-print("imported", flush=True)
-if mode == "late" and rank == 1:
-    time.sleep(600)
-watch.join(float(sys.argv[3]))
-print("joined", flush=True)
-if mode == "startup":
-    time.sleep(600)
-if mode == "again":
-    time.sleep(0 if rank else 2)
-    watch.leave()
-    watch.join(float(sys.argv[3]))
-    print("joined again", flush=True)
-    watch.leave()
-    sys.exit()
-if mode == "reused":
-    kept, silent = watch.store(), socket.create_server(("", 0))
-    if rank == 0:
-        where = json.loads(kept.get(rendezvous.KEY))
-        kept.set(rendezvous.KEY, json.dumps({**where, "port": silent.getsockname()[1]}))
-    time.sleep(0 if rank == 0 else 1)
-    watch.leave()
-    time.sleep(4 if rank == 0 else 0)
-    watch.join(float(sys.argv[3]))
-    print("joined again", flush=True)
-    watch.leave()
-    sys.exit()
-for step in range(1, 1000):
-    if mode in ("mistake", "one-mistake") and (mode == "mistake" or rank == 1) and step == 3:
-        watch.fail(2, "the data is wrong")
-    time.sleep(seconds * (1 + rank))
-    last = watch.last_step(step)
-    print("step", step, flush=True)
-    if last == step:
-        print("stopped by", watch.stopper(), flush=True)
-        time.sleep(1)  # as if it saved
-        watch.leave(keep_ignoring=True)
-        sys.exit(75)
-watch.leave()
-"""
-
 
 def start(tmp_path, ranks: int, mode: str, step_s: float = 0.05, join_s: float = 30, **more):
-    return runs.started(SCRIPT, ranks, tmp_path, mode, step_s, join_s, **more)
+    return runs.started("watched_steps", ranks, tmp_path, mode, step_s, join_s, **more)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -1,4 +1,4 @@
-"""Ranks that count what a step communicates; the last one prints it. Argument: JSON of `benchmarks/own_zero.py` measurements."""
+"""Ranks that count what a step communicates; the last one prints it. Argument: JSON of what `own_zero.py` shall measure."""
 
 import json
 import sys
