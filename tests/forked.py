@@ -1,7 +1,7 @@
 """Python processes that begin with torch, DeepSpeed and bge_ds imported: forked by a server that has imported them once.
 
-Starting a rank takes seconds of imports, and the tests start hundreds. `Process` is what `subprocess.Popen` is for a script
-passed by `-c`. Where there is a GPU, processes are started the ordinary way: CUDA does not survive a fork.
+Starting a rank takes seconds of imports, and the tests start hundreds. `Process` is what `subprocess.Popen` is for a program
+of `tests/programs`. Where there is a GPU, processes are started the ordinary way: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ import traceback
 import types
 from pathlib import Path
 
+import programs
+
 REPO = Path(__file__).resolve().parent.parent
 
 
 class Process:
-    """A forked process that runs a Python text. args: sys.argv[1:]; stdout, stderr: file descriptors."""
+    """A forked process that runs a program of `tests/programs`. stdout, stderr: file descriptors."""
 
     def __init__(
-        self, server: str | Path, script: str, args: list[str], env: dict[str, str], stdout: int, stderr: int, cwd: Path
+        self, server: str | Path, program: str, args: list[str], env: dict[str, str], stdout: int, stderr: int, cwd: Path
     ):
         self.returncode: int | None = None
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(server))
-        request = json.dumps({"script": script, "args": args, "env": env, "cwd": str(cwd)}).encode()
+        request = json.dumps({"program": program, "args": args, "env": env, "cwd": str(cwd)}).encode()
         socket.send_fds(self._socket, [len(request).to_bytes(8, "little")], [stdout, stderr])
         self._socket.sendall(request)
         self._lines = self._socket.makefile()
@@ -140,7 +142,7 @@ def serve(path: str) -> tuple[dict, list[int]]:
 
 
 def become(wanted: dict, streams: list[int]) -> None:
-    """This process is now what `python -c SCRIPT ARGS` would be, its imports done."""
+    """This process is now what `python tests/programs PROGRAM ARGS` would be, its imports done."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, stream in enumerate([nothing, *streams]):
         os.dup2(stream, descriptor)
@@ -148,12 +150,10 @@ def become(wanted: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(wanted["env"])
     os.chdir(wanted["cwd"])
-    sys.argv = ["-c", *wanted["args"]]
-    sys.path.insert(0, "")
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"] = types.ModuleType("__main__")
     status = 0
     try:
-        exec(compile(wanted["script"], "<string>", "exec"), module.__dict__)
+        programs.run(wanted["program"], *wanted["args"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -166,18 +166,17 @@ def become(wanted: dict, streams: list[int]) -> None:
     os._exit(status)
 
 
-def ask(path: str, number: int, hook: str, words: list[str]) -> int:
-    """Be a launcher: run `bge_ds.finetune WORDS` as ranks of one group, the file HOOK executed in each before; their status.
+def ask(path: str, number: int, program: str, words: list[str]) -> int:
+    """Be a launcher: run a program of `tests/programs` as ranks of one group; their status.
 
     When one has failed, the others have a minute to end by themselves.
     """
-    script = (Path(hook).read_text() if hook else "") + "\nimport sys\nfrom bge_ds import finetune\nsys.exit(finetune.main())"
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(sock.getsockname()[1])}  # fmt: skip
     environments = [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-    ranks = [Process(path, script, words, environment, 1, 2, Path.cwd()) for environment in environments]
+    ranks = [Process(path, program, words, environment, 1, 2, Path.cwd()) for environment in environments]
     deadline = None
     while None in [rank.poll() for rank in ranks]:
         if deadline is None and any(rank.returncode for rank in ranks):

@@ -29,6 +29,7 @@ from transformers import (
 from bge_ds.modeling.vocabulary import PRETRAIN_FAMILIES
 
 REPO = Path(__file__).resolve().parent.parent
+PYTHONPATH = f"{REPO}:{REPO / 'tests'}"  # of processes that import bge_ds and the modules of tests
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and unbelievable thunderstorms",
     "retrieval models embed questions and passages into one vector space",
@@ -167,29 +168,22 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
 
 
-# No test cuts the power, and on a busy disk each fsync takes a tenth of a second, or ten.
-_NO_WAITING = """
-import os
-os.fsync = lambda number: None
-"""
-_LEAVE = """
-from bge_ds.distributed import collectives
-collectives.leave()
-"""
+def program(name: str, *args: object) -> list[str]:
+    """The command that runs a program of `tests/programs`."""
+    return [sys.executable, str(REPO / "tests/programs"), name, *map(str, args)]
 
 
-def start_python(
-    script: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO, fresh: bool = False
+def start_program(
+    name: str, args: list[str], env: dict[str, str], stdout: IO, stderr: IO, fresh: bool = False
 ) -> forked.Process | subprocess.Popen:
-    """A process that runs a Python text in the repository; where that can be, its imports are done, unless `fresh`."""
+    """A process that runs a program in the repository; where that can be, its imports are done, unless `fresh`."""
     if not fresh and (server := forked.server()) is not None:
-        return forked.Process(server, script, args, env, stdout.fileno(), stderr.fileno(), REPO)
-    command = [sys.executable, "-c", script, *args]
-    return subprocess.Popen(command, cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
+        return forked.Process(server, name, args, env, stdout.fileno(), stderr.fileno(), REPO)
+    return subprocess.Popen(program(name, *args), cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
 
 
-def run_ranks(script: str, ranks: int, *args: str, timeout: int = 240, fresh: bool = False) -> str:
-    """Run a Python text as `ranks` processes of one group; its standard output (rank 0's comes with the others').
+def run_ranks(name: str, ranks: int, *args: object, timeout: int = 240, fresh: bool = False) -> str:
+    """Run a program of `tests/programs` as `ranks` processes of one group; their standard outputs, one after the other.
 
     fresh: they share no memory and no allocator with what forks processes, for tests that measure memory.
     Ranks that are still at it after `timeout` seconds are killed, and what they have said is shown.
@@ -198,10 +192,10 @@ def run_ranks(script: str, ranks: int, *args: str, timeout: int = 240, fresh: bo
     with contextlib.ExitStack() as files:
         outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
         processes = [
-            start_python(
-                _NO_WAITING + script + _LEAVE, [str(arg) for arg in args],
+            start_program(
+                name, [str(arg) for arg in args],
                 environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=PYTHONPATH),
                 *outputs[r], fresh,
             )
             for r in range(ranks)

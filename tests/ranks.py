@@ -49,20 +49,20 @@ class Ranks:
 
 @contextlib.contextmanager
 def started(
-    script: str, ranks: int, folder: Path, *args: object, leave_out: tuple[int, ...] = (), **variables: str
+    name: str, ranks: int, folder: Path, *args: object, leave_out: tuple[int, ...] = (), **variables: str
 ) -> Iterator[Ranks]:
-    """Run a Python text as the ranks of one group, those of `leave_out` excepted; all that live are killed at the end."""
+    """Run a program of `tests/programs` as the ranks of one group, without those of `leave_out`; all are killed at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     found = Ranks(folder, str(helpers.free_port()), {})
     try:
         for rank in sorted(set(range(ranks)) - {*leave_out}):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             environment = helpers.environment(
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=found.port, PYTHONPATH=f"{helpers.REPO}:{helpers.REPO / 'tests'}",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=found.port, PYTHONPATH=helpers.PYTHONPATH,
                 PYTHONUNBUFFERED="1", **({name: str(number) for name, number in places.items()} | variables),
             )  # fmt: skip
             with open(folder / f"rank-{rank}.log", "w") as log:
-                found.processes[rank] = helpers.start_python(script, [str(arg) for arg in args], environment, log, log)
+                found.processes[rank] = helpers.start_program(name, [str(arg) for arg in args], environment, log, log)
         yield found
     finally:
         for process in found.processes.values():

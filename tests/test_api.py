@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 
 from bge_ds import api
 
-PROGRAM = helpers.REPO / "tests" / "programs" / "python_api.py"
-
 
 @pytest.fixture
 def setting(tmp_path):
@@ -36,7 +34,7 @@ def test_objects_train_as_the_file_with_the_same_rows(tmp_path, setting):
     for name, ids in (("corpus", ("p1", "p2")), ("queries", ("q1", "q2"))):
         (data / f"{name}.jsonl").write_text("".join(json.dumps({"_id": i, "text": f"text {i}"}) + "\n" for i in ids))
     (data / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp1\t1\nq2\tp2\t1\n")
-    helpers.run_ranks(PROGRAM.read_text(), 2, tmp_path, setting, json.dumps(flags_of(setting)))
+    helpers.run_ranks("python_api", 2, tmp_path, setting, json.dumps(flags_of(setting)))
     expected = load_file(tmp_path / "file" / "model.safetensors")
     for name in ("list", "dataset", "iterator"):
         found = load_file(tmp_path / name / "model.safetensors")

@@ -20,46 +20,6 @@ from safetensors.torch import load_file
 
 from bge_ds.health import exit_codes
 
-# A rank that does something to itself, or to another process, at a chosen moment of its run.
-SCRIPT = """
-import json, os, signal, sys, time
-import torch
-from bge_ds import finetune, pretrain
-from bge_ds.objectives import contrastive, retromae
-from bge_ds.training import command as run, loop
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives
-from bge_ds.health import failure_detector as watch
-
-flags, moment, victim, act = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-command = sys.argv[5]
-module = {"finetune": finetune, "pretrain": pretrain}[command]
-kind = {"finetune": FinetuneArguments, "pretrain": PretrainArguments}[command]
-
-def at(place, name, times=1):
-    real, calls = getattr(place, name), []
-    def reached(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == times and int(os.environ["RANK"]) == victim:
-            if act == "raise":
-                raise RuntimeError("out of luck")
-            os.kill(os.getpid(), getattr(signal, act))
-        return real(*args, **kwargs)
-    setattr(place, name, reached)
-
-if moment == "join":
-    at(watch, "join")
-elif moment == "rendezvous":
-    at(torch.distributed, "init_process_group")
-elif moment == "data":
-    at({"finetune": contrastive, "pretrain": retromae}[command], "open_shards")
-elif moment == "step":
-    at(loop, "seed_dropout", 3)  # in the middle of a step, whose collectives the others wait in
-elif moment == "save":
-    at({"finetune": contrastive.ContrastiveObjective, "pretrain": retromae.RetroMAEObjective}[command], "save")
-sys.exit(run.run_command(module.train, kind.build(**flags)))
-"""
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
@@ -75,14 +35,14 @@ def flags_of(setting, command: str, output, **more) -> dict:
     }  # fmt: skip
     return {
         "model_name_or_path": str(setting / "model"), "cache_dir": str(setting / "cache"), "output_dir": str(output),
-        "deepspeed": "zero1", "use_cpu": True, "max_steps": 9, "save_strategy": "no", "logging_steps": 1,
+        "deepspeed": "zero1", "max_steps": 9, "save_strategy": "no", "logging_steps": 1,
         "per_device_train_batch_size": 2, "learning_rate": 1e-3, **own[command], **more,
     }  # fmt: skip
 
 
 def start(setting, folder, command="finetune", moment="", victim=-1, act="SIGKILL", **flags):
     flags = flags_of(setting, command, folder / "out", **flags)
-    return runs.started(SCRIPT, 2, folder / moment, json.dumps(flags), moment, victim, act, command)
+    return runs.started("dying_rank", 2, folder / moment, json.dumps(flags), moment, victim, act, command)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

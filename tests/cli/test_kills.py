@@ -15,35 +15,6 @@ from safetensors.torch import load_file
 
 RUNS = 20
 STEPS, SAVE_EVERY = 10, 3
-# Executed by every rank: the one that is named kills itself, once a run, some time after a step or a save has begun.
-HOOK = """
-import os, signal, threading
-from pathlib import Path
-from bge_ds.training import loop
-from bge_ds.checkpoint import checkpoint
-
-rank, moment, step, delay = {plan}
-mark = Path({mark!r})
-
-def kill_soon():
-    if os.environ["RANK"] == str(rank) and not mark.exists():
-        mark.touch()
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-seed_step, save = loop.seed_dropout, checkpoint.save
-
-def seed(seed, number, *more):
-    if moment == "step" and number >= step:
-        kill_soon()
-    seed_step(seed, number, *more)
-
-def saves(engine, output_dir, number, *more, **named):
-    if moment == "save" and number >= step:
-        kill_soon()
-    return save(engine, output_dir, number, *more, **named)
-
-loop.seed_dropout, checkpoint.save = seed, saves
-"""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +27,8 @@ def setting(tmp_path_factory):
     return base, server
 
 
-def supervised(setting, name: str, hook: str | Path = "") -> str:
-    """Trains on two ranks under the supervisor; what was printed."""
+def supervised(setting, name: str, *program: object) -> str:
+    """Trains on two ranks under the supervisor, by a program and the first of its arguments; what was printed."""
     base, socket = setting
     flags = {
         "model_name_or_path": "model", "train_data": "groups.jsonl", "cache_dir": "cache", "output_dir": name,
@@ -67,9 +38,9 @@ def supervised(setting, name: str, hook: str | Path = "") -> str:
     }  # fmt: skip
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     done = subprocess.run(
-        [helpers.REPO / "launch/supervise.sh", sys.executable, forked.__file__, "ask", socket, "2", str(hook), *words],
+        [helpers.REPO / "launch/supervise.sh", sys.executable, forked.__file__, "ask", socket, "2", *map(str, program), *words],
         cwd=base, text=True, timeout=280, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=helpers.environment(PYTHONPATH=f"{helpers.REPO}:{helpers.REPO / 'tests'}", RESTART_DELAY="0"),
+        env=helpers.environment(PYTHONPATH=helpers.PYTHONPATH, RESTART_DELAY="0"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
@@ -86,7 +57,7 @@ def test_twenty_kills(setting):
     The losses and the final weights are the undisturbed run's to the last bit, and nothing but whole checkpoints is left.
     """
     base, _ = setting
-    supervised(setting, "undisturbed")
+    supervised(setting, "undisturbed", "finetune_command")
     expected, weights = result(base / "undisturbed"), load_file(base / "undisturbed/model.safetensors")
     assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
     left = sorted(path.name for path in (base / "undisturbed").iterdir())
@@ -95,11 +66,9 @@ def test_twenty_kills(setting):
         moment = "save" if number % 4 == 3 else "step"
         step = draw.randrange(STEPS - 1) if moment == "step" else draw.choice(range(SAVE_EVERY, STEPS, SAVE_EVERY))
         plan = (draw.randrange(2), moment, step, draw.uniform(0, 0.08 if moment == "step" else 0.3))
-        name, hook = f"killed-{number}", base / f"hook-{number}.py"
-        hook.write_text(HOOK.format(plan=plan, mark=str(base / f"mark-{number}")))
-        printed = supervised(setting, name, hook)
-        output = base / name
-        assert (base / f"mark-{number}").exists(), plan  # it was killed
+        output, mark = base / f"killed-{number}", base / f"mark-{number}"
+        printed = supervised(setting, output.name, "killed_rank", json.dumps(plan), mark)
+        assert mark.exists(), plan  # it was killed
         assert "killed" in printed or "died" in printed, printed[-3000:]
         assert result(output) == expected, plan
         found = load_file(output / "model.safetensors")

@@ -187,42 +187,18 @@ def test_signals_go_to_the_ranks_alone(tmp_path, name):
     assert (tmp_path / "got").read_text().splitlines()[:2] == ["got"] * 2
 
 
-# The command with a rank that does something to itself at the end of given steps, each once.
-UNLUCKY = """
-import os, signal, sys
-from pathlib import Path
-from bge_ds import finetune
-from bge_ds.health import failure_detector as watch
-
-real = watch.last_step
-
-def last_step(step):
-    plan = dict(entry.split(":") for entry in os.environ.get("TEST_PLAN", "").split() if entry)
-    done = Path(f"done-{step}")
-    if os.environ["RANK"] == "1" and str(step) in plan and not done.exists():
-        done.touch()
-        os.kill(os.getpid(), getattr(signal, plan[str(step)]))
-    return real(step)
-
-watch.last_step = last_step
-sys.exit(finetune.main())
-"""
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A folder with a tiny model, data, the unlucky command, and the result of its run when nothing happens."""
+    """A folder with a tiny model, data, and the result of a run when nothing happens."""
     base = helpers.make_training_folder(tmp_path_factory.mktemp("setting"))
-    (base / "unlucky.py").write_text(UNLUCKY)
-    path = f"{helpers.REPO}:{base}"
-    status, said = supervise(base, *by_deepspeed(), *flags(base, base / "whole"), seconds=250, PYTHONPATH=path)
+    status, said = supervise(base, *by_deepspeed(), *flags(base, base / "whole"), seconds=250, PYTHONPATH=helpers.PYTHONPATH)
     assert status == 0, said
     return base
 
 
 def by_deepspeed() -> list[object]:
     deepspeed = Path(sys.executable).parent / "deepspeed"
-    return [deepspeed, "--num_gpus", "2", "--master_port", helpers.free_port(), "--module", "unlucky"]
+    return [deepspeed, "--num_gpus", "2", "--master_port", helpers.free_port(), "--module", "programs.unlucky"]
 
 
 def flags(setting: Path, output: Path, save_steps: int = 3) -> list[object]:
@@ -260,7 +236,7 @@ def ranks_of(output: Path) -> list[str]:
 def test_a_run_that_dies_twice_ends_as_if_it_had_not(tmp_path, setting):
     """Rank 1 is killed after steps 4 and 7: two restarts, from steps 3 and 6, and the undisturbed run's losses and weights."""
     command = [*by_deepspeed(), *flags(setting, tmp_path / "out")]
-    plan = {"TEST_PLAN": "4:SIGKILL 7:SIGKILL", "PYTHONPATH": f"{helpers.REPO}:{setting}"}
+    plan = {"TEST_PLAN": "4:SIGKILL 7:SIGKILL", "PYTHONPATH": helpers.PYTHONPATH}
     status, said = supervise(tmp_path, *command, seconds=280, **plan)
     assert status == 0, said[-6000:]
     assert "restart 1 of 3 from step 3 " in said and "restart 1 of 3 from step 6 " in said
@@ -292,9 +268,9 @@ def test_slurm_starts_a_task_a_rank_and_queues_a_stopped_job_again(tmp_path, set
         (programs / name).chmod(0o755)
     shutil.copytree(helpers.REPO / "launch", tmp_path / "launch")
     variables = environment(
-        PATH=os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]), COMMAND="unlucky",
-        SLURM_JOB_ID="7", SLURM_JOB_NODELIST="worker-[1-2]", SLURM_SUBMIT_DIR=str(tmp_path), TEST_PLAN="5:SIGUSR1",
-        MASTER_PORT=str(helpers.free_port()), PYTHONPATH=f"{helpers.REPO}:{setting}",
+        PATH=os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        COMMAND="programs.unlucky", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="worker-[1-2]", SLURM_SUBMIT_DIR=str(tmp_path),
+        TEST_PLAN="5:SIGUSR1", MASTER_PORT=str(helpers.free_port()), PYTHONPATH=helpers.PYTHONPATH,
     )  # fmt: skip
     command = [tmp_path / "launch/slurm.sbatch", *map(str, flags(setting, tmp_path / "out", save_steps=100))]
     first, second = (

@@ -51,87 +51,6 @@ CASES = {
     "bare_groups": {**CROSS, "bidirectional": True, "sub_batch_size": 1},
 }
 
-RANK_SCRIPT = """
-import json, sys
-import numpy as np, torch
-from transformers import AutoModelForMaskedLM
-from bge_ds.objectives import contrastive, retromae
-from bge_ds.training import data_order as ordering, setup as run
-from bge_ds.training.step_plan import StepPlan
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.data import collate as batches
-from bge_ds.data.shards import shard_reader as shards
-from bge_ds.distributed import collectives
-from bge_ds.deepspeed_engine import engine as engines
-from bge_ds.losses.contrastive import Temperature
-from bge_ds.modeling.encoder import Encoder, load_backbone
-from bge_ds.modeling.retromae import RetroMAE, RetroMAESettings
-import deepspeed
-
-model_path, whole_path, bare_path, texts_path, out_path, stage, cases = sys.argv[1:8]
-cases = json.loads(cases)
-engines.start(use_cpu=True)
-rank, world = collectives.rank(), collectives.world_size()
-
-def gradients(engine):
-    out = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            full = deepspeed.utils.safe_get_full_grad(parameter)
-            out[name] = (parameter.grad if full is None else full).float().numpy().copy()
-    return out
-
-def engine_of(args, model, order):
-    return run.build_engine(args, model, StepPlan.make(args, order))[0]
-
-for case, flags in cases.items():
-    data_path = bare_path if case == "bare_groups" else whole_path
-    accumulation = flags.pop("gradient_accumulation_steps", 1)
-    common = dict(output_dir="unused", deepspeed="zero" + stage, max_grad_norm=0.0, max_steps=2, use_cpu=True,
-                  gradient_accumulation_steps=accumulation)
-    if "per_device_train_tokens" not in flags:
-        common["per_device_train_batch_size"] = 12 // world // accumulation
-    if "pretrain" in case:
-        args = PretrainArguments.build(**common, train_data=texts_path, max_seq_length=40, **flags)
-        model = RetroMAE(load_backbone(AutoModelForMaskedLM, model_path), RetroMAESettings(4, objective=args.objective))
-        generator = torch.Generator().manual_seed(3)
-        for p in model.decoder.parameters() if model.decoder else ():
-            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
-        data, collate, options = shards.open_folder(texts_path), batches.collate_texts, dict(
-            max_seq_length=40, encoder_share=0.3)
-    else:
-        args = FinetuneArguments.build(**common, train_data=data_path, model_name_or_path=model_path, train_group_size=3,
-                                       temperature=0.2, sentence_pooling_method="mean", **flags)
-        model = Encoder.load(model_path, "mean")
-        contrastive.freeze_and_checkpoint(model.backbone, args)
-        if args.learnable_temperature:
-            model.temperature = Temperature(0.2)
-        data, collate, options = shards.open_folder(data_path), batches.collate_groups, dict(
-            group_size=3, query_max_len=16, passage_max_len=40, distill=args.knowledge_distillation,
-            max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
-            own_only_spans=((0, 5),) if case == "own_only_set" else ())
-    order = ordering.make_order(args, data)
-    engine = engine_of(args, model, order)
-    parts = [collate(data, *rows, seed=order.seed, **options) for rows in order.micro_batches(0, accumulation, rank, world)]
-    if "pretrain" in case:
-        (_, counts), = collectives.exchange_ahead([parts], retromae.count_targets, engine.device)
-        targets = retromae.divisors(parts, counts)
-    for micro, batch in enumerate(parts):
-        if "pretrain" in case:
-            loss = retromae.weighted(engine(batch), args.bow_loss_weight, targets[micro])
-            engine.backward(loss, scale_wrt_gas=False)
-        else:
-            (_, sizes), = collectives.exchange_ahead(
-                [[batch]], lambda micros: contrastive.sizes_of(micros, args, case != "bare_groups"), engine.device)
-            shares = [batches.Share(*numbers) for numbers in sizes if numbers]
-            contrastive.backward(engine, batch, args, contrastive.objective_of(args), lambda piece: None, shares or None)
-        if micro < accumulation - 1:
-            engine.step()
-    found = gradients(engine)
-    if rank == 0:
-        np.savez(f"{out_path}/{case}.npz", **found)
-"""
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_bert_path):
@@ -238,7 +157,7 @@ def test_ranks_and_pieces_give_one_process_gradients(tmp_path, tiny_bert_path, d
     cases["pretrain_dupmae"] = {"objective": "dupmae", "bow_loss_weight": 0.5, "gradient_accumulation_steps": 2}
     cases["pretrain_mlm"] = {"objective": "mlm"}
     cases["pretrain_tokens"] = {"per_device_train_tokens": 60, "gradient_accumulation_steps": BINS // ranks}
-    helpers.run_ranks(RANK_SCRIPT, ranks, tiny_bert_path, *data, tmp_path, stage, json.dumps(cases))
+    helpers.run_ranks("gradients", ranks, tiny_bert_path, *data, tmp_path, stage, json.dumps(cases))
     worst = 0.0
     for case, flags in cases.items():
         if "pretrain" in case:

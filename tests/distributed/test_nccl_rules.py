@@ -18,23 +18,6 @@ from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives, communication_profile
 from bge_ds.training import metrics
 
-RANK_SCRIPT = """
-import json, sys
-from pathlib import Path
-import strict_backend
-from bge_ds import finetune, pretrain
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-from bge_ds.distributed import collectives
-
-strict_backend.install()
-for command, flags in json.loads(sys.argv[1]):
-    train, kind = (finetune.train, FinetuneArguments) if command == "finetune" else (pretrain.train, PretrainArguments)
-    strict_backend.record.clear()
-    strict_backend.phases[:] = ["start"]
-    train(kind.build(**flags, use_cpu=True))
-    Path(f"{flags['output_dir']}.{collectives.rank()}").write_text(json.dumps(strict_backend.record))
-"""
-
 STEPS, LOGGED = 5, 3  # logged: steps 2, 4 and the last
 
 
@@ -77,7 +60,7 @@ def recorded(setting):
                 (setting / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
                 flags["train_data"] = str(setting / "bare.jsonl")
             runs.append((command, flags))
-    helpers.run_ranks(RANK_SCRIPT, 2, json.dumps(runs))
+    helpers.run_ranks("recorded_collectives", 2, json.dumps(runs))
     return {
         (command, stage): [json.loads((setting / f"{command}{stage}.{rank}").read_text()) for rank in range(2)]
         for command in own

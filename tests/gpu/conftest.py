@@ -26,16 +26,6 @@ COMMANDS = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretra
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _broken_by: list[str] = []
 
-REFERENCE = """
-import json, sys
-from bge_ds import finetune, pretrain
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
-
-for command, flags in json.loads(sys.argv[1]).items():
-    train, kind = (finetune.train, FinetuneArguments) if command == "finetune" else (pretrain.train, PretrainArguments)
-    train(kind.build(**flags, use_cpu=True, deepspeed="zero0"))
-"""
-
 
 @pytest.fixture(scope="session")
 def device() -> str:
@@ -145,11 +135,11 @@ def reference(setting, tmp_path_factory) -> Iterator[Callable[[str], list[dict]]
     """reference(command): the records of a run on the CPU, fp32, ZeRO 0, evaluated at its end."""
     folder = tmp_path_factory.mktemp("reference")
     evaluated = {"eval_data": [str(setting / "set")], "eval_strategy": "steps", "eval_steps": 4}
-    runs = {name: _flags(setting, name, folder / name, **evaluated) for name in COMMANDS}
+    runs = [(name, _flags(setting, name, folder / name, deepspeed="zero0", **evaluated)) for name in COMMANDS]
     own = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
     env = own | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(helpers.REPO)}
     with open(folder / "log", "w") as log:
-        process = helpers.start_python(REFERENCE, [json.dumps(runs)], env, log, log, fresh=True)
+        process = helpers.start_program("train", [json.dumps(runs)], env, log, log, fresh=True)
 
     def records(command: str) -> list[dict]:
         assert process.wait(120) == 0, (folder / "log").read_text()[-4000:]

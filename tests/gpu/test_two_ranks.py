@@ -8,7 +8,6 @@ import helpers
 import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(150)]
-SCRIPT = "import sys; from bge_ds import finetune; sys.exit(finetune.main(sys.argv[1:]))"
 
 
 def test_two_ranks_share_a_gpu(flags, metrics, device, tmp_path):
@@ -24,7 +23,7 @@ def test_two_ranks_share_a_gpu(flags, metrics, device, tmp_path):
     for rank, log in enumerate(logs):
         with open(log, "w") as out:
             env = helpers.environment(**group, RANK=str(rank)) | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
-            processes.append(helpers.start_python(SCRIPT, words, env, out, out, fresh=True))
+            processes.append(helpers.start_program("finetune_command", words, env, out, out, fresh=True))
     try:
         for process in processes:
             process.wait(120)

@@ -7,7 +7,6 @@ The fused kernels run here in Triton's interpreter, on the CPU. Triton decides t
 from __future__ import annotations
 
 import subprocess
-import sys
 from importlib.util import find_spec
 
 import helpers
@@ -184,22 +183,8 @@ def test_any_block_gives_the_formula(monkeypatch, block):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_of_a_long_text(dropout):
     """4,096 tokens with 12 heads, forward and backward, add less than 200 MB to a process; their scores are 805 MB."""
-    script = f"""
-import resource, torch
-from bge_ds.kernels.packed import LengthRun
-from bge_ds.kernels.decoder_attention import decoder_attention
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-def go(tokens):
-    q, k, v = (torch.randn(n, 12, 4, requires_grad=True) for n in (tokens - 2, tokens, tokens))
-    words, keys, ends = torch.arange(tokens), torch.tensor([7]), torch.tensor([0, tokens], dtype=torch.int32)
-    decoder_attention(q, k, v, words, keys, ends, [LengthRun(1, tokens)], share=0.5, dropout={dropout}).sum().backward()
-    assert q.grad.isfinite().all() and k.grad.any()
-go(64)
-before = peak()
-go(4096)
-print(peak() - before)
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=helpers.environment())
+    command = helpers.program("kernel_memory", "attention", dropout)
+    result = subprocess.run(command, capture_output=True, text=True, env=helpers.environment())
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 200
 

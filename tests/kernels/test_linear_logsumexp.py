@@ -7,7 +7,6 @@ The GPU's kernels run in Triton's interpreter: Triton decides at its first impor
 from __future__ import annotations
 
 import subprocess
-import sys
 from importlib.util import find_spec
 
 import helpers
@@ -141,16 +140,8 @@ def test_equal_pairs_finds_every_pair():
 
 def test_memory_is_linear_in_rows_plus_columns():
     """8,192 x 65,536 forward and backward in a process under 2 GB; its matrix of scores alone would be 2.1 GB in fp32."""
-    script = """
-import resource, torch
-from bge_ds.kernels.linear_logsumexp import ExcludedPairs, linear_logsumexp
-x, w = torch.randn(8192, 64, requires_grad=True), torch.randn(65536, 64, requires_grad=True)
-rows, keys = torch.arange(8192) * 8, torch.arange(65536)[:, None]
-linear_logsumexp(x, w, ExcludedPairs(rows, torch.full_like(rows, 8), keys[:8192], keys))[0].mean().backward()
-assert x.grad.isfinite().all() and w.grad.any()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=helpers.environment())
+    command = helpers.program("kernel_memory", "logsumexp")
+    result = subprocess.run(command, capture_output=True, text=True, env=helpers.environment())
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 2000
 

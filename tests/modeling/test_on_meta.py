@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import helpers
 import pytest
 import torch
-from test_retromae import make_batch
+from retromae_models import make_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM

@@ -7,40 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from retromae_models import make, make_batch
 from transformers import AutoModelForMaskedLM, ElectraForMaskedLM
 
-from bge_ds.data.collate import PretrainBatch, choose_masked
-from bge_ds.data.sampling.sampler import mix64
+from bge_ds.data.collate import PretrainBatch
 from bge_ds.kernels import masks
-from bge_ds.kernels.packed import pack
 from bge_ds.modeling import vocabulary
 from bge_ds.modeling.encoder import load_backbone
 from bge_ds.modeling.retromae import EnhancedDecoder, RetroMAE, RetroMAESettings, load_decoder, save_decoder
-
-
-def make_batch(lengths, seed=0, epoch=0) -> PretrainBatch:
-    rng = np.random.default_rng(seed)
-    texts, order = pack(helpers.random_texts(lengths, seed=seed))
-    words = []
-    for i in order:
-        steps = rng.integers(0, 2, lengths[i])  # words of one, two or more tokens
-        steps[0], steps[-1:] = 0, 1
-        if lengths[i] > 1:
-            steps[1] = 1
-        words.append(np.cumsum(steps))
-    keys = mix64(seed, epoch, np.arange(len(lengths)))[order].view(np.int64)
-    words_T, keys_N = torch.from_numpy(np.concatenate(words)), torch.from_numpy(keys)
-    masked_M = choose_masked(texts, words_T, keys_N, 0.3)
-    return PretrainBatch(texts, words_T, keys_N, torch.from_numpy(order), masked_M)
-
-
-def make(family, path, changes=None, **settings) -> RetroMAE:
-    helpers.make_model(family, path, **(changes or {}))
-    torch.manual_seed(5)
-    model = RetroMAE(load_backbone(AutoModelForMaskedLM, str(path)), RetroMAESettings(mask_id=4, **settings))
-    for parameter in model.decoder.parameters() if model.decoder else ():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.double().eval()
 
 
 def turned(x_LE, theta):
@@ -157,27 +131,12 @@ def test_the_same_for_a_long_text(tmp_path):
     check_against_reference(model, tmp_path, make_batch([2048, 4]))
 
 
-LONG = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, "tests/modeling")
-from test_retromae import make, make_batch
-model = make("modernbert", Path(sys.argv[1]), {"max_position_embeddings": 8192}).float()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-losses = model(make_batch([8192, 5]))
-losses[:3].sum().backward()
-assert losses.isfinite().all() and all(p.grad.isfinite().all() for p in model.decoder.parameters())
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
-assert grown < 1 << 20, grown
-"""
-
-
 def test_texts_of_8192_tokens_train(tmp_path):
     """Rotary positions reach so far, and no part of a step holds a matrix of tokens by tokens: 1 GiB, for all heads.
 
     In a process of its own: the peak of one that ran other tests would hide what is asked.
     """
-    helpers.run_ranks(LONG, 1, tmp_path)
+    helpers.run_ranks("long_text", 1, tmp_path)
 
 
 def test_bag_of_words_by_starts_is_that_by_runs(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ Arguments: folder for the runs, JSON of flags. Trains once to the end and once f
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -64,8 +63,8 @@ class ToyObjective(Objective):
         return collectives.on_first_rank(write)
 
 
-if __name__ == "__main__":
-    folder, flags = sys.argv[1], json.loads(sys.argv[2])
+def main(folder: str, given: str) -> None:
+    flags = json.loads(given)
     torch.use_deterministic_algorithms(True)
     loop.train(ToyObjective, PretrainArguments.build(**flags, output_dir=f"{folder}/whole"))
     again = {"output_dir": f"{folder}/resumed", "resume_from_checkpoint": f"{folder}/whole/checkpoint-3"}

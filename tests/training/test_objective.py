@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 
 from bge_ds.data.preprocess import prepare
 
-PROGRAM = helpers.REPO / "tests" / "programs" / "toy_objective.py"
-
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_toy_objective_trains_checkpoints_and_resumes_exactly(tmp_path, stage):
@@ -32,7 +30,7 @@ def test_a_toy_objective_trains_checkpoints_and_resumes_exactly(tmp_path, stage)
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 40, "use_cpu": True,
         "dataloader_num_workers": 0,
     }  # fmt: skip
-    helpers.run_ranks(PROGRAM.read_text(), 2, tmp_path, json.dumps(flags))
+    helpers.run_ranks("toy_objective", 2, tmp_path, json.dumps(flags))
 
     whole, resumed = (
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
