@@ -66,7 +66,6 @@ setup(
         "numpy",
         "orjson",
         "xxhash",
-        "zstandard",
         "filelock",
         "msgspec",
         "psutil",
@@ -94,6 +93,7 @@ setup(
             "tensorboard",
             # Its interpreter runs the fused kernels on the CPU.
             "triton>=3.5; platform_system == 'Linux'",
+            "zstandard",
         ],
     },
     entry_points={

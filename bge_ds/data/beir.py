@@ -51,17 +51,9 @@ def find_file(folder: Path, *names: str) -> Path:
     raise ValueError(f"{folder} holds no {' or '.join(names)} (plain or .gz): give a folder in BEIR's form")
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(`file:line`, line) of each line that is not blank."""
-    for block in input_files.read_blocks(input_files.Source(path), 0):
-        for number, line in enumerate(block.data.split(b"\n"), block.first):
-            if line.strip():
-                yield f"{path}:{number}", line
-
-
 def read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
     """(`file:line`, id, text) of each line of a corpus or of queries."""
-    for place, line in read_lines(path):
+    for place, line in input_files.read_lines(path):
         try:
             row = validate.parse_object(line)
         except ValueError as error:
@@ -77,7 +69,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
 def read_qrels(path: Path, passages: Collection[str], queries: Collection[str]) -> dict[str, dict[str, int]]:
     """query id -> passage id -> grade. Ids that are not in `passages` or `queries` are errors."""
     qrels: dict[str, dict[str, int]] = {}
-    for index, (place, line) in enumerate(read_lines(path)):
+    for index, (place, line) in enumerate(input_files.read_lines(path)):
         try:
             fields = line.decode().rstrip("\r").split("\t")
         except UnicodeDecodeError as error:

@@ -200,8 +200,8 @@ class _Build:
             return
         sample = self.share.sample if stage == "rows" else 0
         wanted = mine if sample else lambda k: mine(k) and k not in done
-        blocks = input_files.read_segments(source, number, self.cut, wanted, columns=settings.input_columns())
-        yield from input_files.first_lines(blocks, sample) if sample else blocks
+        columns = settings.input_columns()
+        yield from input_files.read_segments(source, number, self.cut, wanted, columns=columns, sample=sample)
 
     def _take(
         self,
@@ -227,15 +227,11 @@ class _Build:
                     writer = None
                     continue
                 if result.bad and settings.on_error == "raise":
-                    self._refuse(group[block.source], block, result.bad[0], settings)
+                    number, reason = result.bad[0]
+                    place = input_files.place_of(group[block.source], block, number, self.cut, settings.input_columns())
+                    raise ValueError(f"{place}: {reason}")
                 writer.add(result)
                 bar.update(block.advance)
         finally:
             if writer is not None:
                 writer.abort()
-
-    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: PreprocessSettings) -> None:
-        before = block.before
-        if before is None:
-            before = input_files.lines_before(source, block.segment, self.cut, settings.input_columns())
-        raise ValueError(f"{source.name}:{before + bad[0] + source.first_number}: {bad[1]}")

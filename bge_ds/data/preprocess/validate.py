@@ -18,6 +18,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from bge_ds.data.preprocess.tokenize import BatchTokenizer as BatchTokenizer  # callers find all of a tokenizer's parts here
+from bge_ds.data.preprocess.tokenize import TokenizedTexts as TokenizedTexts
 from bge_ds.data.preprocess.tokenize import TokenizerCore, environment_variable
 
 KEYS = {
@@ -108,6 +109,22 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ lines
+
+
+def records(
+    lines: list[Any], first: int, kind: str, columns: tuple[tuple[str, str], ...] = ()
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(number, the checked object, or what is wrong with it) of all lines or rows that are not blank, counted from `first`."""
+    for number, line in enumerate(lines, first):
+        try:
+            if isinstance(line, Exception):
+                raise line
+            if not isinstance(line, bytes):
+                yield number, check(line, kind, columns)
+            elif line.strip():
+                yield number, parse_line(line, kind, columns)
+        except ValueError as error:
+            yield number, str(error)
 
 
 def parse_line(raw: bytes, kind: str, columns: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
