@@ -126,12 +126,12 @@ def environment(threads: int, **more: str) -> dict[str, str]:
     return {**os.environ, **settings, **more}
 
 
-def launch(commands: list[list[str]], log: Path, environments: list[dict[str, str]]) -> str:
-    """Run processes side by side; what they wrote to their standard output."""
+def launch(commands: list[list[str]], log: Path, environments: list[dict[str, str]], folder: Path = HERE.parent) -> str:
+    """Run processes side by side in a folder; what they wrote to their standard output."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as errors:
         running = [
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=HERE.parent)
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
             for command, env in zip(commands, environments, strict=True)
         ]
         try:

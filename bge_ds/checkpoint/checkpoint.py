@@ -1,45 +1,45 @@
 """Saving what a run needs to go on, resuming it, and swapping finished folders into place.
 
-A checkpoint is `checkpoint-N/`: `resume/` (what the ranks have learned, `state.py`), `state.json` (step, what the run must
-agree on to be resumed, the size and hash of every file) and the model as it was then, ready to load. It is written as
+A checkpoint is `checkpoint-N/`: `resume/` (what the ranks have learned, `optimizer_files.py`), `state.json` (step, what a run
+must share to resume, the size and hash of every file) and the model as it was then, ready to load. It is written as
 `checkpoint-N.partial`, flushed to the disk, and renamed when whole. There is no random state in it: a step seeds its own
 generators from (seed, step, rank), and the data's position is the step, so that a resumed run is the undisturbed one.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import xxhash
-
-from bge_ds.checkpoint import filesystem, optimizer_state
+from bge_ds.checkpoint import filesystem, optimizer_files, state_file
 from bge_ds.checkpoint.filesystem import PARTIAL
+from bge_ds.checkpoint.state_file import STATE, Best, State
+from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.deepspeed_engine import optimizer_state
 from bge_ds.distributed import collectives
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 DAMAGED = ".damaged"
 FROZEN = "frozen_weights"
-FORMAT = 2  # of state.json and resume/; 1 was DeepSpeed's own
+_T = TypeVar("_T")
 _DISK = re.compile(r"\[Errno \d+\]|os error \d+")  # the latter is what safetensors says
 
 
 @dataclass
-class Taken:
-    """The checkpoint that a run goes on from.
+class ResumePoint:
+    """The checkpoint that a run resumes from.
 
     state: its state.json. notes: what a person should know of how it was chosen. refitted: the batch was set anew.
     """
 
     path: Path
-    state: dict
+    state: State
     notes: list[str]
     refitted: bool = False
 
@@ -55,7 +55,7 @@ def _all(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _resumable(output_dir: Path) -> list[Path]:
-    return [path for _, path in _all(output_dir) if (path / "state.json").is_file()]
+    return [path for _, path in _all(output_dir) if (path / STATE).is_file()]
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -73,17 +73,17 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
             raise ValueError(f"--resume_from_checkpoint {resume}: no checkpoint-N with a state.json in {output_dir}")
         return path
     path = Path(resume)
-    if not (path / "state.json").is_file():
+    if not (path / STATE).is_file():
         here = ", ".join(sorted(p.name for p in path.glob("checkpoint-*"))) if path.is_dir() else ""
         hint = f"; it holds {here}: name one of them" if here else ""
         raise ValueError(f"--resume_from_checkpoint {path}: no resumable checkpoint there (state.json is missing){hint}")
     return path
 
 
-def take(resume: str | None, output_dir: Path) -> Taken | None:
-    """The checkpoint to go on from, its files held against their hashes; on every rank, once the ranks have met.
+def select(resume: str | None, output_dir: Path) -> ResumePoint | None:
+    """The checkpoint to resume from, the hashes of its files verified; on every rank, once the ranks have met.
 
-    With auto, a damaged one is put aside as `checkpoint-N.damaged` and the one before is taken. Raises ValueError where a
+    With auto, a damaged one is renamed to `checkpoint-N.damaged` and the one before is selected. Raises ValueError where a
     path that was given is damaged, or where no checkpoint is left.
     """
     if not resume:
@@ -92,21 +92,21 @@ def take(resume: str | None, output_dir: Path) -> Taken | None:
 
     def prepare() -> None:
         if auto and output_dir.is_dir():
-            filesystem.hold(output_dir)
-            filesystem.tidy(output_dir)
+            filesystem.lock(output_dir)
+            filesystem.clean_up(output_dir)
 
     collectives.on_first_rank(prepare)
     while (path := collectives.on_first_rank(lambda: find(resume, output_dir))) is not None:
-        content = collectives.on_first_rank(lambda path=path: _read(path))
-        wrong = content if isinstance(content, str) else _damage(path, content)
+        state = collectives.on_first_rank(lambda path=path: _state_or_damage(path))
+        wrong = state if isinstance(state, str) else _damage(path, state)
         if wrong is None:
-            return Taken(path, content, notes)
+            return ResumePoint(path, state, notes)
         if not auto:
             others = [p.name for p in _resumable(path.parent) if p.name != path.name]
             remain = f"resume from another one: {', '.join(others)}" if others else "no other one is beside it"
             raise ValueError(f"--resume_from_checkpoint {path} is damaged: {wrong}; {remain}")
         notes.append(f"warning: {path} is damaged and now {path.name}{DAMAGED}: {wrong}")
-        collectives.on_first_rank(lambda path=path: _put_aside(path))
+        collectives.on_first_rank(lambda path=path: _mark_damaged(path))
     if notes:
         raise ValueError(
             f"--resume_from_checkpoint {resume}: no checkpoint in {output_dir} is whole ({'; '.join(notes)}); "
@@ -115,56 +115,37 @@ def take(resume: str | None, output_dir: Path) -> Taken | None:
     return None
 
 
-def _put_aside(path: Path) -> None:
-    aside = path.with_name(path.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+def _mark_damaged(path: Path) -> None:
+    marked = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(marked, ignore_errors=True)
+    path.rename(marked)
 
 
-def _damage(path: Path, content: dict) -> str | None:
-    """The first file of `resume/` that is not as it was written; the ranks share the reading, and all give the same."""
-    files = sorted(name for name in content["files"] if name.startswith("resume/"))
+def _damage(path: Path, state: State) -> str | None:
+    """What is wrong with the first damaged file of `resume/`, the same on all ranks, which share the reading."""
+    files = sorted(name for name in state.files if name.startswith("resume/"))
     own = files[collectives.rank() :: collectives.world_size()]
-    found = next(filter(None, (filesystem.damage(path / name, *content["files"][name]) for name in own)), None)
+    found = next(filter(None, (filesystem.damage(path / name, *state.files[name]) for name in own)), None)
     return next(filter(None, collectives.gather_object(found)), None)
 
 
-def _checksum(content: dict) -> str:
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
-
-
-def _read(path: Path) -> dict | str:
-    """state.json, or what is wrong with it. Raises ValueError for a whole one of another version."""
-    file = path / "state.json"
+def _state_or_damage(path: Path) -> State | str:
+    """The state of a checkpoint, or what is wrong with its file. Raises ValueError for one of another version."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        return f"{file} cannot be read ({error})"
-    except ValueError as error:
-        return f"{file} is no JSON ({error})"
-    if not isinstance(content, dict):
-        return f"{file} holds no object"
-    written = content.get("format", 1)  # DeepSpeed's own, which had no checksum
-    if ("checksum" in content or "format" in content) and content.get("checksum") != _checksum(content):
-        return f"{file} does not have its checksum"
-    if written != FORMAT:
-        raise ValueError(
-            f"{path} was written by another version of bge_ds (format {written}, this one reads {FORMAT}); go on with that "
-            "version, or start a new run from its model"
-        )
-    return content
+        return state_file.read(path)
+    except state_file.Damaged as error:
+        return str(error)
 
 
-def check_agreement(taken: Taken, expected: dict) -> None:
+def check_agreement(point: ResumePoint, expected: dict) -> None:
     """Refuse to go on with other settings. expected: what this run would write; differences are named.
 
     What a checkpoint does not hold was off there, as it must be here.
     """
-    there = taken.state["agreement"]
+    there = point.state.agreement
     if there.get(FROZEN) and expected.get(FROZEN) and there[FROZEN] != expected[FROZEN]:
         raise ValueError(
-            f"{taken.path} belongs to another run: the weights that are not trained differ, so --model_name_or_path is not the "
+            f"{point.path} belongs to another run: the weights that are not trained differ, so --model_name_or_path is not the "
             "model that it began with; give that one, or start a new run in another --output_dir"
         )
     differing = [
@@ -174,19 +155,14 @@ def check_agreement(taken: Taken, expected: dict) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{taken.path} belongs to another run and would not continue exactly ({'; '.join(differing)}); "
+            f"{point.path} belongs to another run and would not continue exactly ({'; '.join(differing)}); "
             "give the same settings, or start a new run in another --output_dir"
         )
 
 
-def restore(engine, taken: Taken) -> None:
-    """Load weights, optimizer, schedule and loss scale, on every rank, into an engine of any ZeRO stage."""
-    optimizer_state.load(engine, taken.path / "resume")
-
-
 def save(
     engine, output_dir: Path, step: int, tokens_seen: int, agreement: dict, export: Callable[[Path], object],
-    keep: int | None, only_model: bool, best: dict | None = None, asked: dict | None = None, meter: dict | None = None,
+    keep: int | None, only_model: bool, best: Best | None = None, asked: dict | None = None, meter: dict | None = None,
 ) -> Saved:  # fmt: skip
     """Write checkpoint-`step`, on every rank; then drop the oldest beyond `keep`, the best one excepted.
 
@@ -199,10 +175,10 @@ def save(
     began = time.perf_counter()
     world = collectives.world_size()
     final = output_dir / f"checkpoint-{step}"
-    partial = final.with_name(final.name + PARTIAL)
-    pieces = [] if only_model else optimizer_state.share(optimizer_state.pieces(engine), collectives.rank(), world)
-    own = optimizer_state.entries(pieces)
-    needed = sum(collectives.gather_object(optimizer_state.size_of(own))) + model_size(engine)
+    unfinished = final.with_name(final.name + PARTIAL)
+    fragments = [] if only_model else optimizer_files.share(optimizer_state.fragments(engine), collectives.rank(), world)
+    own = optimizer_files.entries(fragments)
+    needed = sum(collectives.gather_object(optimizer_files.size_of(own))) + 4 * engines.count_elements(engine.module)
     tokens_seen = sum(collectives.gather_counts(tokens_seen, engine.device))
     meters = collectives.gather_object(meter)
 
@@ -210,55 +186,52 @@ def save(
         free = shutil.disk_usage(output_dir).free
         if free < needed:
             raise OSError(f"only {free / 2**20:,.0f} MiB are free")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
 
     def write_resume() -> dict[str, tuple[int, str]]:
         if only_model:
             return {}
-        (partial / "resume").mkdir(exist_ok=True)  # another host may not yet see what rank 0 made
-        name = f"resume/{optimizer_state.file_name(collectives.rank(), world)}"
-        return {name: optimizer_state.write(own, partial / name)}
+        (unfinished / "resume").mkdir(exist_ok=True)  # another host may not yet see what rank 0 made
+        name = f"resume/{optimizer_files.file_name(collectives.rank(), world)}"
+        return {name: optimizer_files.write(own, unfinished / name)}
 
     def finish() -> int:
         known = {name: entry for part in written for name, entry in part.items()}
         if not only_model:
-            filesystem.write_json(partial / "resume" / optimizer_state.ENGINE, optimizer_state.describe(engine))
-        files = filesystem.hashes(partial, known)
+            filesystem.write_json(unfinished / "resume" / optimizer_files.ENGINE, optimizer_state.describe(engine))
+        files = filesystem.hashes(unfinished, known)
         if not only_model:
-            content = {
-                "format": FORMAT, "step": step, "tokens_seen": tokens_seen, "best": best, "ranks": world,
-                "zero_stage": engine.zero_optimization_stage(), "asked": asked or {}, "agreement": agreement, "files": files,
-                "meters": meters,
-            }  # fmt: skip
-            content = json.loads(json.dumps(content))
-            filesystem.write_json(partial / "state.json", content | {"checksum": _checksum(content)})
-        filesystem.sync(partial)
-        filesystem.replace_folder(partial, final)
+            state = State(
+                step=step, tokens_seen=tokens_seen, best=best, ranks=world, zero_stage=engine.zero_optimization_stage(),
+                asked=asked or {}, agreement=agreement, files=files, meters=meters,
+            )  # fmt: skip
+            state_file.write(unfinished, state)
+        filesystem.sync(unfinished)
+        filesystem.replace_folder(unfinished, final)
         filesystem.sync_one(output_dir)
         return sum(size for size, _ in files.values())
 
-    def make_room() -> None:
+    def drop_others() -> None:
         if best is not None:
             filesystem.write_json(output_dir / "best.json", best)
         if keep:
             drop_oldest(output_dir, keep, None if best is None else best["step"], newest=step)
 
-    part = functools.partial(_part, functools.partial(_say_failed, output_dir, partial, f"checkpoint-{step}", needed))
-    part(prepare, first_only=True)
-    part(lambda: export(partial))
-    written = collectives.gather_object(part(write_resume))
-    size = collectives.broadcast_object(part(finish, first_only=True))
-    if (failure := _try(make_room, first_only=True)[1]) is not None:
-        raise ValueError(
-            f"{final} is written and whole, but best.json could not be brought up to date or older checkpoints not be removed "
-            f"({failure}); see to it that {output_dir} can be written to, then go on with --resume_from_checkpoint auto"
-        )
+    explain = partial(_clear_and_explain, output_dir, unfinished, f"checkpoint-{step}", needed)
+    _write(prepare, explain, first_only=True)
+    _write(lambda: export(unfinished), explain)
+    written = collectives.gather_object(_write(write_resume, explain))
+    size = collectives.broadcast_object(_write(finish, explain, first_only=True))
+    _write(drop_others, lambda failure: (
+        f"{final} is written and whole, but best.json could not be brought up to date or older checkpoints not be removed "
+        f"({failure}); see to it that {output_dir} can be written to, then go on with --resume_from_checkpoint auto"
+    ), first_only=True)  # fmt: skip
     return Saved(final, time.perf_counter() - began, size)
 
 
 def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callable[[Path], None]) -> float:
-    """Have export(folder) write a model into a folder aside, on every rank, and rank 0 move it from there by place(folder).
+    """export(folder) writes a model into a temporary folder, on every rank; place(folder) moves it from there, on rank 0.
 
     Returns what `export` does. Raises ValueError on every rank where the disk is full or not to be written to.
     """
@@ -268,24 +241,20 @@ def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callab
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
 
-    part = functools.partial(_part, functools.partial(_say_failed, output_dir, aside, "the model", None))
-    part(make, first_only=True)
-    result = part(lambda: export(aside))
-    part(lambda: place(aside), first_only=True)
+    explain = partial(_clear_and_explain, output_dir, aside, "the model", None)
+    _write(make, explain, first_only=True)
+    result = _write(lambda: export(aside), explain)
+    _write(lambda: place(aside), explain, first_only=True)
     return result
 
 
-def model_size(engine) -> int:
-    """Bytes of the saved model, nearly: every weight in fp32."""
-    return 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+def _write(work: Callable[[], _T], explain: Callable[[str], str], first_only: bool = False) -> _T | None:
+    """What `work` gives on this rank (first_only: on rank 0, elsewhere None).
 
-
-def _try(work: Callable, first_only: bool) -> tuple[object, str | None]:
-    """(what `work` gives on this rank, what kept some rank from writing to the disk, the same on every rank).
-
-    Other errors are raised where they happen: a rank that ends is noticed by the others, one that waits for them is not.
+    Raises ValueError(explain(failure)) on every rank where some rank could not write to the disk. Other errors are raised where
+    they happen: a rank that ends is noticed by the others, one that waits for them is not.
     """
-    result, failure = None, None
+    result = failure = None
     try:
         result = None if first_only and collectives.rank() else work()
     except Exception as error:
@@ -293,22 +262,16 @@ def _try(work: Callable, first_only: bool) -> tuple[object, str | None]:
         if network or not (isinstance(error, OSError) or _DISK.search(str(error))):
             raise
         failure = f"rank {collectives.rank()}: {error}"
-    return result, next(filter(None, collectives.gather_object(failure)), None)
-
-
-def _part(say_failed: Callable[[str], str], work: Callable, first_only: bool = False):
-    """What `work` gives on this rank; where some rank could not write, a ValueError with say_failed's words on every rank."""
-    result, failure = _try(work, first_only)
-    if failure is not None:
-        raise ValueError(say_failed(failure))
+    if failures := list(filter(None, collectives.gather_object(failure))):
+        raise ValueError(explain(failures[0]))
     return result
 
 
-def _say_failed(output_dir: Path, partial: Path, what: str, needed: int | None, failure: str) -> str:
-    """Clear away what was half-written; words for a person, on every rank. needed: bytes, where they are known."""
+def _clear_and_explain(output_dir: Path, unfinished: Path, what: str, needed: int | None, failure: str) -> str:
+    """Remove the unfinished folder; a message for the user, on every rank. needed: bytes, where they are known."""
 
     def clear() -> tuple[int, Path | None]:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         return shutil.disk_usage(output_dir).free, newest(output_dir)
 
     free, last = collectives.on_first_rank(clear)
@@ -321,12 +284,12 @@ def _say_failed(output_dir: Path, partial: Path, what: str, needed: int | None, 
     )
 
 
-def begin(output_dir: Path, drop: bool) -> None:
-    """Hold the output folder for this run and tidy it, on every rank; drop: remove another run's checkpoints and log."""
+def prepare_output(output_dir: Path, drop: bool) -> None:
+    """Lock the output folder for this run and clean it up, on every rank; drop: remove another run's checkpoints and log."""
 
     def work() -> None:
-        filesystem.hold(output_dir)
-        filesystem.tidy(output_dir)
+        filesystem.lock(output_dir)
+        filesystem.clean_up(output_dir)
         if drop:
             drop_oldest(output_dir, keep=0)
             for name in ("best.json", "metrics.jsonl"):
@@ -353,19 +316,17 @@ def drop_oldest(output_dir: Path, keep: int, best_step: int | None = None, newes
         shutil.rmtree(doomed)
 
 
-def read_best(path: Path) -> tuple[dict, Path] | None:
-    """(step, metric and value of the best checkpoint, its folder) as they were when the checkpoint `path` was written."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    best = state.get("best")
-    if best is None:
+def read_best(path: Path) -> tuple[Best, Path] | None:
+    """(the best checkpoint, its folder) as they were when the checkpoint `path` was written."""
+    state = state_file.read(path)
+    if state.best is None:
         return None
-    return best, path if best["step"] == state["step"] else path.parent / f"checkpoint-{best['step']}"
+    return state.best, path if state.best["step"] == state.step else path.parent / f"checkpoint-{state.best['step']}"
 
 
 def check_model(path: Path) -> None:
     """Raises ValueError where a file of a checkpoint's model is not as written. Without a state.json there are no hashes."""
-    file = path / "state.json"
-    files = json.loads(file.read_text(encoding="utf-8"))["files"] if file.is_file() else {}
+    files = state_file.read(path).files if (path / STATE).is_file() else {}
     for name, entry in files.items():
         if not name.startswith("resume/") and (wrong := filesystem.damage(path / name, *entry)):
             others = ", ".join(p.name for p in _resumable(path.parent) if p.name != path.name) or "none"
@@ -373,11 +334,6 @@ def check_model(path: Path) -> None:
 
 
 def copy_model(path: Path, folder: Path) -> None:
-    """A checkpoint's model (checked when it was written) into an existing folder: all but what resuming needs."""
-    for entry in sorted(path.iterdir()):
-        if entry.name in ("resume", "state.json"):
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, folder / entry.name)
-        else:
-            shutil.copy2(entry, folder / entry.name)
+    """A checkpoint's model (checked when it was written) into an existing folder: all but what resuming needs. By rank 0."""
+    if collectives.rank() == 0:
+        shutil.copytree(path, folder, ignore=shutil.ignore_patterns("resume", STATE), dirs_exist_ok=True)

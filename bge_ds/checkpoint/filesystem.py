@@ -1,4 +1,4 @@
-"""Folders of a run on disk: flushed, hashed, tidied after a kill, and held by one run at a time."""
+"""Folders of a run on disk: flushed, hashed, cleaned up after a kill, and locked by one run at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bge_ds.data.files import hash_file, write_whole
 OLD, LOCK = ".old", "run.lock"
 _LEFT_OVER = re.compile(r"(checkpoint-\d+|model|encoder_model|best\.json|metrics\.jsonl)(\.partial|\.old)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
-_held: dict[Path, object] = {}  # the open files, whose locks end with this process
+_locked: dict[Path, object] = {}  # the open files, whose locks end with this process
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def merge_folder(new: Path, final: Path, last: tuple[str, ...]) -> None:
     new.rmdir()
 
 
-def tidy(output_dir: Path) -> None:
+def clean_up(output_dir: Path) -> None:
     """Remove what a killed run left half-written; put back a folder that was moved aside for one that never came."""
     left = [(path, m) for path in sorted(output_dir.iterdir()) if (m := _LEFT_OVER.fullmatch(path.name))]
     for path, match in left:
@@ -102,14 +102,14 @@ def tidy(output_dir: Path) -> None:
             path.unlink()
 
 
-def hold(output_dir: Path, patience_s: float = 10.0) -> None:
-    """Make this process the folder's only run until it ends. Raises ValueError where another stays for `patience_s`.
+def lock(output_dir: Path, patience_s: float = 10.0) -> None:
+    """Lock the folder for this process until it ends. Raises ValueError where another stays for `patience_s`.
 
     Processes of a run that was just killed may still be going away. A kill gives the lock back.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir.resolve() / LOCK
-    if path in _held:
+    if path in _locked:
         return
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, it stays open
     give_up = time.monotonic() + patience_s
@@ -134,4 +134,4 @@ def hold(output_dir: Path, patience_s: float = 10.0) -> None:
     file.truncate(0)
     file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
-    _held[path] = file
+    _locked[path] = file

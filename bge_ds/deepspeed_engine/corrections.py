@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from bge_ds.checkpoint import optimizer_state
+from bge_ds.deepspeed_engine import optimizer_state
 
 
 def apply(engine) -> None:
@@ -99,10 +99,10 @@ def _forget_empty_step(engine) -> None:
     It would count: Adam's correction of its moments would be a step ahead, which halves the first real one, and the weights
     would have decayed once more than at other stages.
     """
-    copies = optimizer_state.masters(engine.optimizer)
+    copies = optimizer_state.fp32_masters(engine.optimizer)
     if not copies:
         return
-    optimizer_state.innermost(engine.optimizer).state.clear()
+    optimizer_state.base_optimizer(engine.optimizer).state.clear()
     with torch.no_grad():
         for parameter in engine.module.parameters():
             if id(parameter) in copies:

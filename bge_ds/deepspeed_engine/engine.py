@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,8 +18,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from bge_ds.checkpoint import optimizer_state
-from bge_ds.deepspeed_engine import corrections, op_builds
+from bge_ds.deepspeed_engine import corrections, op_builds, optimizer_state
 from bge_ds.deepspeed_engine.ds_config import read_config
 from bge_ds.distributed import collectives, communication_profile
 from bge_ds.health import failure_detector
@@ -44,11 +44,8 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
     deepspeed = _deepspeed()
     accelerator = deepspeed.get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if accelerator.device_name() != "cpu":
-        # Before the group is made: NCCL, its barriers and collectives of objects take the current device.
-        _check_local_rank(local_rank, accelerator.device_count())
-        accelerator.set_device(local_rank)
-    if accelerator.device_name() == "cpu":
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
         backend = backend or "gloo"
         # oneDNN keeps a primitive for each shape of a 16-bit product, a thousand by default. Rows of texts hardly ever have
         # the same length twice: what is kept is memory (0.5 GB for a BERT of 6 layers) that serves nobody.
@@ -57,6 +54,10 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
         _fit_allocator()
         # An all-reduce for inference that training never calls; compiling it costs half a minute and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        # Before the group is made: NCCL, its barriers and collectives of objects take the current device.
+        _check_local_rank(local_rank, accelerator.device_count())
+        accelerator.set_device(local_rank)
     timeout, store = timedelta(seconds=timeout_s), failure_detector.store()
     if store is not None and not torch.distributed.is_initialized():
         # The ranks have met already; a second store would need a second port. DeepSpeed takes the group that is there.
@@ -72,7 +73,7 @@ def start(*, use_cpu: bool = False, backend: str | None = None, timeout_s: int =
             device_id=torch.device("cuda", local_rank) if name == "nccl" else None,
         )
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-    return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    return torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
 
 
 def _check_local_rank(local_rank: int, devices: int) -> None:
@@ -103,8 +104,6 @@ def _fit_allocator() -> None:
 
 
 def _free_port() -> str:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return str(sock.getsockname()[1])
@@ -166,17 +165,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         id(p)
         for module in model.modules()
         for name, p in module.named_parameters(recurse=False)
-        if name == "bias" or isinstance(module, norms) or "norm" in type(module).__name__.lower() or _spared(module)
+        if name == "bias"
+        or isinstance(module, norms)
+        or "norm" in type(module).__name__.lower()
+        or getattr(module, "no_weight_decay", False)
     }
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if id(p) not in spared], "weight_decay": weight_decay},
         {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
     ]
-
-
-def _spared(module: nn.Module) -> bool:
-    return getattr(module, "no_weight_decay", False)
 
 
 def count_elements(model: nn.Module, trainable: bool = False) -> int:
@@ -262,7 +260,7 @@ def _make_optimizer(groups: list[dict], adam: dict, optim: str, offload: bool) -
 
 def optimizer_name(engine) -> str:
     """The class that updates the weights, such as AdamW (fused) or DeepSpeedCPUAdam."""
-    inner = optimizer_state.innermost(engine.optimizer)
+    inner = optimizer_state.base_optimizer(engine.optimizer)
     fused = " (fused)" if getattr(inner, "defaults", {}).get("fused") else ""
     return type(inner).__name__ + fused
 
@@ -324,24 +322,19 @@ def full_parameters(engine, wanted: Callable[[str], bool] = lambda name: True) -
     the computed (16-bit) weights are its rounding, so nothing is lost.
     """
     deepspeed = _deepspeed()
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    out, masters = {}, optimizer_state.masters(engine.optimizer)
+    out, masters = {}, optimizer_state.fp32_masters(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not wanted(name):
             continue
         full = None
         if id(parameter) in masters:
-            holder, offset = masters[id(parameter)]
-            full = holder.detach().view(-1).narrow(0, offset, parameter.numel()).view(parameter.shape)
+            master, offset = masters[id(parameter)]
+            full = master.detach().view(-1).narrow(0, offset, parameter.numel()).view(parameter.shape)
         elif parameter.requires_grad:
-            full = safe_get_full_fp32_param(parameter)
+            full = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if full is None:
-            if hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    full = parameter.detach().clone()
-            else:
-                full = parameter.detach()
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                full = parameter.detach().clone()
         if collectives.rank() == 0:
             out[name] = full.to("cpu", torch.float32, copy=True)
     return out
@@ -358,14 +351,13 @@ def mark_of_frozen(engine) -> str | None:
     digest, firsts = hashlib.sha256(), []
     for name, parameter in frozen:
         digest.update(f"{name} {list(getattr(parameter, 'ds_shape', parameter.shape))} ".encode())
-        sharded = hasattr(parameter, "ds_id")
-        first = torch.zeros(min(_MARKED, parameter.ds_numel if sharded else parameter.numel()), device=engine.device)
-        if sharded:
-            start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
-            own = parameter.ds_tensor.detach().flatten()[: max(0, len(first) - start)]
-            first[start : start + len(own)] = own.to(first)
-        elif collectives.rank() == 0:
-            first.copy_(parameter.detach().flatten()[: len(first)])
+        first = torch.zeros(min(_MARKED, getattr(parameter, "ds_numel", parameter.numel())), device=engine.device)
+        own, start = parameter, 0 if collectives.rank() == 0 else len(first)
+        if hasattr(parameter, "ds_id"):
+            own = parameter.ds_tensor
+            start = torch.distributed.get_rank(parameter.ds_process_group) * own.ds_numel
+        own = own.detach().flatten()[: max(0, len(first) - start)]
+        first[start : start + len(own)] = own.to(first)
         firsts.append(first)
     # Each value comes from one rank, the others add zeros to it.
     digest.update(collectives.sum_over_ranks(torch.cat(firsts)).cpu().numpy().tobytes())

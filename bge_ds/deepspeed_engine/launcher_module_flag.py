@@ -14,24 +14,10 @@ from collections.abc import Sequence
 # ends the search at its value, so that the worst case is DeepSpeed's own message about `-m`, never a changed argument.
 SHORT_WITH_VALUE = ("-H", "-i", "-e")
 LONG_WITH_VALUE = (
-    "--hostfile",
-    "--include",
-    "--exclude",
-    "--num_nodes",
-    "--num_gpus",
-    "--num_accelerators",
-    "--master_port",
-    "--master_addr",
-    "--node_rank",
-    "--launcher",
-    "--launcher_args",
-    "--enable_each_rank_log",
-    "--autotuning",
-    "--bind_core_list",
-    "--ssh_port",
-    "--venv_script",
-    "--log_level",
-)
+    "--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators", "--master_port", "--master_addr",
+    "--node_rank", "--launcher", "--launcher_args", "--enable_each_rank_log", "--autotuning", "--bind_core_list", "--ssh_port",
+    "--venv_script", "--log_level",
+)  # fmt: skip
 
 
 def module_flag_position(arguments: Sequence[str]) -> int | None:

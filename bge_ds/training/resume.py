@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bge_ds.checkpoint import checkpoint, optimizer_state
+from bge_ds.checkpoint import checkpoint, optimizer_files
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.config.run_config import with_values
+from bge_ds.deepspeed_engine import optimizer_state
 from bge_ds.distributed import collectives
 from bge_ds.training.data_order import split_weights
 from bge_ds.training.metrics import Meter, RunLog
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
     from bge_ds.training.step_plan import StepPlan
 
 
-def take_up(objective: Objective) -> checkpoint.Taken | None:
-    """The checkpoint that all ranks go on from, or None; the batch of a rank is set so that the global one stays.
+def take_up(objective: Objective) -> checkpoint.ResumePoint | None:
+    """The checkpoint that all ranks resume from, or None; the batch of a rank is set so that the global one stays.
 
     To be called on every rank after `engines.start`, before anything is derived from the batch.
     """
     args = objective.args
-    taken = checkpoint.take(args.resume_from_checkpoint, Path(args.output_dir))
-    if taken is not None:
-        objective.args = fit_batch(args, taken)
-    return taken
+    point = checkpoint.select(args.resume_from_checkpoint, Path(args.output_dir))
+    if point is not None:
+        objective.args = fit_batch(args, point)
+    return point
 
 
 def _batch(args: TrainArguments) -> tuple[str, str, str]:
@@ -39,37 +40,37 @@ def _batch(args: TrainArguments) -> tuple[str, str, str]:
     return "per_device_train_batch_size", "global_micro_batch", "global batch"
 
 
-def asked_batch(args: TrainArguments, taken: checkpoint.Taken | None) -> dict[str, int]:
+def asked_batch(args: TrainArguments, point: checkpoint.ResumePoint | None) -> dict[str, int]:
     """The batch as the command gave it: the same command is then understood on any number of ranks."""
     flag = _batch(args)[0]
-    return taken.state["asked"] if taken and taken.refitted else {flag: getattr(args, flag)}
+    return point.state.asked if point and point.refitted else {flag: getattr(args, flag)}
 
 
-def fit_batch(args: TrainArguments, taken: checkpoint.Taken) -> TrainArguments:
+def fit_batch(args: TrainArguments, point: checkpoint.ResumePoint) -> TrainArguments:
     """The arguments with the share of the checkpoint's global batch that the number of ranks now leaves each rank.
 
     Raises ValueError where the ranks cannot share it, where the command asks for another batch, and where the number of ranks
     decides more than the shares.
     """
     flag, product, words = _batch(args)
-    ranks, before = collectives.world_size(), taken.state["ranks"]
-    total, given = taken.state["agreement"].get(product), getattr(args, flag)
+    ranks, before = collectives.world_size(), point.state.ranks
+    total, given = point.state.agreement.get(product), getattr(args, flag)
     if total is None:
         return args  # of another command or kind of batch, which the agreement will say
     if ranks != before and (reason := args.rank_dependence()):
-        raise ValueError(f"{taken.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
+        raise ValueError(f"{point.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
     if given * ranks == total:
         return args
-    if given != taken.state["asked"].get(flag):
+    if given != point.state.asked.get(flag):
         raise ValueError(
-            f"--{flag} {given} on {ranks} ranks makes a {words} of {given * ranks}, and {taken.path} was written with "
+            f"--{flag} {given} on {ranks} ranks makes a {words} of {given * ranks}, and {point.path} was written with "
             f"{total} ({total // before} on {before} ranks); give the command as it was, or start a new run"
         )
     if total % ranks:
         possible = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-        raise ValueError(f"{taken.path}: {ranks} ranks cannot share its {words} of {total} evenly; take {possible} ranks")
-    taken.refitted = True
-    taken.notes.append(
+        raise ValueError(f"{point.path}: {ranks} ranks cannot share its {words} of {total} evenly; take {possible} ranks")
+    point.refitted = True
+    point.notes.append(
         f"resumed on {ranks} ranks ({before} before): --{flag} {given} -> {total // ranks} keeps the {words} of {total}"
     )
     return with_values(args, **{flag: total // ranks})
@@ -98,41 +99,35 @@ def agreement(objective: Objective, plan: StepPlan) -> dict:
     }
 
 
-def resume(args: TrainArguments, taken: checkpoint.Taken | None, engine, agreement: dict) -> tuple[int, int]:
+def resume(args: TrainArguments, point: checkpoint.ResumePoint | None, engine, agreement: dict) -> tuple[int, int]:
     """(steps done, tokens this rank counts as seen): of the checkpoint, loaded into the engine, or (0, 0).
 
-    Holds the output folder from here on. Another run's checkpoints in it would be taken for this one's newest, and be kept in
-    place of this one's.
+    Locks the output folder from here on. Another run's checkpoints in it would pass for this one's newest, and be kept in place
+    of this one's.
     """
     output = Path(args.output_dir)
     if not args.save_only_model:
-        next(optimizer_state.pieces(engine), None)  # what cannot be saved is said now, not hours later
-    of_another = taken is None or taken.path.absolute().parent.resolve() != output.resolve()
-    checkpoint.begin(output, drop=of_another and args.overwrite_output_dir)
-    if taken is None:
+        next(optimizer_state.fragments(engine), None)  # what cannot be saved is said now, not hours later
+    of_another = point is None or point.path.absolute().parent.resolve() != output.resolve()
+    checkpoint.prepare_output(output, drop=of_another and args.overwrite_output_dir)
+    if point is None:
         return 0, 0
-    checkpoint.check_agreement(taken, agreement)
-    checkpoint.restore(engine, taken)
-    return taken.state["step"], taken.state["tokens_seen"] if collectives.rank() == 0 else 0
+    checkpoint.check_agreement(point, agreement)
+    optimizer_files.load(engine, point.path / "resume")
+    return point.state.step, point.state.tokens_seen if collectives.rank() == 0 else 0
 
 
-def restore_meter(meter: Meter, nonfinite: SkippedSteps, taken: checkpoint.Taken | None) -> None:
+def restore_meter(meter: Meter, nonfinite: SkippedSteps, point: checkpoint.ResumePoint | None) -> None:
     """What the checkpoint's ranks had added since their last line of the log, and the steps skipped until then.
 
     Another number of ranks adds up anew; the skipped steps are the same on all.
     """
-    if taken is None:
+    if point is None:
         return
-    meters = taken.state["meters"]
+    meters = point.state.meters
     nonfinite.go_on(meters[0]["skipped"])
     if len(meters) == collectives.world_size():
         meter.go_on(meters[collectives.rank()])
-
-
-def copy_model(checkpoint_folder: Path, folder: Path) -> None:
-    """A checkpoint's model, which was checked when it was written, into an existing folder; on every rank."""
-    if collectives.rank() == 0:
-        checkpoint.copy_model(checkpoint_folder, folder)
 
 
 class Saver:
@@ -159,7 +154,7 @@ class Saver:
         if self.objective.publishes_checkpoints:
             output = Path(self.args.output_dir)
             place = partial(self.objective.place, output=output)
-            checkpoint.write_aside(output, partial(copy_model, saved.path), place)
+            checkpoint.write_aside(output, partial(checkpoint.copy_model, saved.path), place)
         seconds = time.perf_counter() - began
         self.seconds, self.unwritten, self.saves = self.seconds + seconds, self.unwritten + seconds, self.saves + 1
         self.meter.leave_out(seconds)

@@ -2,17 +2,16 @@
 
 import json
 import random
-import re
 
 import msgspec
 import pytest
+from damage import damaged
 
 from bge_ds import preprocess
 from bge_ds.data.preprocess import segment_writer
 from bge_ds.data.shards import manifest_file, shard_reader
 
 LINES = [{"query": f"question {i}", "pos": [f"answer {i}"], "neg": [f"other {i}", "none"]} for i in range(40)]
-OTHERS = (None, True, -1, 2.5, "x", [], {}, [1], {"rows": 1}, 1 << 70)
 SAME_ROWS = ("bge_ds_version", "path", "name", "lines", "skipped")  # what the fingerprint leaves out, as it decides no row
 
 
@@ -24,37 +23,6 @@ def made(tmp_path_factory, tiny_tokenizer_path):
     assert preprocess.main([*given, "--output", str(base / "whole")]) == 0
     assert preprocess.main([*given, "--output", str(base / "part"), "--partition", "1/2"]) == 0
     return base
-
-
-def damaged(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """(bytes of a damaged file, the key that was changed or "")."""
-    how = rng.choice(("delete", "type", "rename", "cut", "digit", "bit"))
-    if how == "cut":
-        return content[: rng.randrange(len(content))], ""
-    if how == "digit":
-        at = rng.choice([m.start() for m in re.finditer(rb"\d", content)])
-        return content[:at] + bytes([48 + (content[at] - 48 + rng.randrange(1, 10)) % 10]) + content[at + 1 :], ""
-    if how == "bit":
-        at = rng.randrange(len(content))
-        return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :], ""
-    known = json.loads(content)
-    places = []
-
-    def walk(at):
-        for key, value in at.items() if isinstance(at, dict) else enumerate(at):
-            places.append((at, key))
-            if isinstance(value, dict | list):
-                walk(value)
-
-    walk(known)
-    at, key = rng.choice(places)
-    if how == "type":
-        at[key] = rng.choice([other for other in OTHERS if other != at[key]])
-    elif how == "delete" or isinstance(at, list):
-        del at[key]
-    else:
-        at[f"{key}_"] = at.pop(key)
-    return json.dumps(known).encode(), str(key)
 
 
 def test_300_damages_of_a_manifest_are_refused_or_change_no_row(made):

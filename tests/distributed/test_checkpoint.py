@@ -13,7 +13,8 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.checkpoint import checkpoint, filesystem, optimizer_state
+from bge_ds.checkpoint import checkpoint, filesystem, optimizer_files
+from bge_ds.deepspeed_engine import optimizer_state
 
 
 class Engine:
@@ -50,9 +51,9 @@ def names(folder) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_lock_outlives_its_test():
     yield
-    for file in filesystem._held.values():
+    for file in filesystem._locked.values():
         file.close()
-    filesystem._held.clear()
+    filesystem._locked.clear()
 
 
 def make(folder, step, whole=True):
@@ -83,11 +84,11 @@ def test_a_wrong_path_is_an_error_with_the_right_ones(tmp_path):
 
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     """Other data, another batch: what differs is named, with both values; what was not there was off."""
-    taken = checkpoint.take(str(save(tmp_path, 5, global_micro_batch=2, data_fingerprint="a").path), tmp_path)
-    assert (taken.state["step"], taken.state["tokens_seen"]) == (5, 7)
-    checkpoint.check_agreement(taken, {"global_micro_batch": 2, "data_fingerprint": "a", "of_later": False})
+    point = checkpoint.select(str(save(tmp_path, 5, global_micro_batch=2, data_fingerprint="a").path), tmp_path)
+    assert (point.state.step, point.state.tokens_seen) == (5, 7)
+    checkpoint.check_agreement(point, {"global_micro_batch": 2, "data_fingerprint": "a", "of_later": False})
     with pytest.raises(ValueError, match="global_micro_batch: 2 there, 3 now; of_later: None there, 1 now"):
-        checkpoint.check_agreement(taken, {"global_micro_batch": 3, "data_fingerprint": "a", "of_later": 1})
+        checkpoint.check_agreement(point, {"global_micro_batch": 3, "data_fingerprint": "a", "of_later": 1})
 
 
 def test_save_keeps_the_last_n(tmp_path):
@@ -107,7 +108,7 @@ def test_what_was_saved_is_loaded(tmp_path):
     engine, fresh = Engine(), Engine()
     path = save(tmp_path, 1, engine).path
     fresh.global_steps, fresh.optimizer.param_groups[0]["lr"] = 9, 0.7
-    checkpoint.restore(fresh, checkpoint.take(str(path), tmp_path))
+    optimizer_files.load(fresh, checkpoint.select(str(path), tmp_path).path / "resume")
     assert fresh.global_steps == 1 and fresh.optimizer.param_groups[0]["lr"] == 0.1
     for a, b in zip(engine.module.parameters(), fresh.module.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -117,13 +118,13 @@ def test_what_was_saved_is_loaded(tmp_path):
 
 def test_another_model_is_refused_by_its_parameter(tmp_path):
     """The first parameter that differs is named, with both shapes."""
-    taken = checkpoint.take(str(save(tmp_path, 1).path), tmp_path)
+    point = checkpoint.select(str(save(tmp_path, 1).path), tmp_path)
     with pytest.raises(ValueError, match=r"trained parameter weight has the shape \[2, 3\] there and \[2, 4\] now"):
-        checkpoint.restore(Engine(4), taken)
+        optimizer_files.load(Engine(4), point.path / "resume")
     other = Engine()
     other.module = torch.nn.Linear(3, 2, bias=False)
     with pytest.raises(ValueError, match=r"parameter bias has the shape \[2\] there and of nothing now"):
-        checkpoint.restore(other, taken)
+        optimizer_files.load(other, point.path / "resume")
 
 
 def test_another_version_is_named(tmp_path):
@@ -132,7 +133,7 @@ def test_another_version_is_named(tmp_path):
     (old / "state.json").write_text(json.dumps({"step": 3, "tokens_seen": 1, "agreement": {}}))
     for how in (str(old), "auto"):
         with pytest.raises(ValueError, match=r"checkpoint-3 was written by another version of bge_ds \(format 1"):
-            checkpoint.take(how, tmp_path)
+            checkpoint.select(how, tmp_path)
     assert old.is_dir()
 
 
@@ -168,15 +169,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, how, w
     before, newest = save(tmp_path, 1).path, save(tmp_path, 2).path
     spoil(newest, how)
     with pytest.raises(ValueError, match=rf"checkpoint-2 is damaged: .*{words}; resume from another one: checkpoint-1"):
-        checkpoint.take(str(newest), tmp_path)
-    taken = checkpoint.take("auto", tmp_path)
-    assert taken.path == before and taken.state["step"] == 1
-    (note,) = taken.notes
+        checkpoint.select(str(newest), tmp_path)
+    point = checkpoint.select("auto", tmp_path)
+    assert point.path == before and point.state.step == 1
+    (note,) = point.notes
     assert "checkpoint-2 is damaged and now checkpoint-2.damaged" in note
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2.damaged", "run.lock"]
     spoil(before, "missing")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
-        checkpoint.take("auto", tmp_path)
+        checkpoint.select("auto", tmp_path)
 
 
 def test_a_damaged_model_is_not_handed_on(tmp_path):
@@ -213,9 +214,9 @@ def test_what_cannot_be_read_is_damaged(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Path, "stat", stat)
         monkeypatch.setattr(Path, "read_text", read_text)
-        taken = checkpoint.take("auto", tmp_path)
+        point = checkpoint.select("auto", tmp_path)
         monkeypatch.undo()
-        assert taken.path == before and "cannot be read ([Errno 5] Input/output error)" in taken.notes[0]
+        assert point.path == before and "cannot be read ([Errno 5] Input/output error)" in point.notes[0]
 
 
 def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
@@ -230,9 +231,9 @@ def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
 
 def test_another_model_is_named_by_its_flag(tmp_path):
     """What is not trained is known by a mark, which tells a user nothing; the flag does."""
-    taken = checkpoint.take(str(save(tmp_path, 1, **{checkpoint.FROZEN: "a"}).path), tmp_path)
+    point = checkpoint.select(str(save(tmp_path, 1, **{checkpoint.FROZEN: "a"}).path), tmp_path)
     with pytest.raises(ValueError, match="--model_name_or_path is not the model that it began with"):
-        checkpoint.check_agreement(taken, {checkpoint.FROZEN: "b"})
+        checkpoint.check_agreement(point, {checkpoint.FROZEN: "b"})
 
 
 def test_a_model_that_cannot_be_written_leaves_nothing_half(tmp_path):
@@ -260,7 +261,7 @@ def test_a_whole_checkpoint_is_not_called_unwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "drop_oldest", refuse)
     with pytest.raises(ValueError, match=r"checkpoint-1 is written and whole, but .*No space left"):
         save(tmp_path, 1, keep=1)
-    assert checkpoint.take("auto", tmp_path).state["step"] == 1
+    assert checkpoint.select("auto", tmp_path).state.step == 1
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
@@ -282,8 +283,8 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     """The bytes of all ranks and of the model are held against the free ones."""
     engine = Engine()
-    content = optimizer_state.entries(list(optimizer_state.pieces(engine)))
-    needed = optimizer_state.size_of(content) + 4 * 8
+    content = optimizer_files.entries(list(optimizer_state.fragments(engine)))
+    needed = optimizer_files.size_of(content) + 4 * 8
     usage = type(shutil.disk_usage(tmp_path))
     exported = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 0, needed - 1))
@@ -300,7 +301,7 @@ def test_what_a_kill_left_is_tidied(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / "best.json.partial").write_text("{")
-    filesystem.tidy(tmp_path)
+    filesystem.clean_up(tmp_path)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "mine.old"]
     assert (tmp_path / "checkpoint-2" / "file").read_text() == "checkpoint-2.old"
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "checkpoint-1"
@@ -310,7 +311,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from bge_ds.checkpoint import filesystem as disk
-disk.hold(Path(sys.argv[1]))
+disk.lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
@@ -325,11 +326,11 @@ def test_one_run_a_folder(tmp_path):
         try:
             assert other.stdout.readline() == "held\n"
             with pytest.raises(ValueError, match=rf"another run writes there \(host .*, process {other.pid}, since "):
-                filesystem.hold(tmp_path, patience_s=0.5)
+                filesystem.lock(tmp_path, patience_s=0.5)
         finally:
             other.kill()
-    filesystem.hold(tmp_path)
-    filesystem.hold(tmp_path)  # the same run again
+    filesystem.lock(tmp_path)
+    filesystem.lock(tmp_path)  # the same run again
     assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
 
 

@@ -65,7 +65,7 @@ def test_the_checkpoint_before_stays_good(small_disks, tiny_bert_path):
         run = small_disks / name / "run"
         assert f"{run / 'checkpoint-1'} is still good" in said[0] and "--resume_from_checkpoint auto" in said[0]
         assert sorted(p.name for p in run.iterdir()) == ["checkpoint-1", "metrics.jsonl", "run.lock"]
-        assert checkpoint.take(str(run / "checkpoint-1"), run).state["step"] == 1
+        assert checkpoint.select(str(run / "checkpoint-1"), run).state.step == 1
 
 
 def test_a_read_only_folder_is_refused_at_once(small_disks):

@@ -136,23 +136,23 @@ def fit(monkeypatch, ranks, kind=FinetuneArguments, before=2, asked=6, total=12,
         "per_device_train_batch_size", "global_micro_batch")  # fmt: skip
     flags.setdefault("negatives_cross_device", True) if kind is FinetuneArguments else None
     args = kind.build(output_dir="o", train_data="d", model_name_or_path="m", **flags)
-    content = {"ranks": before, "agreement": {product: total}, "asked": {flag: asked}}
-    taken = checkpoint.Taken(SimpleNamespace(__str__=lambda self: "c"), content, [])
-    args = resume.fit_batch(args, taken)
-    return getattr(args, flag), taken, resume.asked_batch(args, taken)
+    state = SimpleNamespace(ranks=before, agreement={product: total}, asked={flag: asked})
+    point = checkpoint.ResumePoint(SimpleNamespace(__str__=lambda self: "c"), state, [])
+    args = resume.fit_batch(args, point)
+    return getattr(args, flag), point, resume.asked_batch(args, point)
 
 
 def test_the_same_command_is_understood_on_any_number_of_ranks(monkeypatch):
     """A rank's batch follows the ranks, again and again: the checkpoint remembers what the command said. A command that gives
     the right batch itself is taken at its word."""
     for ranks in (1, 3, 4, 12):
-        size, taken, asked = fit(monkeypatch, ranks, per_device_train_batch_size=6)
+        size, point, asked = fit(monkeypatch, ranks, per_device_train_batch_size=6)
         assert size == 12 // ranks and asked == {"per_device_train_batch_size": 6}
-        assert f"--per_device_train_batch_size 6 -> {size} keeps the global batch of 12" in taken.notes[0]
+        assert f"--per_device_train_batch_size 6 -> {size} keeps the global batch of 12" in point.notes[0]
     # Written by 3 ranks that were started with the command of 2.
     assert fit(monkeypatch, 3, before=3, per_device_train_batch_size=6)[0] == 4
-    size, taken, asked = fit(monkeypatch, 3, per_device_train_batch_size=4)
-    assert size == 4 and not taken.notes and asked == {"per_device_train_batch_size": 4}
+    size, point, asked = fit(monkeypatch, 3, per_device_train_batch_size=4)
+    assert size == 4 and not point.notes and asked == {"per_device_train_batch_size": 4}
     assert fit(monkeypatch, 3, PretrainArguments, per_device_train_tokens=99, gradient_accumulation_steps=6,
                max_seq_length=9)[0] == 4  # fmt: skip
 

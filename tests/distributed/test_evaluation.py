@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bge_ds import evaluate
-from bge_ds.checkpoint import checkpoint, filesystem
+from bge_ds.checkpoint import checkpoint, state_file
 from bge_ds.data import beir
 from bge_ds.data.ragged import RaggedArrays
 from bge_ds.evaluation import during_training, retrieval
@@ -248,7 +248,8 @@ def test_the_best_so_far_is_that_of_the_resumed_checkpoint(tmp_path):
         (4, {"step": 2, "metric": "eval_nDCG@10", "value": 0.5}),
     ):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        filesystem.write_json(tmp_path / f"checkpoint-{step}" / "state.json", {"step": step, "best": best})
+        state = {"tokens_seen": 0, "ranks": 1, "zero_stage": 0, "asked": {}, "agreement": {}, "files": {}, "meters": []}
+        state_file.write(tmp_path / f"checkpoint-{step}", state_file.State(step=step, best=best, **state))
     resumed = evaluation_of(tmp_path, load_best_model_at_end=True)
     resumed.resume(tmp_path / "checkpoint-4")
     assert resumed.best_folder == tmp_path / "checkpoint-2"

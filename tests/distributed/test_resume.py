@@ -117,10 +117,10 @@ def test_resumed_equals_undisturbed(tmp_path, setting, case):
         assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.old"))
     middle = tmp_path / "pretrain_whole" / "checkpoint-3"
     agreement = json.loads((middle / "state.json").read_text())["agreement"]
-    taken = checkpoint.take(str(middle), tmp_path)
-    checkpoint.check_agreement(taken, agreement)
+    point = checkpoint.select(str(middle), tmp_path)
+    checkpoint.check_agreement(point, agreement)
     with pytest.raises(ValueError, match="per_device_train_tokens"):
-        checkpoint.check_agreement(taken, agreement | {"per_device_train_tokens": 61})
+        checkpoint.check_agreement(point, agreement | {"per_device_train_tokens": 61})
     check_saved_model(tmp_path, tolerance=1e-2 if "bf16" in case else 1e-5)
 
 

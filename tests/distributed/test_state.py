@@ -8,7 +8,8 @@ import helpers
 import pytest
 import torch
 
-from bge_ds.checkpoint import optimizer_state
+from bge_ds.checkpoint import optimizer_files
+from bge_ds.deepspeed_engine.optimizer_state import Fragment
 
 RANK_SCRIPT = """
 import json, sys
@@ -16,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from bge_ds.distributed import collectives
-from bge_ds.checkpoint import optimizer_state as state
-from bge_ds.deepspeed_engine import engine as engines
+from bge_ds.checkpoint import optimizer_files as files
+from bge_ds.deepspeed_engine import engine as engines, optimizer_state
 
 engines.start(use_cpu=True)
 
@@ -52,11 +53,11 @@ def steps(engine, first, end):
 def write(engine, folder):
     folder.mkdir(parents=True, exist_ok=True)
     rank, world = collectives.rank(), collectives.world_size()
-    content = state.entries(state.share(state.pieces(engine), rank, world))
-    size, _ = state.write(content, folder / state.file_name(rank, world))
-    assert size == state.size_of(content) == (folder / state.file_name(rank, world)).stat().st_size
+    content = files.entries(files.share(optimizer_state.fragments(engine), rank, world))
+    size, _ = files.write(content, folder / files.file_name(rank, world))
+    assert size == files.size_of(content) == (folder / files.file_name(rank, world)).stat().st_size
     if rank == 0:
-        (folder / state.ENGINE).write_text(json.dumps(state.describe(engine)))
+        (folder / files.ENGINE).write_text(json.dumps(optimizer_state.describe(engine)))
     collectives.barrier()
 
 base, kinds, sources = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -71,7 +72,7 @@ for number, kind in enumerate(kinds):
     read = [f"{1 + (k + 2 * number) % 3}-{other}" for k, other in enumerate(kinds) if 1 + (k + number) % 3 == world]
     for source in read if sources else ():
         engine = build(kind, seed=1)
-        state.load(engine, base / source)
+        files.load(engine, base / source)
         again = f"{source}--{world}-{kind}"
         write(engine, base / again)
         masters = engines.full_parameters(engine)
@@ -91,10 +92,10 @@ BF16 = [f"{stage}-bf16-torch-no" for stage in range(4)]
 
 def whole(folder) -> dict[str, torch.Tensor]:
     """Every parameter's values of every key, put together from the files of all ranks, and the counts."""
-    files = optimizer_state.Files(folder)
-    shapes = json.loads((folder / optimizer_state.ENGINE).read_text())["parameters"]
+    files = optimizer_files.StateFiles(folder)
+    shapes = json.loads((folder / optimizer_files.ENGINE).read_text())["parameters"]
     content = {}
-    for name, keys in files.stretches.items():
+    for name, keys in files.spans.items():
         for key in keys:
             content[f"{key}:{name}"] = torch.full(shapes[name], torch.nan).flatten()
             files.read(key, name, 0, content[f"{key}:{name}"])
@@ -141,14 +142,14 @@ def compare(source, again) -> None:
 def test_shares_cover_all_once():
     """Where every rank holds everything, each element is written by one rank, in parts of nearly equal size."""
     tensors = [torch.zeros(n) for n in (10, 1, 7, 0, 5)]
-    found = [optimizer_state.Piece(str(i), 0, t.numel(), t, 0, None, whole=True) for i, t in enumerate(tensors)]
+    found = [Fragment(str(i), 0, t.numel(), t, 0, None, replicated=True) for i, t in enumerate(tensors)]
     for world in (1, 2, 3, 50):
-        shares = [optimizer_state.share(found, rank, world) for rank in range(world)]
-        assert {sum(piece.numel for piece in share) for share in shares} <= {23 // world, -(-23 // world)}
-        for piece in (piece for share in shares for piece in share):
-            piece.of(piece.holder).add_(1)
+        shares = [optimizer_files.share(found, rank, world) for rank in range(world)]
+        assert {sum(fragment.numel for fragment in share) for share in shares} <= {23 // world, -(-23 // world)}
+        for fragment in (fragment for share in shares for fragment in share):
+            fragment.view(fragment.master).add_(1)
         assert all((tensor == world_index).all() for tensor in tensors for world_index in [1])
         for tensor in tensors:
             tensor.zero_()
-    own = [piece._replace(whole=False) for piece in found]
-    assert optimizer_state.share(own, 1, 3) == own
+    own = [fragment._replace(replicated=False) for fragment in found]
+    assert optimizer_files.share(own, 1, 3) == own

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 import xxhash
 from tqdm import tqdm
@@ -100,10 +101,11 @@ def build(
 
 def tell(output: Path, manifest: Manifest, tokenizer: str, say: Callable[[str], None]) -> None:
     """Says which lines were skipped, and whether the tokenizer knows the language."""
-    for line in merge.shown_skipped(output, SHOWN):
-        say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
     counts = manifest.counts
     if counts["skipped"]:
+        with open(output / SKIPPED, "rb") as file:
+            for line in map(orjson.loads, itertools.islice(file, SHOWN)):
+                say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
         say(f"skipped {counts['skipped']} lines in all, listed in {output / SKIPPED}")
     if counts["unknown_tokens"] > counts["tokens"] / 10:
         percent = 100 * counts["unknown_tokens"] / counts["tokens"]
@@ -142,11 +144,7 @@ class _Build:
 
     def part(self, folder: Path) -> Part:
         """What `merge.merge` needs to know of a run beside its records."""
-        core = self.tokenizer
-        tokenizer = TokenizerEntry(
-            name=core.name, fingerprint=core.fingerprint, vocab_size=core.vocab_size,
-            prefix_ids=list(core.prefix_ids), suffix_ids=list(core.suffix_ids),
-        )  # fmt: skip
+        tokenizer = msgspec.convert(self.tokenizer, TokenizerEntry, from_attributes=True)
         header = Header(
             kind=self.settings.kind, bge_ds_version=__version__, tokenizer=tokenizer, sample=self.share.sample or None,
             **self.settings.named(),
