@@ -39,13 +39,6 @@ SMALLEST_UNIT, LARGEST_UNIT = 64, retrieval.BLOCK  # texts
 METRIC = "eval_nDCG@10"  # the mean over the sets
 
 
-def to_ragged(rows: list[list[int]], largest_id: int) -> RaggedArrays:
-    """Token ids of texts in one array of the smallest type."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    values = np.fromiter((token for row in rows for token in row), np.min_scalar_type(largest_id), lengths.sum())
-    return RaggedArrays(values, lengths)
-
-
 class DistributedTexts:
     """A list of `count` texts in units, of which unit u is on rank u modulo R, tokenized."""
 
@@ -63,7 +56,8 @@ class DistributedTexts:
         for number, unit in enumerate(units):
             unit_texts = list(islice(texts, len(unit)))
             if number % world == rank:
-                self.units.append((number * size, to_ragged(to_ids(unit_texts), largest_id)))
+                rows = RaggedArrays.of_lists(to_ids(unit_texts), np.min_scalar_type(largest_id))
+                self.units.append((number * size, rows))
         own = sum(len(self._bounds(rows)) - 1 for _, rows in self.units)
         self.passes = collectives.largest(own, device)
 
