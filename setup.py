@@ -66,9 +66,9 @@ setup(
         "numpy",
         "orjson",
         "xxhash",
-        "zstandard",
         "filelock",
         "msgspec",
+        "psutil",
         "tqdm",
         "safetensors",
         "ir-measures",
@@ -93,6 +93,7 @@ setup(
             "tensorboard",
             # Its interpreter runs the fused kernels on the CPU.
             "triton>=3.5; platform_system == 'Linux'",
+            "zstandard",
         ],
     },
     entry_points={

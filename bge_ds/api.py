@@ -52,7 +52,8 @@ def evaluate(model, data: str | Path | list[str | Path]) -> dict[str, dict[str, 
 
     model: of `load`, or a name or folder. Raises ValueError for folders that cannot serve, with file and line.
     """
-    from bge_ds.evaluation.retrieval import evaluate_set, read_folder
+    from bge_ds.data.beir import read_folder
+    from bge_ds.evaluation.retrieval import evaluate_set
 
     folders = [data] if isinstance(data, str | Path) else data
     sets = {str(folder): read_folder(Path(folder)) for folder in folders}

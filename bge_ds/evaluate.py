@@ -5,9 +5,8 @@ A folder is in BEIR's form: `corpus.jsonl` (`_id`, optional `title`, `text`), `q
 
 Shapes: Q queries, D features.
 
-The search is exact. The corpus goes through the model block by block and only the best of each query stay, so memory does
-not grow with the corpus. All lines are checked before the model is loaded: a mistake in the last line of qrels costs a
-second, not the encoding of a corpus.
+The search is exact. The corpus is encoded in blocks and only the best passages of each query are kept, so memory does not grow
+with the corpus. All lines are checked before the model is loaded, so that a mistake is found within seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import typing
 from pathlib import Path
 
 from bge_ds.config.arguments import FinetuneArguments
-from bge_ds.config.parser import to_bool
+from bge_ds.config.parser import positive_int, to_bool
 from bge_ds.data.files import write_whole
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
@@ -30,22 +29,11 @@ POOLINGS = typing.get_args(typing.get_type_hints(FinetuneArguments)["sentence_po
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
-    """The model with what the flags set, described on the screen."""
+    """The model with the settings of the flags; prints what they are and where they come from."""
     from bge_ds.evaluation.embedder import Embedder
 
-    embedder = Embedder.load(
-        args.model_name_or_path,
-        cache_dir=args.cache_dir,
-        pooling=args.sentence_pooling_method,
-        normalize=args.normalize_embeddings,
-        query_prompt=args.query_instruction_for_retrieval,
-        passage_prompt=args.passage_instruction_for_retrieval,
-        query_max_len=args.query_max_len,
-        passage_max_len=args.passage_max_len,
-        batch_size=args.batch_size,
-        bf16=args.bf16,
-        use_cpu=args.use_cpu,
-    )
+    given = {name: value for name, value in vars(args).items() if name not in ("model_name_or_path", "data", "output")}
+    embedder = Embedder.load(args.model_name_or_path, **given)
     print(f"{args.model_name_or_path} {embedder.describe()}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in embedder.lengths.items()), file=sys.stderr)
     return embedder
@@ -66,32 +54,30 @@ def write_json(path: Path, value: dict) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bge_ds.evaluate", description=__doc__.split("\n")[0].split(": ")[0])
-    p.add_argument("--model_name_or_path", required=True, help="folder or hub name of the model")
-    p.add_argument("--data", required=True, nargs="+", type=Path, metavar="FOLDER", help="folders in BEIR's form")
+    add = p.add_argument
+    add("--model_name_or_path", required=True, help="folder or hub name of the model")
+    add("--data", required=True, nargs="+", type=Path, metavar="FOLDER", help="folders in BEIR's form")
     for name, default in DEFAULT_LENGTHS.items():
-        p.add_argument(f"--{name}", type=positive, help=f"tokens, prompt and special tokens included ({default})")
-    p.add_argument("--batch_size", type=positive, default=64, help="full-length texts a batch; of shorter ones, more")
-    p.add_argument("--query_instruction_for_retrieval", help="prefix of queries (default: the model's stored prompt)")
-    p.add_argument("--passage_instruction_for_retrieval", help="prefix of passages (default: the stored prompt)")
-    p.add_argument("--sentence_pooling_method", choices=POOLINGS, help="default: what the model's files say")
-    p.add_argument("--normalize_embeddings", type=to_bool, metavar="True|False", help="default: likewise")
-    p.add_argument("--cache_dir", help="where models fetched from the hub are kept")
-    p.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures and settings here")
-    p.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
-    p.add_argument("--bf16", action="store_true", help="matrix products in bf16; scores stay fp32")
+        add(f"--{name}", type=positive_int, help=f"tokens, prompt and special tokens included ({default})")
+    add("--batch_size", type=positive_int, default=64, help="full-length texts a batch; of shorter ones, more")
+    add("--query_instruction_for_retrieval", dest="query_prompt", metavar="TEXT",
+        help="prefix of queries (default: the model's stored prompt)")  # fmt: skip
+    add("--passage_instruction_for_retrieval", dest="passage_prompt", metavar="TEXT",
+        help="prefix of passages (default: the stored prompt)")  # fmt: skip
+    add("--sentence_pooling_method", dest="pooling", choices=POOLINGS, help="default: what the model's files say")
+    add("--normalize_embeddings", dest="normalize", type=to_bool, metavar="True|False", help="default: likewise")
+    add("--cache_dir", help="where models fetched from the hub are kept")
+    add("--output", type=Path, metavar="FILE.json", help="also write the figures and settings here")
+    add("--use_cpu", action="store_true", help="even where there is a GPU")
+    add("--bf16", action="store_true", help="matrix products in bf16; scores stay fp32")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
-    from bge_ds.evaluation.retrieval import evaluate_set, read_folder
+    from bge_ds.data.beir import read_folder
+    from bge_ds.evaluation.retrieval import evaluate_set
 
     names = [folder.resolve().name for folder in args.data]
     if args.output is not None and args.output.is_dir():
@@ -111,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. 0 when all went well, 2 after an error of the user's, said in one line."""
+    """The command. Returns 0, or 2 after a one-line message about a mistake of the user."""
     args = parser().parse_args(argv)
     try:
         run(args)

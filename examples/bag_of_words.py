@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bge_ds.data.beir import RetrievalSet, read_folder
 from bge_ds.evaluate import table, write_json
-from bge_ds.evaluation.retrieval import KEPT, RetrievalSet, measure, read_folder
+from bge_ds.evaluation.retrieval import KEPT, measure
 
 K1, B = 0.9, 0.4  # the values that BEIR's own baseline uses
 WORD = re.compile(r"[^\W_]+")

@@ -21,7 +21,7 @@ version=${2:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # Wheels as they are on the index.
 ready=(annotated-types einops ir-measures msgpack ninja orjson psutil py-cpuinfo pydantic pydantic-core pytrec-eval-terrier
-       typing-inspection xxhash zstandard ${WITH:-})
+       typing-inspection xxhash ${WITH:-})
 # Source alone, of Python alone: built here.
 to_build=(deepspeed hjson)
 

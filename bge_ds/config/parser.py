@@ -48,7 +48,9 @@ class _Help(argparse.Action):
         sys.exit(0)
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """Reports a user's mistake as one line and exits with code 2."""
+
     source = ""  # the JSON file that the flags came from, for messages
 
     def error(self, message: str) -> NoReturn:
@@ -97,9 +99,9 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
         parser.error(str(error))
 
 
-def _build_parser(cls: type) -> _Parser:
+def _build_parser(cls: type) -> CommandParser:
     usage = f"deepspeed -m {cls.command} --flag value ... | deepspeed -m {cls.command} settings.json"
-    parser = _Parser(
+    parser = CommandParser(
         usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False
     )  # fmt: skip
     fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, typing.get_type_hints(cls)
@@ -167,6 +169,12 @@ def to_bool(text: str) -> bool:
     return text.lower() in TRUE
 
 
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _spellings(name: str) -> list[str]:
     return [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
 
@@ -218,7 +226,7 @@ def _newer_defaults() -> dict[str, Any]:
     return {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(TrainingArguments)}
 
 
-def _expand_json(cls: type, parser: _Parser, argv: list[str]) -> list[str]:
+def _expand_json(cls: type, parser: CommandParser, argv: list[str]) -> list[str]:
     """`argv` with a lone .json file replaced by the flags that say the same. Raises ValueError, naming the file."""
     launcher, own, words = [], [], iter(argv)
     for word in words:

@@ -5,10 +5,12 @@ Shapes: K arrays, T values of all of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 _LONG = 128  # values an array from which copying stretch by stretch is quicker than looking up each value
 _MOST_COUNTED = 1 << 20
@@ -24,6 +26,12 @@ class RaggedArrays(NamedTuple):
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray]) -> RaggedArrays:
         return cls(np.concatenate(arrays), np.fromiter(map(len, arrays), np.int64, len(arrays)))
+
+    @classmethod
+    def of_lists(cls, lists: Sequence[Sequence[int]], dtype: DTypeLike) -> RaggedArrays:
+        """The same of lists of numbers."""
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        return cls(np.fromiter(itertools.chain.from_iterable(lists), dtype, int(lengths.sum())), lengths)
 
     @classmethod
     def join(cls, parts: Sequence[RaggedArrays]) -> RaggedArrays:

@@ -1,1 +1,1 @@
-"""The look over every host before a run."""
+"""Checks of every host before a run."""

@@ -1,6 +1,6 @@
-"""The hosts of a run as DeepSpeed's launcher takes them: the hostfile, the variables it forwards, a talk with each host.
+"""The hosts of a run as DeepSpeed's launcher sees them: the hostfile, the variables it forwards, a probe process on each host.
 
-Standard library only: what starts here must start where half an environment is missing.
+Standard library only: a probe must start, and say what is missing, where the environment is incomplete.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import time
 from collections import deque
 from pathlib import Path
 
-MARK = "bge_ds-doctor: "  # in front of each answer; whatever else a host prints has none
-NO_FOLDER, NO_PYTHON = 113, 114  # statuses of `on_host`'s shell
-SSH_LOST = 255
+ANSWER = "bge_ds-doctor: "  # precedes each answer, to tell it from other output
+NO_FOLDER, NO_PYTHON = 113, 114  # exit statuses of `on_host`'s shell
+SSH_FAILED = 255
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)(\s*|\s+#.*)")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-# DeepSpeed forwards the launching shell's variables whose names begin so, and no others.
+# DeepSpeed forwards the launching shell's variables with these prefixes, and no others.
 _FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 def read_hostfile(path: str) -> dict[str, int]:
-    """Host -> slots, in the file's order. Raises ValueError for what DeepSpeed refuses, and for what it takes wrongly."""
+    """Host -> slots, in the file's order. Raises ValueError for what DeepSpeed refuses or misreads."""
     valid = "valid are lines NAME slots=N, N at least 1, such as `worker-1 slots=8`, blank lines and lines that begin with #"
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -58,9 +58,9 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 
 def forwarded_variables() -> tuple[dict[str, str], list[str]]:
-    """(what the launcher sets on every host, the .deepspeed_env files that it reads for that).
+    """(variables that the launcher sets on every host, the .deepspeed_env files that it reads them from).
 
-    Raises ValueError, naming file and line, where the launcher would crash or the hosts' shells would stumble.
+    Raises ValueError, naming file and line, for a line that the launcher or the hosts' shells cannot take.
     """
     found = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
@@ -87,7 +87,7 @@ def on_host(host: str, variables: dict[str, str], module: str, *arguments: str) 
     """The ssh command that runs a module of this Python on a host, in this folder, with the launcher's variables."""
     exports = ""
     for name, value in variables.items():
-        # As the launcher does it: double quotes, in which the host's shell still replaces $PATH.
+        # As the launcher does: in double quotes the host's shell still expands $PATH.
         plain = not re.search(r"[^\w@%+=:,./-]", value)
         exports += f"export {name}={value}; " if plain else f'export {name}="{value}"; '
     python = shlex.quote(sys.executable)
@@ -100,53 +100,52 @@ def on_host(host: str, variables: dict[str, str], module: str, *arguments: str) 
     return ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *options, host, script]
 
 
-class Silence(Exception):
-    """A host gave no answer. status: of the ended process, None where it runs on without a word. said: its last lines."""
+class NoAnswer(Exception):
+    """A host gave no answer. status: exit status of its process, None: it still runs. printed: its last lines."""
 
-    def __init__(self, status: int | None, said: list[str]):
-        super().__init__(f"status {status}", said)
-        self.status, self.said = status, said
+    def __init__(self, status: int | None, printed: list[str]):
+        super().__init__(f"status {status}", printed)
+        self.status, self.printed = status, printed
 
 
-class Talk:
-    """A probe on some host: one JSON question a line in, one answer a line out. It ends when its input does."""
+class ProbeProcess:
+    """A probe on a host: it reads one JSON question a line and prints one answer a line, until its input ends."""
 
     def __init__(self, command: list[str]):
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        self.said: deque[str] = deque(maxlen=20)
+        self._printed: deque[str] = deque(maxlen=20)
         self._answers: queue.Queue[dict | None] = queue.Queue()
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def _listen(self) -> None:
+    def _read(self) -> None:
         for line in self.process.stdout:
-            before, mark, answer = line.partition(MARK)
+            before, found, answer = line.partition(ANSWER)
             if before.strip():
-                self.said.append(before.strip())
-            if mark:
+                self._printed.append(before.strip())
+            if found:
                 self._answers.put(json.loads(answer))
         self._answers.put(None)
 
     def ask(self, timeout_s: float, do: str, **details) -> dict:
-        """The answer, with `sent` and `received`, seconds of this machine's clock. Raises Silence."""
+        """The answer, with `sent` and `received`, seconds of this machine's clock. Raises NoAnswer."""
         sent = time.time()
-        with contextlib.suppress(OSError):  # it has ended: its answer below is none, with what it printed
+        with contextlib.suppress(OSError):  # the process has ended: `_read` has queued None
             self.process.stdin.write(json.dumps({"do": do, **details}) + "\n")
             self.process.stdin.flush()
         try:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
-            raise Silence(None, list(self.said)) from None
+            raise NoAnswer(None, list(self._printed)) from None
         if answer is None:
-            self._answers.put(None)  # for who asks again
-            raise Silence(self.process.wait(), list(self.said))
+            self._answers.put(None)  # for the next question
+            raise NoAnswer(self.process.wait(), list(self._printed))
         return {**answer, "sent": sent, "received": time.time()}
 
     def close(self) -> None:
-        """Ends the probe, which takes back what it made."""
-        with contextlib.suppress(OSError):  # it ended with a question unread
+        """Ends the probe, which removes what it made."""
+        with contextlib.suppress(OSError):  # it ended before it read a question
             self.process.stdin.close()
         try:
             self.process.wait(5)

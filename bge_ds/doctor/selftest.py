@@ -1,6 +1,6 @@
-"""A test across all ranks: one training step of theirs against that of a single process, and how fast they talk.
+"""A test across all ranks: compares one training step with that of a single process, and times an all_reduce.
 
-What runs is the training's own: engine, padding-free forward, gather with gradients, contrastive loss, ZeRO as the config says.
+It runs the code of training: engine, padding-free forward, gather with gradients, contrastive loss, the config's ZeRO section.
 Shapes: B queries of a rank, D features.
 """
 
@@ -25,18 +25,17 @@ from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling.encoder import Encoder, build_backbone
 from bge_ds.objectives import contrastive
 
-QUERIES, GROUP, VOCABULARY, SEED = 2, 2, 200, 7  # a rank's queries, passages of each
+QUERIES, GROUP, VOCABULARY, SEED = 2, 2, 200, 7  # queries a rank, passages a query
 REDUCED_BYTES = 16 << 20
-# AdamW's first step is lr * g / (|g| + eps): with an eps as large as this it tells gradients of all sizes apart. The usual
-# one would leave little more than their signs.
+# AdamW's first step is lr * g / (|g| + eps). A large eps lets the step depend on the size of the gradient; with the usual
+# one it would be little more than the sign.
 ADAM = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1.0}
 
 
 def run(zero: dict, use_cpu: bool, timeout_s: int) -> dict:
     """On every rank. zero: the `zero_optimization` section of a DeepSpeed config.
 
-    Returns ranks, stage, difference (of the step's change of the weights: the largest of all, over the largest change), and
-    where there are several ranks seconds and bytes_per_second of an all_reduce.
+    Returns ranks, stage, on rank 0 `difference` and, with several ranks, seconds and bytes_per_second of an all_reduce.
     """
     device = engines.start(use_cpu=use_cpu, timeout_s=timeout_s)
     world, rank = collectives.world_size(), collectives.rank()
@@ -64,7 +63,7 @@ def run(zero: dict, use_cpu: bool, timeout_s: int) -> dict:
 
 
 def tiny_encoder() -> Encoder:
-    """A two-layer BERT of random weights, large ones: its texts would otherwise all have nearly the same vector."""
+    """A two-layer BERT. Its random weights are large, since small ones give all texts nearly the same vector."""
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64, initializer_range=0.15, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -84,7 +83,7 @@ def build_engine(model: Encoder, zero: dict, world: int):
 
 
 def make_batch(queries: range) -> collate.ContrastiveBatch:
-    """These queries and their passages, each text's tokens and length drawn by its number alone."""
+    """These queries and their passages. A text's tokens and length depend on its number only."""
     count = len(queries)
     passages = range(queries.start * GROUP, queries.stop * GROUP)
 
@@ -102,7 +101,7 @@ def make_batch(queries: range) -> collate.ContrastiveBatch:
 
 
 def step_alone(model: Encoder, batch: collate.ContrastiveBatch, args: FinetuneArguments) -> dict[str, torch.Tensor]:
-    """The weights after the whole batch's step by plain torch: no engine, no gather."""
+    """The weights after a step on the whole batch in plain torch, without engine and gather."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM, weight_decay=0.0)
     scale = torch.tensor(1 / args.temperature, device=batch.hashes_P.device)
     loss = contrastive_loss(model(batch.texts), scale, batch, contrastive.objective_of(args), cross_device=False).loss
@@ -112,14 +111,14 @@ def step_alone(model: Encoder, batch: collate.ContrastiveBatch, args: FinetuneAr
 
 
 def difference(before: dict, found: dict, expected: dict) -> float:
-    """The largest difference of two steps, relative to the largest change that the expected one makes."""
+    """The largest difference between the found and expected weights, relative to the largest expected change."""
     largest = max(float((expected[name] - weight).abs().max()) for name, weight in before.items())
     apart = torch.stack([(found[name] - expected[name]).abs().max() for name in before])
     return float(apart.max()) / largest  # max of a tensor: nan stays nan
 
 
 def time_all_reduce(device: torch.device, times: int = 5) -> dict:
-    """The fastest of some: each rank sends and takes 2 (N - 1) / N of the bytes."""
+    """The fastest of several all_reduces; each rank sends 2 (N - 1) / N of the bytes."""
     values, seconds = torch.ones(REDUCED_BYTES // 4, device=device), []
     for _ in range(times + 1):  # the first opens the connections
         collectives.barrier()

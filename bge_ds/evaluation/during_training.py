@@ -1,10 +1,10 @@
-"""Evaluation while training: `--eval_data` folders searched with the model as it is, and what follows from the figures.
+"""Evaluation while training: searches the `--eval_data` folders with the current model, and keeps track of the best checkpoint.
 
-Shapes: Q queries, P passages of one unit, K kept passages a query, N texts, D features.
+Shapes: Q queries, K kept passages a query, R ranks, N texts, D features.
 
-Texts are taken in units of neighbours, each encoded and searched by itself by one rank. So which texts meet in a batch
-does not depend on the number of ranks, and neither does any bit of the result. Each rank tokenises its units once, keeps
-the best K of each query among its own passages, and the ranks' best are merged; every rank then has the same ranking.
+Texts are divided into units of consecutive texts, and one rank encodes and searches each unit. So neither the batches nor any
+bit of the result depend on the number of ranks. Each rank tokenizes its units once and keeps the best K of its own passages for
+each query. These are merged, and every rank has the same ranking.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch import nn
 
 from bge_ds.checkpoint import checkpoint
 from bge_ds.config.arguments import TrainArguments
+from bge_ds.data import beir
+from bge_ds.data.beir import RetrievalSet
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.distributed import collectives
 from bge_ds.evaluation import retrieval
-from bge_ds.evaluation.retrieval import RetrievalSet
 from bge_ds.kernels.packed import PackedTexts, chunk_bounds, pack, runs_of, split
 from bge_ds.modeling.encoder import Encoder
 
@@ -32,63 +34,53 @@ if TYPE_CHECKING:
     from bge_ds.training.metrics import Meter, RunLog
     from bge_ds.training.setup import StepPlan
 
-UNITS = 128  # units of a corpus, or more: what one rank may have more than another stays small
-SMALLEST_UNIT, LARGEST_UNIT = 64, retrieval.BLOCK
+UNITS = 128  # least number of units of a large corpus: the ranks' shares then differ little
+SMALLEST_UNIT, LARGEST_UNIT = 64, retrieval.BLOCK  # texts
 METRIC = "eval_nDCG@10"  # the mean over the sets
 
 
-class TokenRows:
-    """Rows of token ids, in one array of the smallest type."""
-
-    def __init__(self, rows: list[list[int]], largest_id: int):
-        self.ends = np.cumsum([0, *(len(row) for row in rows)])
-        self.ids = np.empty(self.ends[-1], np.min_scalar_type(largest_id))
-        for row, start, end in zip(rows, self.ends, self.ends[1:], strict=False):
-            self.ids[start:end] = row
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.ids[self.ends[row] : self.ends[row + 1]]
-
-    def bounds(self, max_tokens: int) -> list[int]:
-        """Where to cut the rows, packed by length, into pieces of at most max_tokens tokens (a longer row is alone)."""
-        return chunk_bounds(runs_of(np.diff(self.ends)), None, max_tokens)
+def to_ragged(rows: list[list[int]], largest_id: int) -> RaggedArrays:
+    """Token ids of texts in one array of the smallest type."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    values = np.fromiter((token for row in rows for token in row), np.min_scalar_type(largest_id), lengths.sum())
+    return RaggedArrays(values, lengths)
 
 
-class Share:
-    """This rank's units of a list of `count` texts: unit u is that of rank u modulo the ranks."""
+class DistributedTexts:
+    """A list of `count` texts in units, of which unit u is on rank u modulo R, tokenized."""
 
     def __init__(
         self, texts: Iterable[str], count: int, to_ids: Callable, largest_id: int, batch_tokens: int, device: torch.device
     ):
+        rank, world = collectives.rank(), collectives.world_size()
         size = min(LARGEST_UNIT, max(SMALLEST_UNIT, -(-count // UNITS)))
+        units = torch.arange(count).split(size)
         self.count, self.batch_tokens, self.device = count, batch_tokens, device
-        self.order_N = torch.cat([rows for r in range(collectives.world_size()) for rows in self._rows_of(r, size)])
-        self.counts = [sum(map(len, self._rows_of(r, size))) for r in range(collectives.world_size())]
-        self.units: list[tuple[int, TokenRows]] = []
+        self.order_N = torch.cat([unit for r in range(world) for unit in units[r::world]])  # rank by rank
+        self.counts_R = [sum(map(len, units[r::world])) for r in range(world)]
         texts = iter(texts)
-        for number, first in enumerate(range(0, count, size)):
-            unit = list(islice(texts, size))
-            if number % collectives.world_size() == collectives.rank():
-                self.units.append((first, TokenRows(to_ids(unit), largest_id)))
-        own = sum(len(rows.bounds(batch_tokens)) - 1 for _, rows in self.units)
+        self.units: list[tuple[int, RaggedArrays]] = []  # (index of the first text, token ids)
+        for number, unit in enumerate(units):
+            unit_texts = list(islice(texts, len(unit)))
+            if number % world == rank:
+                self.units.append((number * size, to_ragged(to_ids(unit_texts), largest_id)))
+        own = sum(len(self._bounds(rows)) - 1 for _, rows in self.units)
         self.passes = collectives.largest(own, device)
 
-    def _rows_of(self, rank: int, size: int) -> tuple[torch.Tensor, ...]:
-        return torch.arange(self.count).split(size)[rank :: collectives.world_size()]
+    def _bounds(self, rows: RaggedArrays) -> list[int]:
+        """Where to cut the rows, packed by length, into pieces of at most batch_tokens tokens (a longer row is alone)."""
+        return chunk_bounds(runs_of(rows.lengths), None, self.batch_tokens)
 
     def encode(self, model: nn.Module) -> Iterator[tuple[int, torch.Tensor]]:
-        """(place of the first text, N x D fp32) of each unit.
+        """(index of the first text, N x D fp32) of each unit of this rank.
 
-        Every rank makes as many forward passes as the one that needs most: under ZeRO-3 a pass is a conversation. The
-        additional ones yield no text, but the width.
+        Under ZeRO-3 every forward issues collectives, so all ranks make as many passes as the one that needs most. An
+        additional pass yields 0 x D.
         """
         done = 0
         for first, rows in self.units:
-            texts, _ = pack(list(rows))
-            pieces = split(texts, rows.bounds(self.batch_tokens))
+            texts, _ = pack(rows.split())
+            pieces = split(texts, self._bounds(rows))
             done += len(pieces)
             yield first, torch.cat([self._forward(model, piece) for piece in pieces])[texts.place_N.to(self.device)]
         for _ in range(done, self.passes):
@@ -100,7 +92,7 @@ class Share:
     def encode_all(self, model: nn.Module) -> torch.Tensor:
         """The vectors of all texts, N x D fp32, on every rank."""
         own_ND = torch.cat([vectors_ND for _, vectors_ND in self.encode(model)])
-        vectors_ND = collectives.all_gather_rows(own_ND, self.counts)
+        vectors_ND = collectives.all_gather_rows(own_ND, self.counts_R)
         out_ND = torch.empty_like(vectors_ND)
         out_ND[self.order_N.to(self.device)] = vectors_ND
         return out_ND
@@ -109,51 +101,49 @@ class Share:
 class Evaluator:
     """Searches each set with a model's vectors; to be called on every rank.
 
-    Lengths are in tokens, prompts included; a batch holds at most batch_size full-length passages. The tokenizer is left
-    as it was.
+    Lengths are in tokens, prompts included; a batch holds at most batch_size full-length passages.
     """
 
     def __init__(
         self, sets: dict[str, RetrievalSet], tokenizer, device: torch.device, *,
         query_max_len: int, passage_max_len: int, query_prompt: str = "", passage_prompt: str = "", batch_size: int,
     ):  # fmt: skip
-        # Texts are tokenised here by threads, and loader workers fork later: unless told, the library warns of each.
+        # Threads tokenize here, and the loader's workers fork later: unset, the library would warn in each worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.sets, self.device = sets, device
-        self.shares: dict[str, tuple[Share, Share]] = {}
 
-        def share(texts: Iterable[str], count: int, prompt: str, length: int) -> Share:
+        def distribute(texts: Iterable[str], count: int, prompt: str, length: int) -> DistributedTexts:
             def to_ids(unit: list[str]) -> list[list[int]]:
                 return retrieval.tokenize(tokenizer, [prompt + text for text in unit], length)
 
-            return Share(texts, count, to_ids, len(tokenizer), batch_size * passage_max_len, device)
+            return DistributedTexts(texts, count, to_ids, len(tokenizer), batch_size * passage_max_len, device)
 
+        self.texts: dict[str, tuple[DistributedTexts, DistributedTexts]] = {}  # queries and passages of each set
         for name, data in sets.items():
-            queries = share(data.queries.values(), len(data.queries), query_prompt, query_max_len)
-            passages = share(data.distinct(), len(data.firsts), passage_prompt, passage_max_len)
-            self.shares[name] = queries, passages
+            queries = distribute(data.queries.values(), len(data.queries), query_prompt, query_max_len)
+            passages = distribute(data.distinct(), len(data.firsts), passage_prompt, passage_max_len)
+            self.texts[name] = queries, passages
 
     @torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights in here that a later backward uses
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`eval_<set>_<measure>`, their means over the sets `eval_<measure>`, and `eval_seconds`; the same on every rank."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what the training step has left to do is not this evaluation's time
+            torch.cuda.synchronize(self.device)  # the rest of the training step is no time of the evaluation
         started = time.perf_counter()
         training = model.training
         model.eval()
-        found = {name: self.measure(name, model) for name in self.sets}
+        found = {
+            name: retrieval.measure(data, retrieval.ranking(data, self.rank(name, model))) for name, data in self.sets.items()
+        }
         model.train(training)
         values = {f"eval_{name}_{measure}": v for name, measures in found.items() for measure, v in measures.items()}
         for measure in retrieval.NAMES:
             values[f"eval_{measure}"] = round(sum(measures[measure] for measures in found.values()) / len(found), 6)
         return values | {"eval_seconds": time.perf_counter() - started}
 
-    def measure(self, name: str, model: nn.Module) -> dict[str, float]:
-        return retrieval.measure(self.sets[name], retrieval.ranking(self.sets[name], self.rank(name, model)))
-
     def rank(self, name: str, model: nn.Module) -> torch.Tensor:
         """The indices of each query's best distinct texts, Q x K, best first."""
-        queries, passages = self.shares[name]
+        queries, passages = self.texts[name]
         kept = min(retrieval.KEPT, passages.count)
         own_QK = retrieval.best_keys(queries.encode_all(model), passages.encode(model), kept)
         if collectives.world_size() > 1:
@@ -168,8 +158,8 @@ class Evaluator:
 
 
 def open_sets(args: TrainArguments) -> dict[str, RetrievalSet]:
-    """The folders of `--eval_data`, read and checked before anything slow happens."""
-    sets = retrieval.read_folders([Path(folder) for folder in args.eval_data], "--eval_data")
+    """Reads and checks the folders of `--eval_data`, before anything slow happens."""
+    sets = beir.read_folders([Path(folder) for folder in args.eval_data], "--eval_data")
     if sets:
         metric_of(args, sets)
     return sets
@@ -187,20 +177,14 @@ def metric_of(args: TrainArguments, sets: dict[str, RetrievalSet]) -> str:
 
 
 class Evaluation:
-    """A run's evaluations: when they happen, what is written down, which checkpoint is the best, what becomes the result.
+    """A run's evaluations: when they happen, their log, the best checkpoint, and which model becomes the result.
 
-    A checkpoint is judged by the evaluation at its own step. Every rank makes the same decisions, from the same figures.
-    Without `--eval_data` there is none, and every method says so.
+    A checkpoint is compared by the evaluation at its own step. Every rank has the same figures and makes the same decisions.
+    evaluator: None without `--eval_data`; then nothing is evaluated.
     """
 
     def __init__(
-        self,
-        args: TrainArguments,
-        evaluator: Evaluator | None,
-        model: nn.Module,
-        plan: StepPlan,
-        log: RunLog,
-        metric: str,
+        self, args: TrainArguments, evaluator: Evaluator | None, model: nn.Module, plan: StepPlan, log: RunLog, metric: str
     ):
         self.evaluator, self.model, self.plan, self.log, self.metric = evaluator, model, plan, log, metric
         self.save_best, self.load_best = args.save_strategy == "best", args.load_best_model_at_end
@@ -210,7 +194,7 @@ class Evaluation:
         self.latest: tuple[int, float] | None = None
 
     def resume(self, path: Path) -> None:
-        """Take up the best checkpoint as it was at the one that the run resumes from."""
+        """Restores the best checkpoint as recorded in the one that the run resumes from."""
         found = checkpoint.read_best(path)
         if found is None:
             return
@@ -225,14 +209,14 @@ class Evaluation:
             )
 
     def at(self, step: int, meter: Meter | None = None) -> bool:
-        """Evaluate where the plan says so; whether that calls for a checkpoint (`--save_strategy best`)."""
+        """Evaluates where the plan says so. True: a checkpoint is to be saved (`--save_strategy best`)."""
         if self.evaluator is None or not self.plan.evaluates(step):
             return False
         self.evaluate(step, meter)
         return self.save_best and self._improves()
 
     def evaluate(self, step: int, meter: Meter | None = None) -> None:
-        """Evaluate and write it down; `meter` leaves the time out of that of the steps."""
+        """Evaluates and logs; `meter` excludes the time from that of the steps."""
         values = self.evaluator(self.model)
         self.latest = step, values[self.metric]
         # With one set, its figures are the means.
@@ -245,7 +229,7 @@ class Evaluation:
         return self.best is None or self.latest[1] > self.best["value"]
 
     def judge(self, step: int) -> dict | None:
-        """The best checkpoint, the one of `step` that is about to be written among them."""
+        """Step, metric and value of the best checkpoint, including the one of `step` that is about to be written."""
         if self.latest is not None and self.latest[0] == step and self._improves():
             self.best = {"step": step, "metric": self.metric, "value": self.latest[1]}
             self.best_folder = self.output / f"checkpoint-{step}"
@@ -256,17 +240,17 @@ class Evaluation:
         return self.load_best and self.best is not None
 
     def result(self, save: Callable[[Path], float]) -> Callable[[Path], float]:
-        """What writes the final model into a folder: `save`, or a copy of the best checkpoint's."""
+        """The function that writes the final model into a folder: `save`, or a copy of the best checkpoint's model."""
         return self._copy_best if self.returns_best else save
 
     def _copy_best(self, folder: Path) -> float:
         def copy() -> float:
-            checkpoint.check_model(self.best_folder)  # it may have been written weeks ago
+            checkpoint.check_model(self.best_folder)  # it may have been damaged since it was written
             checkpoint.copy_model(self.best_folder, folder)
             inner = folder / "encoder_model"
             loaded = Encoder.load(str(inner if inner.is_dir() else folder))
-            _, rows = next(iter(self.evaluator.shares.values()))[1].units[0]
-            if not loaded.encode_ids([rows[0]]).isfinite().all():
+            _, rows = next(iter(self.evaluator.texts.values()))[1].units[0]
+            if not loaded.encode_ids(rows.split()[:1]).isfinite().all():
                 raise RuntimeError(f"the model of {self.best_folder} gives vectors that are not finite")
             return 0.0
 
@@ -283,7 +267,7 @@ def prepare(
     args: TrainArguments, sets: dict[str, RetrievalSet], tokenizer, model: nn.Module, device: torch.device,
     plan: StepPlan, log: RunLog, resumed: Path | None, **lengths_and_prompts,
 ) -> Evaluation:  # fmt: skip
-    """The run's evaluations, the texts tokenised; the one before the first step is done (`--eval_on_start`)."""
+    """The run's evaluations, with the texts tokenized and the one before the first step made (`--eval_on_start`)."""
     if not sets:
         return Evaluation(args, None, model, plan, log, METRIC)
     evaluator = Evaluator(sets, tokenizer, device, batch_size=args.per_device_eval_batch_size, **lengths_and_prompts)

@@ -23,7 +23,7 @@ Side = Literal["query", "passage"]
 
 @dataclass
 class EmbeddingSettings:
-    """How texts become vectors. sources: where each setting came from, for a person."""
+    """How texts become vectors. sources: where each setting comes from, to be printed."""
 
     pooling: str
     normalize: bool
@@ -36,7 +36,7 @@ class EmbeddingSettings:
         cls, folder: Path, *, pooling: str | None = None, normalize: bool | None = None, query_prompt: str | None = None,
         passage_prompt: str | None = None,
     ) -> EmbeddingSettings:  # fmt: skip
-        """What is given first, then the model's sentence-transformers files, then cls and normalised.
+        """Given values take precedence, then the model's sentence-transformers files, then cls and normalized.
 
         Raises ValueError for files that cannot be read.
         """
@@ -58,7 +58,7 @@ class EmbeddingSettings:
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a sentence-transformers configuration by name; none where there is no file."""
+    """The prompts of a sentence-transformers configuration by name; {} without the file."""
     if not path.is_file():
         return {}
     try:
@@ -68,7 +68,7 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 
 def settings_folder(name_or_path: str, cache_dir: str | None = None) -> Path:
-    """Where the sentence-transformers files of a model lie; those of a hub model are fetched (a few kilobytes)."""
+    """The folder with the sentence-transformers files of a model; those of a hub model are downloaded (a few kB)."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
@@ -105,9 +105,9 @@ class Embedder:
         cls, name_or_path: str | Path, *, cache_dir: str | None = None, pooling: str | None = None,
         normalize: bool | None = None, query_prompt: str | None = None, passage_prompt: str | None = None, **how,
     ) -> Embedder:  # fmt: skip
-        """From a folder or hub name. What is None is what the model's files say; how: as for the constructor.
+        """From a folder or hub name. None: as the model's files say. how: arguments of the constructor.
 
-        Raises ValueError for a model that is not there or whose files cannot be read.
+        Raises ValueError for a model that does not exist or whose files cannot be read.
         """
         name = str(name_or_path)
         settings = EmbeddingSettings.read(
@@ -122,7 +122,7 @@ class Embedder:
         return cls(model, tokenizer, settings, **how)
 
     def __call__(self, texts: list[str], side: Side) -> torch.Tensor:
-        """Vectors (N x D, fp32, on the model's device) of texts, with the side's prompt and cut to its length."""
+        """Vectors (N x D, fp32, on the model's device) of texts with the side's prompt, cut to the side's length."""
         prompt = self.settings.query_prompt if side == "query" else self.settings.passage_prompt
         length = self.lengths[f"{side}_max_len"]
         ids = retrieval.tokenize(self.tokenizer, [prompt + text for text in texts], length)
@@ -132,7 +132,7 @@ class Embedder:
         return torch.as_tensor(vectors_ND, dtype=torch.float32, device=self.device)
 
     def describe(self) -> str:
-        """How it computes and where its settings came from, for a person."""
+        """How it computes and where its settings come from."""
         how = encoder.describe_execution(self.model.backbone.config, self.device, next(self.model.parameters()).dtype)
         return f"on {self.device}, {how}: {', '.join([*self.settings.sources, *['bf16'] * self.bf16])}"
 

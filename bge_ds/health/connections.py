@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Member:
-    """A rank as others name it. host: name, and address where it is another host than rank 0's. local: rank on its host."""
+class Peer:
+    """A rank, as messages name it. host: name, and address if it is not rank 0's host. local: rank on its host."""
 
     rank: int
     host: str
@@ -24,41 +24,42 @@ class Member:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
-LONGEST_UNKNOWN = 1 << 24  # bytes of one line; the names of 100,000 ranks fit
+LONGEST_LINE = 1 << 24  # bytes, of an unknown peer; the names of 100,000 ranks fit
 
 
-class Link:
-    """A connection to another rank: lines of JSON each way. member: who is there; unknown until it has said so."""
+class Connection:
+    """A connection to another rank. peer: that rank; None until it has named itself. last_received: monotonic seconds."""
 
     def __init__(self, sock: socket.socket):
-        self.sock, self.member, self.heard, self._rest = sock, None, time.monotonic(), b""
-        self.over = False  # it said goodbye, or failed: its end is no loss
+        self.sock, self.last_received, self._rest = sock, time.monotonic(), b""
+        self.peer: Peer | None = None
+        self.ended = False  # it has said goodbye or failed: when it closes, the rank is not lost
         self.failed = False
-        sock.settimeout(5)  # sending waits only where the buffer of many minutes of heartbeats is full
+        sock.settimeout(5)  # sending waits only when the buffer, which holds many minutes of heartbeats, is full
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, kind: str, **content) -> None:
-        # A link that breaks here is found broken when it is read: one place decides what that means.
+        # A broken connection is noticed when it is read: one place decides what that means.
         with contextlib.suppress(OSError):
             self.sock.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def receive(self) -> list[dict] | None:
-        """The messages that have arrived; None: the other end is closed. Raises ValueError for what is no message."""
+        """The messages that have arrived; None: the other end is closed. Raises ValueError for anything else."""
         try:
             data = self.sock.recv(1 << 16)
         except OSError:
             return None
         if not data:
             return None
-        self.heard = time.monotonic()
-        if self.member is None and len(self._rest) + len(data) > LONGEST_UNKNOWN:
-            raise ValueError("too long for one that has not said who it is")
+        self.last_received = time.monotonic()
+        if self.peer is None and len(self._rest) + len(data) > LONGEST_LINE:
+            raise ValueError("too long a message of an unknown peer")
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
     def wait(self, seconds: float, worthwhile: Callable[[], bool]) -> list[dict]:
-        """The first messages. Raises OSError where the other end closes or says nothing for so long, or where waiting for it
-        is no longer worthwhile, which is asked each second."""
+        """The first messages. Raises OSError where the other end closes, sends nothing for so long, or where `worthwhile`,
+        which is called each second, returns False."""
         until, ready = time.monotonic() + seconds, select.poll()
         ready.register(self.sock, select.POLLIN)
         messages: list[dict] | None = []

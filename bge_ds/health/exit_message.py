@@ -1,4 +1,4 @@
-"""The last message of a process that is about to end, printed without waiting for anyone."""
+"""The last message of a process that is about to end, printed without waiting for other threads or readers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import threading
 
 
 def print_at_exit(text: str, errors: int) -> None:
-    """To standard error, by this thread itself: another might wait longer for the interpreter's lock than this process lives.
+    """Writes to the descriptor `errors`, in this thread: another might get the interpreter's lock too late.
 
-    A pipe that nobody reads any more keeps nobody: one that is ready takes 4,096 bytes without waiting.
+    A full pipe that nobody reads does not block it: a pipe that is ready takes 4,096 bytes without waiting.
     """
     data, ready = text.encode(), select.poll()
     ready.register(errors, select.POLLOUT)
     with contextlib.suppress(OSError):  # closed
         while data and ready.poll(2000):
             data = data[os.write(errors, data[:4096]) :]
-    # What the main thread has printed, if that can be had.
+    # What the main thread has printed, unless flushing blocks.
     flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
     flushing.start()
     flushing.join(2)

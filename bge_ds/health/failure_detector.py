@@ -1,11 +1,11 @@
-"""Failure detection: a rank that dies, hangs or fails ends the run on all ranks; a signal stops all after one common step.
+"""Failure detection: a rank that dies, hangs or fails ends the run on all ranks; a signal stops all after a common step.
 
 How a dead rank is noticed: before it opens its data, every rank connects to rank 0 (`rendezvous`). A thread of each rank
 (`watcher`) sends a heartbeat over that connection every 2 s. A closed connection, or 30 s of silence, is a lost rank: rank 0
-tells the others, and every process ends with exit code LOST. No collective, save or download of the main thread delays this.
+tells the others, and every process ends with exit code LOST. Nothing in the main thread delays it.
 On SIGTERM or SIGUSR1 rank 0 proposes a last step to all ranks (`preemption`).
 
-Here are the functions that the main thread calls.
+This module has the functions that the main thread calls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _current: Watcher | None = None
 
 
 def _forget() -> None:
-    """In a forked child: its copies of the sockets would keep the connections of a killed rank open."""
+    """In a forked child, whose copies of the sockets would keep the connections of a killed rank open."""
     global _current
     if _current is None:
         return
@@ -37,7 +37,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def join(timeout_s: float) -> None:
-    """Begin to watch, and wait until every rank of the run does. Ends the process where one has not come in time."""
+    """Starts the watch and waits until all ranks have joined. Ends the process where one has not joined in time."""
     global _current
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _current = Watcher(rank, world if "RANK" in os.environ else 1, timeout_s)
@@ -45,7 +45,7 @@ def join(timeout_s: float) -> None:
 
 
 def leave(keep_ignoring: bool = False) -> None:
-    """End the watch by a goodbye. keep_ignoring: SIGTERM and SIGUSR1 are ignored from here to the end of the process."""
+    """Ends the watch, which is no failure. keep_ignoring: SIGTERM and SIGUSR1 are ignored until the process ends."""
     global _current
     if _current is not None:
         _current.leave(keep_ignoring)
@@ -53,7 +53,7 @@ def leave(keep_ignoring: bool = False) -> None:
 
 
 def store() -> dist.Store | None:
-    """The store that the ranks have met at; None for one rank, and where nobody watches."""
+    """The store of the rendezvous; None for one rank and without a watch."""
     return None if _current is None else _current.store
 
 
@@ -63,29 +63,29 @@ def several() -> bool:
 
 
 def fail(status: int, message: str) -> None:
-    """Where there are several ranks, end this one by an error that it has printed; otherwise do nothing.
+    """Where there are several ranks, ends this process after an error that it has printed; otherwise does nothing.
 
-    The others end too, with its status, naming it, if they do not find the same error themselves. The process ends in here:
-    leaving the process group may wait for ranks that wait for this one.
+    The other ranks end with the same status and name this rank, unless they find the same error themselves. The process ends
+    in here, since leaving the process group may wait for ranks that wait for this one.
     """
     if several():
         _current.fail(status, message)
 
 
 def await_cause(seconds: float = 10.0) -> None:
-    """To be called on an error that another rank's death may have caused: if it has, the process ends in here and says so."""
+    """To be called on an error that another rank's death may have caused. If so, the process ends in here with that message."""
     if several():
         _current.await_cause(seconds)
 
 
 def last_step(step: int) -> int | None:
-    """The step after which all ranks are to stop, once a signal asks for that. Every rank calls it at the end of each step.
+    """The step after which all ranks are to stop, after a signal. Every rank calls it at the end of each step.
 
-    It costs nothing; only between a signal and the agreement on the step, it may wait for the other ranks' answers.
+    It waits for other ranks only between a signal and the agreement on the step.
     """
     return None if _current is None else _current.stop.done(step)
 
 
 def stopper() -> str:
-    """The signal that stops the run and the rank that it came to."""
+    """The signal that stops the run and the rank that received it."""
     return "" if _current is None else _current.stop.by

@@ -1,7 +1,7 @@
-"""Rendezvous: how the ranks of a run find rank 0 and connect to it, and what is said of ranks that do not come.
+"""Rendezvous: how the ranks of a run find rank 0 and connect to it, and the messages about ranks that do not.
 
 Rank 0 hosts the store at MASTER_ADDR:MASTER_PORT, which the process group uses later, and publishes in it the port that it
-listens at. The other ranks read it there, connect, and send the run's secret, so that no other program is taken for a rank.
+listens at. The other ranks read it there, connect, and send the run's secret, which tells them from other programs.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from bge_ds.health.connections import Link
+from bge_ds.health.connections import Connection
 
 KEY = "bge_ds/watch"
 
 
 def host_store(world: int, timeout_s: float) -> tuple[dist.Store, str]:
-    """(the store that rank 0 hosts, rank 0's address: "" where the store is at it). Raises RuntimeError that a user can read.
+    """(the store, rank 0's address: "" if it is the store's). Raises RuntimeError with a message for the user.
 
-    Where a launcher's agent hosts the store, rank 0 may be on another host than it.
+    Rank 0 hosts the store, unless the launcher's agent does, which may be on another host.
     """
-    address, port = meeting_point()
+    address, port = master_address()
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
@@ -43,31 +43,31 @@ def host_store(world: int, timeout_s: float) -> tuple[dist.Store, str]:
 
 
 def publish(store: dist.Store, address: str, listener: socket.socket, secret: str) -> None:
-    """Rank 0: where it listens for the others."""
+    """On rank 0: publishes where it listens for the other ranks."""
     store.set(KEY, json.dumps({"address": address, "port": listener.getsockname()[1], "secret": secret}))
 
 
-def call_rank_zero(rank: int, world: int, local: int, timeout_s: float) -> tuple[dist.Store, Link, list[dict]]:
-    """(the store, the connection to rank 0, its first messages) once it answers. The caller's thread limits the time."""
-    address, port = meeting_point()
+def find_rank_zero(rank: int, world: int, local: int, timeout_s: float) -> tuple[dist.Store, Connection, list[dict]]:
+    """(the store, the connection to rank 0, its first messages) once it answers. The watching thread limits the time."""
+    address, port = master_address()
     while True:
         try:
-            # TCPStore would wait too, but fills the log while nobody answers.
+            # TCPStore would wait too, but it fills the log meanwhile.
             socket.create_connection((address, port), timeout=5).close()
             store = dist.TCPStore(address, port, world, False, timedelta(seconds=timeout_s), wait_for_workers=False)
             said = store.get(KEY)
             where = json.loads(said)
-            link = Link(socket.create_connection((where["address"] or address, where["port"]), timeout=5))
-            link.send("hello", secret=where["secret"], rank=rank, name=socket.gethostname(), pid=os.getpid(), local=local)
-            # After an earlier run's end another program may listen at its rank 0's port, and never answer.
-            return store, link, link.wait(timeout_s, lambda: store.get(KEY) == said)  # noqa: B023
-        except (OSError, RuntimeError):  # nobody there yet, or what is left of an earlier run
+            connection = Connection(socket.create_connection((where["address"] or address, where["port"]), timeout=5))
+            connection.send("hello", secret=where["secret"], rank=rank, name=socket.gethostname(), pid=os.getpid(), local=local)
+            # The port may be that of an earlier run; another program that listens there now never answers.
+            return store, connection, connection.wait(timeout_s, lambda: store.get(KEY) == said)  # noqa: B023
+        except (OSError, RuntimeError):  # rank 0 has not started yet, or the store is that of an earlier run
             time.sleep(0.5)
 
 
 def describe_absent(world: int, there: set[int], waited: str) -> str:
-    """For a person: the ranks that have not come, with their hosts where they are known. there: those that have."""
-    address, port = meeting_point()
+    """The message that names the ranks that have not joined, with their hosts if known. there: those that have joined."""
+    address, port = master_address()
     hosts = hosts_of_ranks()
     absent = [f"rank {r}" + (f" (host {hosts[r]})" if r in hosts else "") for r in range(world) if r not in there]
     shown = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
@@ -79,16 +79,16 @@ def describe_absent(world: int, there: set[int], waited: str) -> str:
 
 
 def describe_no_answer(waited: str) -> str:
-    """For a person: that rank 0 does not answer."""
-    address, port = meeting_point()
+    """The message that rank 0 does not answer."""
+    address, port = master_address()
     return (
         f"rank 0 does not answer at {address}:{port} {waited}; look for its own lines, and whether "
         f"{socket.gethostname()} reaches that address"
     )
 
 
-def meeting_point() -> tuple[str, int]:
-    """Where the ranks meet, as the launcher says. Raises ValueError where it does not."""
+def master_address() -> tuple[str, int]:
+    """Where the store is, as the launcher sets it. Raises ValueError where it does not."""
     try:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as error:
@@ -99,7 +99,7 @@ def meeting_point() -> tuple[str, int]:
 
 
 def own_host() -> str:
-    """Of rank 0: its name, and the address that others reach it by, where that is one."""
+    """Rank 0's host: its name and, if the ranks are on several hosts, its address."""
     address = os.environ.get("MASTER_ADDR", "")
     return socket.gethostname() + ("" if address in ("", "localhost", "127.0.0.1", "::1") else f", {address}")
 
@@ -112,14 +112,14 @@ def listen(backlog: int) -> socket.socket:
 
 
 def own_address(address: str, port: int) -> str:
-    """This host's address as seen from where it talks to address:port; "" where that is this host itself."""
+    """The address of this host that connects to address:port; "" if that is this host itself."""
     with socket.create_connection((address, port), timeout=5) as sock:
         own = sock.getsockname()[0]
         return "" if own == sock.getpeername()[0] else own
 
 
 def hosts_of_ranks() -> dict[int, str]:
-    """rank -> host, where this process's launcher is DeepSpeed's, which has them in its command line."""
+    """rank -> host, read from the command line of DeepSpeed's launcher; {} under another launcher."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:

@@ -191,10 +191,9 @@ def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> di
         name = f"{kind}_instruction_for_retrieval"
         prompts[kind] = getattr(args, name) or ""
         if getattr(data.manifest, name) is None:
-            manifests = [reader.manifest for reader in data.readers]
-            sets = [Path(manifest.sources[0].path).name.split(".")[0] for manifest in manifests]
+            sets = [Path(manifest.sources[0].path).name.split(".")[0] for manifest in data.manifests]
             names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
-            prompts |= {f"{kind}_{of}": getattr(manifest, name) for of, manifest in zip(names, manifests, strict=True)}
+            prompts |= {f"{kind}_{of}": getattr(manifest, name) for of, manifest in zip(names, data.manifests, strict=True)}
     return prompts
 
 

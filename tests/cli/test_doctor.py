@@ -16,8 +16,9 @@ import pytest
 from hosts import ADDRESSES, SEARCH, inside, quick
 
 from bge_ds.doctor import __main__ as doctor
-from bge_ds.doctor import meeting
-from bge_ds.doctor.judging import FAILED, OK, Finding, Plan
+from bge_ds.doctor import network_checks
+from bge_ds.doctor.checks import FAILED, OK, Finding, Plan
+from bge_ds.doctor.table import Table
 
 COMMAND = [sys.executable, "-m", "bge_ds.doctor"]
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "PDSH_SSH_ARGS_APPEND", "DS_ENV_FILE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -100,8 +101,8 @@ def test_this_machine_is_not_ready(tmp_path, tiny_bert_path):
         (["--hostfile", "good", "--num_gpus", "2"], {}, "--num_gpus is for this machine alone"),
         (["--deepspeed", "zero9"], {}, "--deepspeed zero9: neither a file nor one of the shipped"),
         (["--train_data", "a=1", "b"], {}, "give each PATH=WEIGHT"),
-        (["--num_gpus", "0"], {}, "--num_gpus: '0' is no whole number above 0"),
-        (["--timeout", "1m"], {}, "--timeout: '1m' is no whole number above 0"),
+        (["--num_gpus", "0"], {}, "--num_gpus: '0' is not a whole number above 0"),
+        (["--timeout", "1m"], {}, "--timeout: '1m' is not a whole number above 0"),
         (["--nodes", "2"], {}, "unrecognized arguments: --nodes"),
         (["--learning_rate", "1e-5", "--bf16", "True", "--nodes", "2"], {}, "unrecognized arguments: --nodes (--help"),
         (["--bf16", "maybe"], {}, "--bf16: 'maybe' is neither True nor False"),
@@ -204,18 +205,18 @@ def test_ranks_that_hang_end_by_themselves(monkeypatch):
     """Ranks that do not come to their end in time stop, and the doctor says so and shows where they were."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    plan, started = Plan({doctor.HERE: 2}, port=helpers.free_port()), time.monotonic()
-    outcome = doctor.test_ranks(plan, {"stage": 1}, "", True, timeout_s=1)  # torch alone takes longer to import
-    (found,) = meeting.ranks(*outcome, plan.ranks, 1)
+    plan, started = Plan({doctor.THIS_MACHINE: 2}, port=helpers.free_port()), time.monotonic()
+    outcome = doctor.launch_selftest(plan, {"stage": 1}, "", True, timeout_s=1)  # torch alone takes longer to import
+    (found,) = network_checks.ranks(*outcome, plan.ranks, 1)
     assert time.monotonic() - started < 60
-    assert found.mark == FAILED and "no result within 1 s" in found.text
+    assert found.status == FAILED and "no result within 1 s" in found.text
     assert any("Timeout" in line for line in found.printed) and any("File" in line for line in found.printed)
 
 
 def test_many_hosts_are_few_lines(capsys):
     """What hosts share is one line that names them; of many that are well, one stands for all; failures all show."""
     names = [f"h{i}" for i in range(9)]
-    table = doctor.Table(names)
+    table = Table(names)
     table.add([Finding("versions", name, FAILED, "torch 2.12", "install") for name in names[:2]])
     table.add([Finding("interface", name, OK, f"eth0 10.0.0.{i}") for i, name in enumerate(names)])
     table.add([Finding("memory", name, OK, "1 GiB") for name in names])

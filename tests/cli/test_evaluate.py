@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bge_ds import evaluate
+from bge_ds.data import beir
 from bge_ds.evaluation import retrieval
 from bge_ds.evaluation.embedder import EmbeddingSettings
 
@@ -38,7 +39,7 @@ def fixed_vectors(table: dict[str, list[float]]):
 def test_measures_of_a_known_ranking(tmp_path):
     """The right passage at rank 1 and at rank 2 gives (1 + 1/log2(3)) / 2 and (1 + 1/2) / 2: a shifted rank, a wrong
     join of ids or scores taken in ascending order would all give other numbers."""
-    data = retrieval.read_folder(write_set(tmp_path / "set"))
+    data = beir.read_folder(write_set(tmp_path / "set"))
     vectors = {"cats purr": [1, 0], "dogs bark": [0, 1], "fish swim": [0.8, 0.6]}
     vectors |= {"what purrs": [1, 0], "what barks": [0.7, 0.75]}
     values = retrieval.evaluate_set(data, fixed_vectors(vectors))
@@ -52,7 +53,7 @@ def test_measures_stop_at_their_cutoffs(tmp_path):
     passages = {f"p{i:03d}": f"text {i}" for i in range(150)}
     queries = {"eleventh": "eleven", "hundred and first": "far"}
     qrels = "eleventh\tp010\t1\nhundred and first\tp100\t1\n"
-    data = retrieval.read_folder(write_set(tmp_path / "set", passages, queries, qrels))
+    data = beir.read_folder(write_set(tmp_path / "set", passages, queries, qrels))
     vectors = {f"text {i}": [1.0 - i / 1000] for i in range(150)} | {"eleven": [1.0], "far": [1.0]}
     values = retrieval.evaluate_set(data, fixed_vectors(vectors))
     assert (values["nDCG@10"], values["MRR@10"], values["Recall@100"]) == (0.0, 0.0, 0.5)
@@ -85,7 +86,7 @@ def test_equal_scores_come_in_the_order_of_the_corpus(block):
 def test_the_measures_keep_the_order_of_equal_scores(tmp_path):
     """Three passages of one score: the first of the corpus is the first found, also where its id sorts last or first."""
     for relevant, reciprocal in (("p1", 1.0), ("p2", 0.5), ("p3", 1 / 3)):
-        data = retrieval.read_folder(write_set(tmp_path / relevant, qrels=f"q1\t{relevant}\t1\n"))
+        data = beir.read_folder(write_set(tmp_path / relevant, qrels=f"q1\t{relevant}\t1\n"))
         vectors = {text: [1.0] for text in [*PASSAGES.values(), *QUERIES.values()]}
         assert retrieval.evaluate_set(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(reciprocal, abs=1e-6)
 
@@ -95,7 +96,7 @@ def test_equal_texts_are_encoded_once_and_all_found(tmp_path):
     encodings of it might differ in the last bit."""
     passages = {"a": "cats purr", "b": "dogs bark", "c": "cats purr", "d": "fish swim", "e": "cats purr"}
     folder = write_set(tmp_path / "set", passages, {"q": "what purrs"}, "q\te\t1\n")
-    data = retrieval.read_folder(folder)
+    data = beir.read_folder(folder)
     assert list(data.distinct()) == ["cats purr", "dogs bark", "fish swim"] and len(list(data.passages())) == 5
     run = retrieval.ranking(data, torch.tensor([[2, 0, 1]]))
     assert sorted(run["q"], key=run["q"].get, reverse=True) == ["d", "a", "c", "e", "b"]
@@ -105,18 +106,18 @@ def test_equal_texts_are_encoded_once_and_all_found(tmp_path):
 
 def test_names_tell_folders_apart(tmp_path):
     """The names that the log and `--metric_for_best_model` use: never the same for two folders, never only `dev`."""
-    names = retrieval.names_of([tmp_path / "debian" / "dev", tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "nq"])
+    names = beir.names_of([tmp_path / "debian" / "dev", tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "nq"])
     assert names == ["debian_dev", "a_x", "b_x", "nq"]
     twins = [tmp_path / top / "a" / "dev" for top in "cd"]
-    assert retrieval.names_of(twins) == list(map(str, twins))
+    assert beir.names_of(twins) == list(map(str, twins))
     with pytest.raises(ValueError, match="the same folder twice"):
-        retrieval.names_of([tmp_path / "nq", tmp_path / "a" / ".." / "nq"])
+        beir.names_of([tmp_path / "nq", tmp_path / "a" / ".." / "nq"])
 
 
 def test_blocks_of_a_corpus_keep_their_order(tmp_path, monkeypatch):
     """Passages beyond the first block are found under their own ids."""
     monkeypatch.setattr(retrieval, "BLOCK", 2)
-    data = retrieval.read_folder(write_set(tmp_path / "set", qrels="q1\tp3\t1\n"))
+    data = beir.read_folder(write_set(tmp_path / "set", qrels="q1\tp3\t1\n"))
     vectors = {"cats purr": [0.0], "dogs bark": [0.1], "fish swim": [1.0], "what purrs": [1.0]}
     assert retrieval.evaluate_set(data, fixed_vectors(vectors))["MRR@10"] == 1.0
 
@@ -129,7 +130,7 @@ def test_titles_gz_and_nested_qrels(tmp_path):
     (folder / "qrels.tsv.gz").rename(folder / "qrels/test.tsv.gz")
     with gzip.open(folder / "corpus.jsonl.gz", "at") as out:
         out.write('{"_id": "p4", "title": "Birds", "text": "sing"}\n')
-    data = retrieval.read_folder(folder)
+    data = beir.read_folder(folder)
     assert list(data.passages())[-1] == "Birds sing"
     assert list(data.queries) == ["q1", "q2"] and data.unjudged == 1
 
@@ -138,11 +139,11 @@ def test_titles_gz_and_nested_qrels(tmp_path):
     ("name", "content", "expected"),
     [
         ("corpus.jsonl", '{"_id": "p1", "text": "a"}\nnot json\n', "corpus.jsonl:2: not JSON"),
-        ("corpus.jsonl", '{"_id": "p1", "text": "a"}\n["p2"]\n', "corpus.jsonl:2: a list where an object"),
+        ("corpus.jsonl", '{"_id": "p1", "text": "a"}\n["p2"]\n', "corpus.jsonl:2: not a JSON object but a list"),
         ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', "corpus.jsonl:1: _id must be a non-empty string"),
         ("corpus.jsonl", '{"_id": "p1"}\n', "corpus.jsonl:1: text"),
         ("corpus.jsonl", '{"_id": "p1", "text": "a"}\n\n{"_id": "p1", "text": "b"}\n', "corpus.jsonl:3: passage 'p1'"),
-        ("corpus.jsonl", '{"_id": "p1", "text": "\\ud800"}\n', "corpus.jsonl:1: not JSON"),
+        ("corpus.jsonl", '{"_id": "p1", "text": "\\ud800"}\n', "corpus.jsonl:1: a text holds half of a surrogate"),
         ("corpus.jsonl", "", "corpus.jsonl: an empty corpus"),
         ("queries.jsonl", '{"_id": "q1", "text": " "}\n', "queries.jsonl:1: an empty query"),
         ("queries.jsonl", b'{"_id": "q1", "text": "\xff"}\n', "queries.jsonl:1: not UTF-8"),

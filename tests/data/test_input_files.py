@@ -27,10 +27,10 @@ def pack(ending: str, data: bytes) -> bytes:
 def lines_of(path, block_bytes: int) -> list[tuple[int, bytes]]:
     """(number, line) of all lines, as preprocessing counts them."""
     found = []
-    for block in input_files.read_blocks(input_files.Source(path), 0, block_bytes):
-        assert block.data
-        rows = block.data.split(b"\n")
-        found += [(number, row) for number, row in enumerate(rows, block.first) if row]
+    for block in input_files.read_segments(input_files.Source(path), 0, 1 << 62, block_bytes=block_bytes):
+        assert bool(block.data) != bool(block.ends)
+        found += [(number, row) for number, row in enumerate(block.data.split(b"\n"), block.first + 1) if row]
+    assert found == [(int(place.rpartition(":")[2]), row) for place, row in input_files.read_lines(path)]
     return found
 
 
@@ -52,8 +52,8 @@ def test_progress_adds_up_to_the_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
         data = pack(name, b'{"text": "x"}\n' * 500)
         (tmp_path / name).write_bytes(data)
-        blocks = list(input_files.read_blocks(input_files.Source(tmp_path / name), 0, 512))
-        assert sum(block.advance for block in blocks) == len(data) and len(blocks) > 1
+        blocks = list(input_files.read_segments(input_files.Source(tmp_path / name), 0, 1 << 62, block_bytes=512))
+        assert sum(block.advance for block in blocks) == len(data) and len(blocks) > 3
 
 
 def test_broken_streams_are_named(tmp_path):
@@ -69,7 +69,7 @@ def test_broken_streams_are_named(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            list(input_files.read_blocks(input_files.Source(tmp_path / name), 0))
+            list(input_files.read_lines(tmp_path / name))
 
 
 def test_sources_of_folders_and_globs(tmp_path):

@@ -25,13 +25,17 @@ def tokenizer(request, tmp_path_factory):
     return validate.load_tokenizer(folder)
 
 
+def ids_of(encoder, texts: list[str], length: int, prefix: str | list[str] = "") -> tuple[list[list[int]], list[bool]]:
+    """Ids of each text, none of one without text, and whether it was cut."""
+    made = encoder.encode(texts, length, prefix)
+    return [ids.tolist() for ids in made.ids.split()], made.cuts.tolist()
+
+
 def ids_and_words(encoder, texts: list[str], length: int) -> tuple[list[list[int]], list[np.ndarray], list[bool]]:
     """What `encode` says of each text: its ids, the word of each, whether it was cut; nothing of one without text."""
-    made = encoder.encode(texts, length)
-    ends = np.cumsum(made.lengths)[:-1]
-    rows = iter(zip(np.split(made.ids, ends), np.split(made.words, ends), made.cuts, strict=True))
-    found = [([], np.zeros(0, np.int32), False) if silent else next(rows) for silent in made.silent]
-    return [list(map(int, ids)) for ids, _, _ in found], [words for _, words, _ in found], [bool(cut) for *_, cut in found]
+    made = encoder.encode(texts, length, words=True)
+    words = made.ids._replace(values=made.words).split()
+    return [ids.tolist() for ids in made.ids.split()], words, made.cuts.tolist()
 
 
 def pieces_by_word(tokenizer, text: str, length: int = 512) -> list[list[str]]:
@@ -63,7 +67,7 @@ def test_baked_in_truncation_and_padding_change_nothing(minilm_path):
     raw = AutoTokenizer.from_pretrained(minilm_path)
     assert raw.backend_tokenizer.truncation["max_length"] == 128 and raw.backend_tokenizer.padding["length"] == 128
     for tokenizer in (raw, validate.load_tokenizer(minilm_path)):
-        (long, short), cuts = validate.BatchTokenizer(validate.core(tokenizer)).ids([LONG, "hi"], 300)
+        (long, short), cuts = ids_of(validate.BatchTokenizer(validate.core(tokenizer)), [LONG, "hi"], 300)
         assert (len(long), len(short), cuts) == (300, 3, [True, False])
         assert long[0] == short[0] == 101 and long[-1] == short[-1] == 102
     assert raw.backend_tokenizer.truncation is not None, "core() changed a tokenizer that it was lent"
@@ -75,7 +79,7 @@ def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
     texts = [*helpers.SENTENCES, LONG, "a", "北京 hello <mask> [MASK]"]
     for length in (3, 16, 64, 2048):
         wanted = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-        rows, _ = encoder.ids(texts, length)
+        rows, _ = ids_of(encoder, texts, length)
         assert rows == wanted
         with_words, words, _ = ids_and_words(encoder, texts, length)
         assert with_words == wanted and [len(w) for w in words] == [len(row) for row in wanted]
@@ -83,7 +87,7 @@ def test_ids_are_those_of_the_tokenizer_cut_before_its_last_special(tokenizer):
 
 def test_instruction_is_a_plain_prefix(tokenizer):
     """No separator is added: ids are those of the two strings put together, specials inside the length."""
-    rows, cuts = validate.BatchTokenizer(validate.core(tokenizer)).ids(["fox jumps", LONG], 20, "question: ")
+    rows, cuts = ids_of(validate.BatchTokenizer(validate.core(tokenizer)), ["fox jumps", LONG], 20, "question: ")
     assert rows[0] == tokenizer("question: fox jumps")["input_ids"] and cuts == [False, True]
     assert rows[1] == tokenizer("question: " + LONG, truncation=True, max_length=20)["input_ids"]
 
@@ -93,7 +97,7 @@ def test_instruction_is_a_plain_prefix(tokenizer):
 def test_a_text_without_a_token_of_its_own_is_empty(minilm_path, text, prefix):
     """Zero-width characters and special tokens say nothing; an instruction before them must not hide that."""
     encoder = validate.BatchTokenizer(validate.core(validate.load_tokenizer(minilm_path)))
-    rows, _ = encoder.ids([text, "fine", "!", "中"], 16, prefix)
+    rows, _ = ids_of(encoder, [text, "fine", "!", "中"], 16, prefix)
     assert rows[0] == [] and all(rows[1:])
 
 
@@ -240,14 +244,14 @@ def test_a_batch_gives_what_each_text_gives_alone(tokenizer, monkeypatch):
     encoder = validate.BatchTokenizer(validate.core(tokenizer))
     alone = [ids_and_words(encoder, [text], 40) for text in texts]
     prefixes = (["", "query: ", "[SEP]"] * 8)[: len(texts)]
-    alone_ids = [encoder.ids([text], 40, prefix) for text, prefix in zip(texts, prefixes, strict=True)]
+    alone_ids = [ids_of(encoder, [text], 40, prefix) for text, prefix in zip(texts, prefixes, strict=True)]
     for size in (1, 3, 5, 256):
         monkeypatch.setattr(tokenize, "BATCH", size)
         rows, words, cuts = ids_and_words(encoder, texts, 40)
         assert rows == [row for (row,), _, _ in alone] and cuts == [cut for *_, (cut,) in alone]
         assert [found.tolist() for found in words] == [wanted.tolist() for _, (wanted,), _ in alone]
-        assert encoder.ids(texts, 40, prefixes) == ([row for (row,), _ in alone_ids], [cut for _, (cut,) in alone_ids])
-    assert [] in rows and True in cuts and encoder.encode([], 40).lengths.tolist() == []
+        assert ids_of(encoder, texts, 40, prefixes) == ([row for (row,), _ in alone_ids], [cut for _, (cut,) in alone_ids])
+    assert [] in rows and True in cuts and encoder.encode([], 40, words=True).ids.lengths.tolist() == []
 
 
 def test_encoding_starts_no_thread():
@@ -258,7 +262,7 @@ from pathlib import Path
 from bge_ds.data.preprocess import validate as records
 encoder = records.BatchTokenizer(records.core(records.load_tokenizer(sys.argv[1])))
 before = os.listdir("/proc/self/task")
-encoder.encode(["the quick brown fox"] * 2000, 64), encoder.ids(["the quick brown fox"] * 2000, 64, "query: ")
+encoder.encode(["the quick brown fox"] * 2000, 64, words=True), encoder.encode(["the quick brown fox"] * 2000, 64, "query: ")
 assert os.listdir("/proc/self/task") == before
 assert os.environ.get("TOKENIZERS_PARALLELISM") == (sys.argv[2:] or [None])[0]
 """
@@ -281,9 +285,9 @@ def test_a_segmenters_dictionary_waits_for_the_first_text_that_needs_it(minilm_p
     tokenizer = jieba.Tokenizer
     monkeypatch.setattr(jieba, "Tokenizer", lambda: made.append(1) or tokenizer())
     encoder = validate.BatchTokenizer(validate.core(validate.load_tokenizer(minilm_path)), "jieba")
-    encoder.encode(["plain words, é"], 64)
+    encoder.encode(["plain words, é"], 64, words=True)
     assert made == []
-    encoder.encode(["北京大学"], 64), encoder.encode(["北京大学"], 64)
+    encoder.encode(["北京大学"], 64, words=True), encoder.encode(["北京大学"], 64, words=True)
     assert made == [1]
 
 

@@ -12,8 +12,9 @@ import torch
 
 from bge_ds import evaluate
 from bge_ds.checkpoint import checkpoint, state_file
+from bge_ds.data import beir
 from bge_ds.evaluation import during_training, retrieval
-from bge_ds.kernels.packed import pack, split
+from bge_ds.kernels.packed import chunk_bounds, pack, runs_of, split
 from bge_ds.modeling.encoder import Encoder
 from bge_ds.training.metrics import Meter, RunLog
 
@@ -24,7 +25,8 @@ SHARE_SCRIPT = """
 import json, os, sys
 import torch
 from pathlib import Path
-from bge_ds.evaluation import during_training as evaluation, retrieval
+from bge_ds.data import beir
+from bge_ds.evaluation import during_training as evaluation
 from bge_ds.data.preprocess import validate as records
 from bge_ds.modeling.encoder import Encoder
 
@@ -32,7 +34,7 @@ if int(os.environ["WORLD_SIZE"]) > 1:
     torch.distributed.init_process_group("gloo")
 model_path, folder, out = sys.argv[1:]
 evaluation.SMALLEST_UNIT = 4
-sets = retrieval.read_folders([Path(folder)], "--eval_data")
+sets = beir.read_folders([Path(folder)], "--eval_data")
 tokenizer = records.load_tokenizer(model_path)
 evaluator = evaluation.Evaluator(sets, tokenizer, torch.device("cpu"), query_max_len=16, passage_max_len=24, batch_size=3)
 model = Encoder.load(model_path, "mean").train()
@@ -174,7 +176,7 @@ def single_process(setting: Path, command: str, model: Path | None = None) -> di
     if command == "finetune":
         flags += ["--sentence_pooling_method", "mean", "--query_instruction_for_retrieval", "the "]
     args = evaluate.parser().parse_args(flags)
-    values = retrieval.evaluate_set(retrieval.read_folder(setting / "set"), evaluate.load_embedder(args))
+    values = retrieval.evaluate_set(beir.read_folder(setting / "set"), evaluate.load_embedder(args))
     return {f"eval_{prefix}{name}": values[name] for prefix in ("set_", "") for name in retrieval.NAMES}
 
 
@@ -310,15 +312,15 @@ def test_tokenizing_leaves_the_tokenizer_as_it_was(setting):
     before = tokenizer.backend_tokenizer.to_str()
     rows = retrieval.tokenize(tokenizer, ["the quick brown fox " * 9, ""], 7)
     assert [len(row) for row in rows] == [7, 2] and tokenizer.backend_tokenizer.to_str() == before
-    packed = during_training.TokenRows(rows, len(tokenizer))
-    assert packed.ids.dtype.itemsize == 1 and [row.tolist() for row in packed] == rows
+    packed = during_training.to_ragged(rows, len(tokenizer))
+    assert packed.values.dtype.itemsize == 1 and [row.tolist() for row in packed.split()] == rows
 
 
 def test_pieces_hold_every_row_once():
     """Rows by length, at most the tokens asked for, a longer row by itself."""
-    rows = during_training.TokenRows([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], 9)
-    texts, _ = pack(list(rows))
-    pieces = split(texts, rows.bounds(12))
+    rows = during_training.to_ragged([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], 9)
+    texts, _ = pack(rows.split())
+    pieces = split(texts, chunk_bounds(runs_of(rows.lengths), None, 12))
     assert [piece.cu_seqlens.diff().tolist() for piece in pieces] == [[1, 2, 5], [7], [7], [9], [30]]
 
 
@@ -326,7 +328,7 @@ def test_vectors_of_a_share_are_the_encoders(setting):
     """Each unit's vectors come in the order of its texts, as the encoder gives them."""
     rng = np.random.default_rng(1)
     texts = [rng.integers(5, 90, 3 + int(n)).tolist() for n in rng.permutation(40)]
-    share = during_training.Share(
+    share = during_training.DistributedTexts(
         map(str, range(40)), 40, lambda unit: [texts[int(t)] for t in unit], 200, 60, torch.device("cpu")
     )
     model = Encoder.load(str(setting / "model")).eval()

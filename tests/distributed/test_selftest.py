@@ -7,7 +7,7 @@ import json
 import helpers
 import pytest
 
-from bge_ds.doctor.meeting import LARGEST_DIFFERENCE
+from bge_ds.doctor.network_checks import LARGEST_DIFFERENCE
 
 SCRIPT = """
 import json, sys

@@ -219,13 +219,13 @@ def test_a_stranger_is_no_rank():
         guard = watcher.Watcher(0, 1, 5)
         guard.start()
         listener = rendezvous.listen(1)
-        guard._order(lambda guard=guard, listener=listener: guard._open(listener))
+        guard._call(lambda guard=guard, listener=listener: guard._open(listener))
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=10) as sock:
             sock.sendall(text)
             while data := sock.recv(100):
                 assert b"beat" in data
         guard.leave(keep_ignoring=False)  # waits for the thread
-        assert guard.links == []
+        assert guard.connections == []
     assert [signal.getsignal(number) for number in watcher.SIGNALS] == before
 
 
@@ -234,7 +234,7 @@ def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match="no MASTER_ADDR: give the address of rank 0's host"):
-        rendezvous.meeting_point()
+        rendezvous.master_address()
 
 
 def test_the_hosts_of_ranks_that_never_came(tmp_path):

@@ -90,7 +90,7 @@ def test_ssh_takes_the_options_that_pdsh_gets(monkeypatch):
 
 
 def ask(script: str, **how):
-    talk = cluster.Talk([sys.executable, "-u", "-c", script])
+    talk = cluster.ProbeProcess([sys.executable, "-u", "-c", script])
     try:
         return talk.ask(**{"timeout_s": 30, "do": "it", **how})
     finally:
@@ -99,7 +99,7 @@ def ask(script: str, **how):
 
 def test_an_answer_is_found_among_other_lines():
     """What a login shell or a library prints around an answer is no part of it."""
-    script = f"print('welcome'); print(input()); print('x {cluster.MARK}' + '{{\"a\": 1}}'); print('bye')"
+    script = f"print('welcome'); print(input()); print('x {cluster.ANSWER}' + '{{\"a\": 1}}'); print('bye')"
     answer = ask(script)
     assert answer["a"] == 1 and answer["sent"] <= answer["received"]
 
@@ -110,6 +110,6 @@ def test_an_answer_is_found_among_other_lines():
 )
 def test_no_answer_ends_with_what_was_said(script, timeout_s, status):
     """A probe that ended tells its status, one that hangs none; both their last lines. Neither keeps the doctor waiting."""
-    with pytest.raises(cluster.Silence) as caught:
+    with pytest.raises(cluster.NoAnswer) as caught:
         ask(script, timeout_s=timeout_s)
-    assert caught.value.status == status and caught.value.said == ["why"]
+    assert caught.value.status == status and caught.value.printed == ["why"]

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 import xxhash
 from tqdm import tqdm
@@ -100,10 +101,11 @@ def build(
 
 def tell(output: Path, manifest: Manifest, tokenizer: str, say: Callable[[str], None]) -> None:
     """Says which lines were skipped, and whether the tokenizer knows the language."""
-    for line in merge.shown_skipped(output, SHOWN):
-        say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
     counts = manifest.counts
     if counts["skipped"]:
+        with open(output / SKIPPED, "rb") as file:
+            for line in map(orjson.loads, itertools.islice(file, SHOWN)):
+                say(f"skipped {line['file']}:{line['line']}: {line['reason']}")
         say(f"skipped {counts['skipped']} lines in all, listed in {output / SKIPPED}")
     if counts["unknown_tokens"] > counts["tokens"] / 10:
         percent = 100 * counts["unknown_tokens"] / counts["tokens"]
@@ -142,11 +144,7 @@ class _Build:
 
     def part(self, folder: Path) -> Part:
         """What `merge.merge` needs to know of a run beside its records."""
-        core = self.tokenizer
-        tokenizer = TokenizerEntry(
-            name=core.name, fingerprint=core.fingerprint, vocab_size=core.vocab_size,
-            prefix_ids=list(core.prefix_ids), suffix_ids=list(core.suffix_ids),
-        )  # fmt: skip
+        tokenizer = msgspec.convert(self.tokenizer, TokenizerEntry, from_attributes=True)
         header = Header(
             kind=self.settings.kind, bge_ds_version=__version__, tokenizer=tokenizer, sample=self.share.sample or None,
             **self.settings.named(),
@@ -200,8 +198,8 @@ class _Build:
             return
         sample = self.share.sample if stage == "rows" else 0
         wanted = mine if sample else lambda k: mine(k) and k not in done
-        blocks = input_files.read_segments(source, number, self.cut, wanted, columns=settings.input_columns())
-        yield from input_files.first_lines(blocks, sample) if sample else blocks
+        columns = settings.input_columns()
+        yield from input_files.read_segments(source, number, self.cut, wanted, columns=columns, sample=sample)
 
     def _take(
         self,
@@ -227,15 +225,11 @@ class _Build:
                     writer = None
                     continue
                 if result.bad and settings.on_error == "raise":
-                    self._refuse(group[block.source], block, result.bad[0], settings)
+                    number, reason = result.bad[0]
+                    place = input_files.place_of(group[block.source], block, number, self.cut, settings.input_columns())
+                    raise ValueError(f"{place}: {reason}")
                 writer.add(result)
                 bar.update(block.advance)
         finally:
             if writer is not None:
                 writer.abort()
-
-    def _refuse(self, source: Source, block: Block, bad: tuple[int, str], settings: PreprocessSettings) -> None:
-        before = block.before
-        if before is None:
-            before = input_files.lines_before(source, block.segment, self.cut, settings.input_columns())
-        raise ValueError(f"{source.name}:{before + bad[0] + source.first_number}: {bad[1]}")

@@ -7,15 +7,13 @@ same index without tokenising what is another's.
 """
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from bge_ds.data.preprocess import table_files, validate
-from bge_ds.data.preprocess.input_files import Block, Source, lines_before, read_segments
+from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess.input_files import Source, place_of, read_segments
 
 BUCKETS = 256
 HELD = 1 << 20  # ids that are gathered before they go to their buckets
@@ -44,9 +42,11 @@ def build_index(folder: Path, sources: list[Source], cut: int, columns: tuple[tu
                     counts[-1].append(count)
                     count = 0
                 continue
-            for number, identity in _identities(source, block, cut, columns, wanted):
+            for number, entry in validate.records(block.lines(), block.first, "corpus", columns):
+                if isinstance(entry, str):
+                    raise ValueError(f"{place_of(source, block, number, cut, wanted)}: {entry}")
                 place = index << 48 | block.segment << 28 | number
-                held.append((xxhash.xxh3_128_digest(identity.encode()), row, place))
+                held.append((xxhash.xxh3_128_digest(entry["_id"].encode()), row, place))
                 row, count = row + 1, count + 1
             if len(held) >= HELD:
                 _scatter(buckets, held)
@@ -54,22 +54,6 @@ def build_index(folder: Path, sources: list[Source], cut: int, columns: tuple[tu
     _scatter(buckets, held)
     _join(folder, buckets, sources, cut, wanted)
     return counts
-
-
-def _identities(
-    source: Source, block: Block, cut: int, columns: tuple[tuple[str, str], ...], wanted: tuple[str, ...]
-) -> Iterable[tuple[int, str]]:
-    """(line in the segment, id) of a block of a corpus."""
-    lines: Any = table_files.from_bytes(block.data) if block.is_arrow else block.data.split(b"\n")
-    for number, line in enumerate(lines, block.first):
-        if not block.is_arrow and not line.strip():
-            continue
-        try:
-            entry = validate.check(line, "corpus", columns) if block.is_arrow else validate.parse_line(line, "corpus", columns)
-        except ValueError as error:
-            before = lines_before(source, block.segment, cut, wanted) if block.before is None else block.before
-            raise ValueError(f"{source.name}:{before + number + source.first_number}: {error}") from None
-        yield number, entry["_id"]
 
 
 def _scatter(buckets: Path, held: list[tuple[bytes, int, int]]) -> None:
@@ -103,16 +87,8 @@ def _join(folder: Path, buckets: Path, sources: list[Source], cut: int, columns:
 
 def _place(packed: int, sources: list[Source], cut: int, columns: tuple[str, ...]) -> str:
     source, segment, number = packed >> 48, packed >> 28 & (1 << 20) - 1, packed & (1 << 28) - 1
-    held = sources[source]
-    if held.is_stream:
-        before = 0
-        for block in read_segments(held, 0, cut, columns=columns):
-            if block.segment == segment and block.before is not None:
-                before = block.before
-                break
-    else:
-        before = lines_before(held, segment, cut, columns)
-    return f"{held.name}:{before + number + held.first_number}"
+    only = read_segments(sources[source], source, cut, lambda k: k == segment, columns=columns)
+    return place_of(sources[source], next(only), number, cut, columns)
 
 
 def remove_index(folder: Path) -> None:

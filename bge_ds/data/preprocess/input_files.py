@@ -13,12 +13,14 @@ A part that takes only some segments asks for those; a stream's others are read 
 
 import glob
 import gzip
-import itertools
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import pyarrow as pa
 
 from bge_ds.data.preprocess import table_files
 
@@ -76,12 +78,19 @@ class Block:
 
     source: int  # index of the source
     segment: int
-    first: int  # its first line's (row's) number in the segment, from 0
-    data: bytes = field(repr=False)
+    first: int = 0  # its first line's (row's) number in the segment
+    data: bytes = field(default=b"", repr=False)
     advance: int = 0  # bytes of the file that reading this block took
     before: int | None = None  # lines of the source before the segment; None: not counted yet
     is_arrow: bool = False
     ends: str = ""  # "segment": that was all of it; "source": so was that, and `segment` is how many there are
+
+    def lines(self) -> list[Any]:
+        """Its lines as bytes, blank ones too, or its rows as objects: one ValueError where they cannot be decoded."""
+        if self.is_arrow:
+            return table_files.from_bytes(self.data)
+        lines = self.data.split(b"\n")
+        return lines if lines[-1] else lines[:-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -138,6 +147,14 @@ def _sort_in(path: Path, sources: list[Source], unknown: list[Path], is_folder_g
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(`file:line`, line) of all lines of a file, compressed or not, that are not blank. Raises ValueError for a broken one."""
+    for block in read_segments(Source(path), 0, sys.maxsize):
+        for number, line in enumerate(block.lines(), block.first + 1):
+            if line.strip():
+                yield f"{path}:{number}", line
+
+
 def read_segments(
     source: Source,
     index: int,
@@ -145,25 +162,26 @@ def read_segments(
     wanted: Callable[[int], bool] = lambda segment: True,
     *,
     columns: tuple[str, ...] = (),
+    sample: int = 0,
     block_bytes: int = 0,
 ) -> Iterator[Block]:
     """The blocks of the wanted segments in order; after each segment, and at the end, a block that says so.
 
-    `cut` is a segment's bytes, `columns` those that a table is read for. Raises ValueError for a broken input."""
+    `cut` is a segment's bytes, `columns` those that a table is read for. sample: the source ends after so many lines that
+    are not blank. Raises ValueError for a broken input."""
     block_bytes = block_bytes or BLOCK_BYTES
     if source.is_table:
-        yield from _read_rows(table_files.InputTable(source.path, source.is_dataset, columns), index, cut, wanted, block_bytes)
+        table = table_files.InputTable(source.path, source.is_dataset, columns)
+        blocks = _read_rows(table, index, cut, wanted, block_bytes)
     elif source.is_stream:
-        yield from _read_stream(source, index, cut, wanted, block_bytes, columns)
+        blocks = _read_stream(source, index, cut, wanted, block_bytes, columns)
     else:
-        yield from _read_file(source.path, index, cut, wanted, block_bytes)
-
-
-def read_blocks(source: Source, index: int, block_bytes: int = 0) -> Iterator[Block]:
-    """A file of lines from beginning to end, in blocks of about `block_bytes`; `first` is then the line, from 1."""
-    for block in read_segments(source, index, 1 << 62, block_bytes=block_bytes):
-        if not block.ends:
-            yield Block(index, 0, block.first + 1, block.data, block.advance)
+        blocks = _read_file(source.path, index, cut, wanted, block_bytes)
+    segment = 0
+    for block in _first_lines(blocks, sample) if sample else blocks:
+        yield from (Block(index, k, ends="segment") for k in filter(wanted, range(segment, block.segment)))
+        segment = block.segment
+        yield block
 
 
 def lines_before(source: Source, segment: int, cut: int, columns: tuple[str, ...] = ()) -> int:
@@ -172,34 +190,36 @@ def lines_before(source: Source, segment: int, cut: int, columns: tuple[str, ...
         return segment * table_files.InputTable(source.path, source.is_dataset, columns).segment_rows(cut)
     assert not source.is_stream, "a stream's blocks carry the count"
     with open(source.path, "rb") as file:
-        left, count = _line_start(file, segment * cut), 0
+        end = _line_start(file, segment * cut)
         file.seek(0)
-        while left and (chunk := file.read(min(left, BLOCK_BYTES))):
-            left, count = left - len(chunk), count + chunk.count(b"\n")
-    return count
+        return sum(data.count(b"\n") for data in _whole_lines(file, BLOCK_BYTES, end))
 
 
-def first_lines(blocks: Iterable[Block], count: int) -> Iterator[Block]:
-    """The first `count` lines that are not blank (rows) of one source; the source then ends where they do."""
-    left = count
+def place_of(source: Source, block: Block, number: int, cut: int, columns: tuple[str, ...] = ()) -> str:
+    """`file:line` of a line (row) of a block's segment, where it has that number."""
+    before = lines_before(source, block.segment, cut, columns) if block.before is None else block.before
+    return f"{source.name}:{before + number + source.first_number}"
+
+
+def _first_lines(blocks: Iterator[Block], left: int) -> Iterator[Block]:
+    """The blocks up to the first `left` lines that are not blank (rows); the source then ends there."""
     for block in blocks:
-        if block.ends or left <= 0:
-            yield block
-            continue
+        data, at = block.data, 0
         if block.is_arrow:
-            data, rows = table_files.head(block.data, left)
+            data, rows = table_files.head(data, left)
             left -= rows
         else:
-            lines = block.data.splitlines(keepends=True)
-            full = itertools.accumulate(bool(line.strip()) for line in lines)
-            upto = sum(1 for number in full if number < left) + 1
-            data = b"".join(lines[:upto])
-            left -= sum(bool(line.strip()) for line in lines[:upto])
-        yield Block(block.source, block.segment, block.first, data, block.advance, block.before, block.is_arrow)
-        if left <= 0:
-            yield Block(block.source, block.segment, 0, b"", ends="segment")
-            yield Block(block.source, block.segment + 1, 0, b"", ends="source")
+            while left and at < len(data):
+                begin, at = at, data.find(b"\n", at) + 1 or len(data)
+                left -= bool(data[begin:at].strip())
+            data = data[:at]
+        yield replace(block, data=data)
+        if not left and not block.ends:
+            yield Block(block.source, block.segment + 1, ends="source")
             return
+
+
+# The readers below give the blocks of the wanted segments, and a last one that tells how many segments there are.
 
 
 def _read_rows(
@@ -214,52 +234,37 @@ def _read_rows(
             advance = table.num_bytes * (at + count) // table.rows - table.num_bytes * at // table.rows
             yield Block(index, k, at - first, data, advance, first, is_arrow=True)
             at += count
-        yield Block(index, k, 0, b"", ends="segment")
-    yield Block(index, segments, 0, b"", ends="source")
-
-
-def _line_start(file: Any, offset: int) -> int:
-    """The offset of the first line that begins at `offset` or after; the file's size where none does."""
-    if offset == 0 or offset >= (size := file.seek(0, 2)):
-        return size if offset else 0
-    file.seek(offset - 1)
-    at = offset - 1
-    while chunk := file.read(1 << 16):
-        if (found := chunk.find(b"\n")) >= 0:
-            return at + found + 1
-        at += len(chunk)
-    return at
+    yield Block(index, segments, ends="source")
 
 
 def _read_file(path: Path, index: int, cut: int, wanted: Callable[[int], bool], block_bytes: int) -> Iterator[Block]:
     with open(path, "rb") as file:
-        segments = max(1, -(-file.seek(0, 2) // cut))
+        segments = max(1, -(-(size := file.seek(0, 2)) // cut))
         for k in filter(wanted, range(segments)):
-            start, end = _line_start(file, k * cut), _line_start(file, (k + 1) * cut)
-            file.seek(start)
+            end = _line_start(file, min((k + 1) * cut, size))
+            start = _line_start(file, k * cut)
             line = 0
-            for data in _whole_lines(_limited(file, end - start), block_bytes):
+            for data in _whole_lines(file, block_bytes, end - start):
                 text = data.removeprefix(BOM) if start == 0 and line == 0 else data
                 yield Block(index, k, line, text, len(data))
                 line += data.count(b"\n")
-            yield Block(index, k, 0, b"", ends="segment")
-    yield Block(index, segments, 0, b"", ends="source")
+    yield Block(index, segments, ends="source")
 
 
-def _limited(file: Any, left: int) -> Callable[[int], bytes]:
-    def read(size: int) -> bytes:
-        nonlocal left
-        chunk = file.read(min(size, left))
-        left -= len(chunk)
-        return chunk
-
-    return read
+def _line_start(file: BinaryIO, offset: int) -> int:
+    """Goes to the first line that begins at `offset` or after, or to the end; returns where that is."""
+    file.seek(max(0, offset - 1))
+    if offset:
+        file.readline()
+    return file.tell()
 
 
-def _whole_lines(read: Callable[[int], bytes], block_bytes: int) -> Iterator[bytes]:
+def _whole_lines(file: Any, block_bytes: int, left: int = sys.maxsize) -> Iterator[bytes]:
+    """The next `left` bytes of a file, in pieces of about `block_bytes` that end where lines do."""
     rest: list[bytes] = []
     while True:
-        chunk = read(block_bytes)
+        chunk = file.read(min(block_bytes, left))
+        left -= len(chunk)
         cut = chunk.rfind(b"\n") + 1
         if chunk and not cut:
             rest.append(chunk)
@@ -277,89 +282,42 @@ def _read_stream(
 ) -> Iterator[Block]:
     """A line goes to the segment that its first byte's offset says; segments that no line begins in are empty."""
     segment, line, before, offset = 0, 0, 0, 0
-    chunks = _hub_lines(source.hub, columns, block_bytes) if source.hub else _unpacked(source.path, block_bytes)
+    if source.hub:
+        chunks = ((data, 0) for data in table_files.hub_lines(source.hub, columns, block_bytes))
+    else:
+        chunks = _unpacked(source.path, block_bytes)
     for data, advance in chunks:
         at = 0
         while at < len(data):
-            while offset + at >= (segment + 1) * cut:
-                if wanted(segment):
-                    yield Block(index, segment, 0, b"", ends="segment")
-                segment, line, before = segment + 1, 0, before + line
+            if (here := (offset + at) // cut) > segment:
+                segment, line, before = here, 0, before + line
             border = (segment + 1) * cut - offset
             # The first line that begins at the border or after: its predecessor ends at border - 1 or after.
             end = len(data) if border >= len(data) else data.find(b"\n", border - 1) + 1 or len(data)
-            part = data if end - at == len(data) else data[at:end]
             if wanted(segment):
-                text = part.removeprefix(BOM) if offset + at == 0 else part
-                yield Block(index, segment, line, text, advance, before)
+                text = data[at:end]
+                yield Block(index, segment, line, text if offset + at else text.removeprefix(BOM), advance, before)
                 advance = 0
-            line, at = line + part.count(b"\n"), end
+            line, at = line + data.count(b"\n", at, end), end
         offset += len(data)
-    if wanted(segment):
-        yield Block(index, segment, 0, b"", ends="segment")
-    yield Block(index, segment + 1, 0, b"", ends="source")
-
-
-def _hub_lines(shard: table_files.HubShard, columns: tuple[str, ...], block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    lines, size = [], 0
-    for line in table_files.hub_lines(shard, columns):
-        lines.append(line)
-        size += len(line)
-        if size >= block_bytes:
-            yield b"".join(lines), 0
-            lines, size = [], 0
-    if lines:
-        yield b"".join(lines), 0
+    yield Block(index, segment + 1, ends="source")
 
 
 def _unpacked(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
     """(whole lines, bytes of the file that they took) of a compressed file."""
-    import zstandard
-
-    line, at = 1, 0
-    kind = "gzip" if path.suffix == ".gz" else "zstd"
+    line, at, kind = 1, 0, "gzip" if path.suffix == ".gz" else "zstd"
     with open(path, "rb") as raw:
-        if kind == "gzip":
-            stream: Any = gzip.open(raw)  # noqa: SIM115 - holds nothing but `raw`
-        else:
-            stream = _CheckedZstd(raw, zstandard)
-        lines = _whole_lines(stream.read, block_bytes)
+        # pyarrow refuses a gzip file that is padded with zeros, Python's reader does not.
+        lines = _whole_lines(gzip.open(raw) if kind == "gzip" else pa.CompressedInputStream(raw, kind), block_bytes)  # noqa: SIM115
         while True:
             try:
                 data = next(lines, b"")
             except gzip.BadGzipFile as error:
                 raise ValueError(f"{path}:{line}: not gzip, though its name ends in .gz: {error}") from error
-            except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            except (EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{path}:{line}: the {kind} stream breaks off near this line: {error}") from error
             if not data:
                 return
             here = raw.tell()
             yield data, here - at
             line, at = line + data.count(b"\n"), here
-
-
-class _CheckedZstd:
-    """Reads all frames of a zstd file. The library's own reader takes a file that is cut short for a shorter one."""
-
-    def __init__(self, raw: Any, zstandard: Any) -> None:
-        self._raw, self._library = raw, zstandard
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._ready, self._inside = bytearray(), False
-
-    def read(self, size: int) -> bytes:
-        while len(self._ready) < size:
-            fed = self._raw.read(1 << 16)
-            if not fed:
-                if self._inside:
-                    raise self._library.ZstdError("the file ends inside a frame")
-                break
-            while fed:
-                self._inside = True
-                self._ready += self._frame.decompress(fed)
-                if not self._frame.eof:
-                    break
-                fed, self._inside = self._frame.unused_data, False
-                self._frame = self._library.ZstdDecompressor().decompressobj()
-        found = bytes(self._ready[:size])
-        del self._ready[:size]
-        return found

@@ -6,20 +6,21 @@ folder holds hard links to the parts' files, which stay valid when the parts are
 """
 
 import errno
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import msgspec
 import orjson
 
 from bge_ds.data.preprocess import output_folder, segment_writer
-from bge_ds.data.preprocess.rows import SegmentRecord
-from bge_ds.data.shards import manifest_file
 from bge_ds.data.shards.manifest_file import (
+    PART,
+    SKIPPED,
+    TABLES,
     Manifest,
     Part,
     PartSource,
@@ -74,138 +75,102 @@ def assemble(folder: Path, parts: list[Path], part: Part) -> Manifest:
     """Writes the list of skipped lines and the manifest of `folder` from the records in `parts`. Returns the manifest.
 
     Raises ValueError where nothing can be trained on, or, with on_error "raise", for a source without a line."""
-    total = _Totals(folder, parts, part)
-    header = msgspec.to_builtins(part.header)
-    if part.corpus:
-        header["corpus"] = total.read_stage("corpus", part.corpus)
+    header, kind, listed = msgspec.to_builtins(part.header), part.header.kind, folder / f".{SKIPPED}"
     try:
-        with open(folder / f".{manifest_file.SKIPPED}", "wb") as total.skip_file:
-            found = total.read_stage("rows", part.sources)
+        with open(listed, "wb") as skip_file:
+            total = _Totals(parts, part, skip_file)
+            if part.corpus:
+                header["corpus"] = total.add_stage("corpus", part.corpus)
+            sources = total.add_stage("rows", part.sources)
         try:
-            counts = total.counts(part.header.kind)
+            counts = total.counts(kind, sources[-1].rows[1])
         except ValueError:
             shutil.rmtree(folder / output_folder.JOURNAL, ignore_errors=True)  # no way to go on: the input must change
             raise
         if total.skipped:
-            os.replace(folder / f".{manifest_file.SKIPPED}", folder / manifest_file.SKIPPED)
+            os.replace(listed, folder / SKIPPED)
     finally:
-        (folder / f".{manifest_file.SKIPPED}").unlink(missing_ok=True)
-    tables = manifest_file.TABLES[part.header.kind]
-    total.files.sort(key=lambda entry: tables.index(entry.table))  # stable: within a table the input's order stays
-    for entry in total.files:
-        owner = total.owners[entry.file]
+        listed.unlink(missing_ok=True)
+    # Stable: within a table the input's order stays.
+    files = sorted(total.files, key=lambda pair: TABLES[kind].index(pair[0].table))
+    for entry, owner in files:
         if not (owner / entry.file).is_file():
             raise ValueError(f"{owner / entry.file} is missing: copy this part again, or make it again")
         if owner != folder:
             _link(owner / entry.file, folder / entry.file)
-    return write_manifest(folder, {**header, "counts": counts, "sources": found, "shards": total.files})
+    shards = [entry for entry, _ in files]
+    return write_manifest(folder, {**header, "counts": counts, "sources": sources, "shards": shards})
 
 
 class _Totals:
     """Adds up records in the order of the input."""
 
-    def __init__(self, folder: Path, parts: list[Path], part: Part) -> None:
-        self.folder, self.parts, self.part = folder, parts, part
-        self.files: list[ShardEntry] = []
-        self.owners: dict[str, Path] = {}  # file -> the folder that it is in
-        self.sums = dict.fromkeys(("passages", "named", "alone", "rows", *SUMMED), 0)
-        self.only: set[str | None] = set()  # the one passage of each segment that has but one; None: a segment has more
-        self.skipped, self.place, self.first_skipped = 0, "", ""
-        self.skip_file: Any = None
+    def __init__(self, parts: list[Path], part: Part, skip_file: BinaryIO) -> None:
+        self.parts, self.part, self.skip_file = parts, part, skip_file
+        self.files: list[tuple[ShardEntry, Path]] = []  # each with the folder that it is in
+        self.sums: Counter[str] = Counter()
+        self.only: set[str | None] = set()  # the only passage of each segment with rows
+        self.skipped, self.place, self.first_skipped = 0, "", ""  # place: of the first row
 
-    def read_stage(self, stage: str, sources: list[PartSource]) -> list[SourceEntry]:
+    def add_stage(self, stage: str, sources: list[PartSource]) -> list[SourceEntry]:
         """The manifest's entries of a stage's sources."""
         found, row = [], 0
         for number, source in enumerate(sources):
             start, lines, skipped = row, 0, 0
-            for segment, record in self._records(stage, number, source):
+            for segment in range(source.segments):
+                owner = self.parts[(number + segment) % len(self.parts)]
+                try:
+                    record = segment_writer.read_record(owner, stage, number, segment)
+                except FileNotFoundError:
+                    raise ValueError(
+                        f"{owner} lacks segment {segment} of {source.path}: copy the part again, or make it again"
+                    ) from None
+                self.files += [(entry, owner) for entry in record.files]
+                self.sums.update(record.counts)
                 at = lines + source.first_number
-                self.files += record.files
-                self.owners |= {entry.file: self._owner(number, segment) for entry in record.files}
-                for name in SUMMED:
-                    self.sums[name] += getattr(record, name)
-                if stage == "rows":
-                    self._add(record, f"{source.path}:{at + (record.first or 0)}")
-                    if record.skipped:
-                        self._list_skipped(number, segment, source.path, at)
-                else:
-                    self.sums["passages"] += record.rows
-                row, lines, skipped = row + record.rows, lines + record.lines, skipped + record.skipped
+                for line, reason in record.skipped:
+                    self._skip(source.path, at + line, reason)
+                if stage == "rows" and record.rows:
+                    self.place = self.place or f"{source.path}:{at + (record.first or 0)}"
+                    self.only.add(record.only_passage)
+                row, lines, skipped = row + record.rows, lines + record.lines, skipped + len(record.skipped)
             if row == start and not skipped:
-                self._refuse_empty(source.path, stage)
+                if self.part.on_error == "raise" or stage == "corpus":
+                    raise ValueError(f"{source.path}: the file is empty: it holds no line")
+                self._skip(source.path, 0, "the file is empty")
                 skipped = 1
             found.append(SourceEntry(path=source.path, rows=(start, row), lines=lines, skipped=skipped))
         return found
 
-    def _owner(self, number: int, segment: int) -> Path:
-        return self.parts[(number + segment) % len(self.parts)]
-
-    def _records(self, stage: str, number: int, source: PartSource) -> Iterator[tuple[int, SegmentRecord]]:
-        for segment in range(source.segments):
-            owner = self._owner(number, segment)
-            try:
-                yield segment, segment_writer.read_record(owner, stage, number, segment)
-            except FileNotFoundError:
-                raise ValueError(
-                    f"{owner} lacks segment {segment} of {source.path}: copy the part again, or make it again"
-                ) from None
-
-    def _add(self, record: SegmentRecord, place: str) -> None:
-        for name in ("rows", "passages", "named", "alone"):
-            self.sums[name] += getattr(record, name) or 0
-        if record.rows:
-            self.place = self.place or place
-            self.only.add(record.only_passage or None)
-
-    def _list_skipped(self, number: int, segment: int, path: str, at: int) -> None:
-        owner = self._owner(number, segment)
-        for line in segment_writer.read_skipped(owner, "rows", number, segment):
-            self._skip({"file": path, "line": at + line.line, "reason": line.reason})
-
-    def _skip(self, line: dict[str, Any]) -> None:
-        self.skip_file.write(orjson.dumps(line) + b"\n")
-        self.first_skipped = self.first_skipped or f"{line['file']}:{line['line']}: {line['reason']}"
+    def _skip(self, path: str, line: int, reason: str) -> None:
+        self.skip_file.write(orjson.dumps({"file": path, "line": line, "reason": reason}, option=orjson.OPT_APPEND_NEWLINE))
+        self.first_skipped = self.first_skipped or f"{path}:{line}: {reason}"
         self.skipped += 1
 
-    def _refuse_empty(self, path: str, stage: str) -> None:
-        if self.part.on_error == "raise" or stage == "corpus":
-            raise ValueError(f"{path}: the file is empty: it holds no line")
-        self._skip({"file": path, "line": 0, "reason": "the file is empty"})
-
-    def counts(self, kind: str) -> dict[str, int]:
+    def counts(self, kind: str, rows: int) -> dict[str, int]:
         """The manifest's counts. Raises ValueError where no row can be trained on."""
-        total = self.sums["rows"]
-        if not total:
+        if not rows:
             raise ValueError(f"no line is good: {self.skipped} skipped, the first is {self.first_skipped}")
         if kind == "pretrain":
-            counts = {"texts": total}
+            counts = {"texts": rows}
         else:
-            passages, named = self.sums["passages"], self.sums["named"]
+            passages, named, alone = (self.sums[name] for name in ("passages", "named", "alone"))
             # A corpus may hold passages that no group names, and says nothing of which are named.
             one = passages == 1 or (not self.part.corpus and len(self.only) == 1 and None not in self.only)
-            if self.sums["alone"] == total and (total == 1 or one):
+            if alone == rows and (rows == 1 or one):
                 raise ValueError(
                     f'{self.place}: nothing to compare against: no line has a "neg" text, and no other line has another'
                     " positive, which could serve as one: add negatives or more lines"
                 )
-            counts = {"groups": total, "passages": passages}
+            counts = {"groups": rows, "passages": passages}
             if not self.part.corpus:
                 counts["duplicates"] = named - passages
-            counts["groups_without_negatives"] = self.sums["alone"]
+            counts["groups_without_negatives"] = alone
         return counts | {name: self.sums[name] for name in SUMMED} | {"skipped": self.skipped}
 
 
 def finish(folder: Path) -> Manifest:
     """Removes from a folder with a manifest what was needed to write it. Returns the manifest."""
-    (folder / manifest_file.PART).unlink(missing_ok=True)
+    (folder / PART).unlink(missing_ok=True)
     shutil.rmtree(folder / output_folder.JOURNAL, ignore_errors=True)
     return read_manifest(folder)
-
-
-def shown_skipped(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The first skipped lines of a folder."""
-    path = folder / manifest_file.SKIPPED
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        return [orjson.loads(line) for line in itertools.islice(file, count)]

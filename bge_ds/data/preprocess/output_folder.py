@@ -40,15 +40,12 @@ def new_folder(
         partial.mkdir(exist_ok=True)
         try:
             yield partial
-        except ValueError:
-            if kept := _finished_segments(partial):
+        except Exception as error:
+            kept = _finished_segments(partial)
+            if not kept:
+                shutil.rmtree(partial, ignore_errors=True)
+            elif isinstance(error, ValueError):
                 say(f"{kept} finished segments are kept in {partial}: the same command, with --on_error skip too, uses them")
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except Exception:
-            if not _finished_segments(partial):
-                shutil.rmtree(partial, ignore_errors=True)
             raise
         check_output(output, overwrite)
         shutil.rmtree(old, ignore_errors=True)

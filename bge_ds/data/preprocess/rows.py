@@ -50,24 +50,14 @@ class BlockRows(msgspec.Struct):
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is known of a finished segment; all counts are of the segment alone."""
+    """What is known of a finished segment, by itself."""
 
     files: list[ShardEntry]
     rows: Count
     lines: Count
-    skipped: Count
+    skipped: list[tuple[Count, str]] = []  # (line of the segment from 0, reason)
     first: Count | None  # its first good line
-    tokens: Count
-    unknown_tokens: Count
-    cut_texts: Count
-    passages: Count | msgspec.UnsetType = msgspec.UNSET  # distinct ones; of groups that hold texts, like the next
-    only_passage: str | msgspec.UnsetType | None = msgspec.UNSET  # the hash of the only passage
-    named: Count | msgspec.UnsetType = msgspec.UNSET  # passages that groups name; of groups, like the next
-    alone: Count | msgspec.UnsetType = msgspec.UNSET  # groups without negatives
-
-
-class SkippedLine(msgspec.Struct, frozen=True):
-    """A skipped line, numbered within its segment from 0."""
-
-    line: Count
-    reason: str
+    only_passage: str | None = None  # the hash of the only passage of groups that hold texts
+    # tokens, unknown_tokens, cut_texts; passages: distinct ones; named: passages that groups name; alone: groups without
+    # negatives.
+    counts: dict[str, Count]

@@ -2,19 +2,16 @@
 
 A folder that is being written holds, beside the Arrow files, a folder `segments`:
 
-    STAGE-SOURCE-SEGMENT.json            a segment's record: its files, rows, lines, counts. Written, to the disk, when its
-                                         files are there: a segment with a record is finished
-    STAGE-SOURCE-SEGMENT.skipped.jsonl   its skipped lines, numbered within the segment
-    STAGE-SOURCE.json                    how many segments a source has, known at its end
+    STAGE-SOURCE-SEGMENT.json   a segment's record: its files, counts and skipped lines. Written when its files are on the
+                                disk: a segment with a record is finished
+    STAGE-SOURCE.json           how many segments a source has, known at its end
 
 Stages are `corpus` and `rows`. A record says nothing of what came before its segment, so a part that reads some
 segments, or a run that goes on after a kill, writes the same bytes as one that reads all.
 """
 
-import itertools
-from collections.abc import Iterator
+import contextlib
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +20,7 @@ import pyarrow as pa
 
 from bge_ds.data.files import write_whole
 from bge_ds.data.preprocess import output_folder, validate
-from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, SegmentRecord, SkippedLine, TextRows
+from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, SegmentRecord, TextRows
 from bge_ds.data.preprocess.workers import PreprocessSettings
 from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import shard_reader
@@ -43,7 +40,8 @@ class SegmentWriter:
         tables = {"corpus": ("passages",), "by_id": ("groups",)}.get(settings.stage, tuple(fields))
         self.writers = {name: TableWriter(folder, name, fields[name], source, segment) for name in tables}
         self.rows: dict[bytes, int] = {}  # 128-bit hash of a passage of this segment -> its row
-        self.good = self.lines = self.tokens = self.unknown = self.cut = self.named = self.alone = 0
+        self.good = self.lines = 0
+        self.counts = dict.fromkeys(("tokens", "unknown_tokens", "cut_texts", "passages", "named", "alone"), 0)
         self.first: int | None = None
         self.skipped: list[tuple[int, str]] = []
 
@@ -55,7 +53,7 @@ class SegmentWriter:
             return
         self.first = block.first if self.first is None else self.first
         self.good += block.good
-        self.cut += block.cuts
+        self.counts["cut_texts"] += block.cuts
         match block.rows:
             case TextRows(ids=ids, words=words):
                 self._write_ids("texts", ids, self._list_array("texts", "words", RaggedArrays(words, ids.lengths)))
@@ -73,6 +71,7 @@ class SegmentWriter:
 
     def _write_passages(self, rows: PassageRows) -> None:
         self._write_ids("passages", rows.ids, shard_reader.plain_array(rows.hashes))
+        self.counts["passages"] += len(rows.hashes)
 
     def _add_passages(self, rows: GroupRows) -> np.ndarray:
         """Writes the passages that are new to the segment; returns the row of each that the block names."""
@@ -84,17 +83,16 @@ class SegmentWriter:
         if keep.any():
             kept = RaggedArrays(values[np.repeat(keep, lengths)], lengths[keep])
             self._write_passages(PassageRows(kept, rows.passages.hashes[keep]))
-        self.cut += int(rows.passage_cuts[keep].sum())
+        self.counts["cut_texts"] += int(rows.passage_cuts[keep].sum())
         return np.array([self.rows[key] for key in rows.keys], dtype=np.int64)
 
     def _write_groups(self, rows: GroupRows, at: np.ndarray | None) -> None:
         columns: list[pa.Array] = [self._list_array("groups", "query", rows.queries)]
         for refs in rows.columns[:2]:
-            counts = np.fromiter(map(len, refs), dtype=np.int64, count=len(refs))
-            flat = np.fromiter(itertools.chain.from_iterable(refs), dtype=np.int64, count=int(counts.sum()))
+            flat, counts = RaggedArrays.of_lists(refs, np.int64)
             columns.append(shard_reader.list_array(flat if at is None else at[flat], counts, pa.int64()))
-            self.named += len(flat)
-        self.alone += sum(not len(refs) for refs in rows.columns[1])
+            self.counts["named"] += len(flat)
+        self.counts["alone"] += sum(not len(refs) for refs in rows.columns[1])
         for values, kind in zip(rows.columns[2:], self.writers["groups"].schema.types[3:], strict=True):
             given = any(value is not None for value in values)
             columns.append(pa.array(values, kind) if given else pa.nulls(len(values), kind))
@@ -102,30 +100,22 @@ class SegmentWriter:
         self._count(rows.queries.values)
 
     def _count(self, ids: np.ndarray) -> None:
-        self.tokens += len(ids)
-        self.unknown += int((ids == self.tokenizer.unknown_id).sum()) if self.tokenizer.unknown_id >= 0 else 0
+        self.counts["tokens"] += len(ids)
+        if self.tokenizer.unknown_id >= 0:
+            self.counts["unknown_tokens"] += int((ids == self.tokenizer.unknown_id).sum())
 
     def finish(self) -> None:
         """Closes the tables and writes the record: from here on the segment is finished."""
         files = [entry for writer in self.writers.values() for entry in writer.close()]
-        name = f"{stage_of(self.settings)}-{self.source:05d}-{self.segment:06d}"
-        if self.skipped:
-            lines = (orjson.dumps({"line": line, "reason": reason}) + b"\n" for line, reason in self.skipped)
-            write_whole(self.folder / JOURNAL / f"{name}.skipped.jsonl", b"".join(lines))
-        groups: dict[str, Any] = {}
-        if self.settings.form == "finetune":
-            # One passage in all of the input would leave nothing to compare: its hash tells, segment by segment.
-            groups = {"passages": len(self.rows), "only_passage": None}
-            if len(self.rows) == 1:
-                groups["only_passage"] = next(iter(self.rows)).hex()
-        if self.settings.form in ("finetune", "by_id"):
-            groups |= {"named": self.named, "alone": self.alone}
+        # One passage in all of the input would leave nothing to compare: its hash tells, segment by segment.
+        only = next(iter(self.rows)).hex() if len(self.rows) == 1 else None
         record = SegmentRecord(
-            files=files, rows=self.good, lines=self.lines, skipped=len(self.skipped), first=self.first,
-            tokens=self.tokens, unknown_tokens=self.unknown, cut_texts=self.cut, **groups,
+            files=files, rows=self.good, lines=self.lines, skipped=self.skipped, first=self.first, only_passage=only,
+            counts=self.counts,
         )  # fmt: skip
         # The shards are on the disk by now; a record that a power cut empties is one segment to make again.
-        write_whole(self.folder / JOURNAL / f"{name}.json", msgspec.json.encode(record), sync=False)
+        path = _record_path(self.folder, stage_of(self.settings), self.source, self.segment)
+        write_whole(path, msgspec.json.encode(record), sync=False)
 
     def abort(self) -> None:
         """Closes the open files of a failed run."""
@@ -140,22 +130,22 @@ def stage_of(settings: PreprocessSettings) -> str:
 # ---------------------------------------------------------------------------------------------------------- journal
 
 
+def _record_path(folder: Path, stage: str, source: int, segment: int) -> Path:
+    return folder / JOURNAL / f"{stage}-{source:05d}-{segment:06d}.json"
+
+
 def finished(folder: Path, stage: str, source: int, clean: bool = False) -> set[int]:
-    """The finished segments of a source in a folder that is being written; `clean`: those without a skipped line."""
-    names = {path.name for path in (folder / JOURNAL).glob(f"{stage}-{source:05d}-*")}
-    found = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    if clean:
-        found = {name for name in found if f"{name}.skipped.jsonl" not in names}
-    return {int(name.rpartition("-")[2]) for name in found if _is_whole(folder, folder / JOURNAL / f"{name}.json")}
+    """The segments of a source that have a record, and the files that it names in their sizes, in a folder being written.
 
-
-def _is_whole(folder: Path, path: Path) -> bool:
-    """Whether a record and the files that it names are there, in their sizes."""
-    try:
-        files = _read_record(path).files
-        return all((folder / entry.file).stat().st_size == entry.bytes for entry in files)
-    except (OSError, ValueError):
-        return False
+    clean: those without a skipped line."""
+    found = set()
+    for path in (folder / JOURNAL).glob(f"{stage}-{source:05d}-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            record = _read_record(path)
+            whole = all((folder / entry.file).stat().st_size == entry.bytes for entry in record.files)
+            if whole and not (clean and record.skipped):
+                found.add(int(path.stem.rpartition("-")[2]))
+    return found
 
 
 def end_source(folder: Path, stage: str, source: int, segments: int) -> None:
@@ -174,22 +164,11 @@ def count_segments(folder: Path, stage: str, source: int) -> int | None:
 
 def read_record(folder: Path, stage: str, source: int, segment: int) -> SegmentRecord:
     """The record of a finished segment."""
-    return _read_record(folder / JOURNAL / f"{stage}-{source:05d}-{segment:06d}.json")
+    return _read_record(_record_path(folder, stage, source, segment))
 
 
 def _read_record(path: Path) -> SegmentRecord:
-    return _decode(path.read_bytes(), SegmentRecord, path)
-
-
-def _decode(line: bytes, kind: type, path: Path) -> Any:
     try:
-        return msgspec.json.decode(line, type=kind)
+        return msgspec.json.decode(path.read_bytes(), type=SegmentRecord)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}: copy the part again, or make it again") from None
-
-
-def read_skipped(folder: Path, stage: str, source: int, segment: int) -> Iterator[SkippedLine]:
-    """The skipped lines of a finished segment."""
-    path = folder / JOURNAL / f"{stage}-{source:05d}-{segment:06d}.skipped.jsonl"
-    with open(path, "rb") as file:
-        yield from (_decode(line, SkippedLine, path) for line in file)

@@ -124,9 +124,12 @@ def to_bytes(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def from_bytes(data: bytes) -> list[dict[str, Any]]:
-    """The rows of `to_bytes` as Python objects; a column that is null counts as absent."""
-    rows = pa.ipc.open_stream(data).read_all().to_pylist()
+def from_bytes(data: bytes) -> list[dict[str, Any] | ValueError]:
+    """The rows of `to_bytes` as Python objects, or one ValueError; a column that is null counts as absent."""
+    try:
+        rows = pa.ipc.open_stream(data).read_all().to_pylist()
+    except (ValueError, pa.ArrowException) as error:
+        return [ValueError(f"the rows from here on cannot be decoded: {error}")]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
@@ -172,17 +175,23 @@ def hub_shards(given: str) -> list[HubShard]:
     return [HubShard(name, config or None, split or "train", i, revision) for i in range(max(1, data.num_shards))]
 
 
-def hub_lines(shard: HubShard, columns: tuple[str, ...]) -> Iterator[bytes]:
-    """The rows of a shard as JSON lines, of the columns asked for where the set has them."""
+def hub_lines(shard: HubShard, columns: tuple[str, ...], block_bytes: int) -> Iterator[bytes]:
+    """The rows of a shard as JSON lines, of the columns asked for where the set has them, `block_bytes` or more at a time."""
     data = _stream(_builder(shard.name, shard.config), shard.split, str(shard))
     if data.num_shards > 1:
         data = data.shard(data.num_shards, shard.number)
+    block = bytearray()
     try:
         for row in data:
             held = {name: row[name] for name in columns if row.get(name) is not None} if columns else row
-            yield orjson.dumps(held) + b"\n"
+            block += orjson.dumps(held, option=orjson.OPT_APPEND_NEWLINE)
+            if len(block) >= block_bytes:
+                yield bytes(block)
+                block.clear()
     except (OSError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{shard}: the stream breaks off: {error}: run the same command again to go on") from error
+    if block:
+        yield bytes(block)
 
 
 def _builder(name: str, config: str | None) -> Any:

@@ -1,22 +1,22 @@
-"""TokenizedTexts to token ids and words.
+"""Texts to token ids and words.
 
-TokenizedTexts are encoded many at a time, and what follows (cutting, word numbers, special tokens) is arithmetic on arrays of a
+Texts are encoded many at a time, and what follows (cutting, word numbers, special tokens) is arithmetic on arrays of a
 whole batch: done text by text it took half as long again as the tokenizer itself. Nothing here knows about lines,
 ranks or torch.
 """
 
 import contextlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bge_ds.data.preprocess import token_cache, word_segmentation, word_starts
-from bge_ds.data.ragged import RaggedArrays, inside
+from bge_ds.data.ragged import RaggedArrays, inside, stretches
 
 BATCH = 256  # texts handed to the tokenizer at a time: their encodings take some 30 times the room of their ids
 
@@ -35,19 +35,16 @@ class TokenizerCore:
     unknown_id: int  # what text outside the vocabulary becomes; -1 where every text has tokens
 
 
-@dataclass(frozen=True)
-class TokenizedTexts:
-    """Texts as arrays, end to end, special tokens at the ends of each. Texts that say nothing are in `silent` alone."""
+class TokenizedTexts(NamedTuple):
+    """Texts as arrays, special tokens at the ends of each."""
 
-    ids: np.ndarray  # int32
-    words: np.ndarray  # int32, the word (0, 1, 2, ...) of its text that each token belongs to
-    lengths: np.ndarray  # tokens of each text
-    cuts: np.ndarray  # bool, whether it was cut
-    silent: np.ndarray  # bool, for all texts that were given: whether it gives no token
+    ids: RaggedArrays  # int32; nothing of a text that gives no token
+    words: np.ndarray | None  # int32, the word (0, 1, 2, ...) of its text that each token belongs to
+    cuts: np.ndarray  # bool, whether each text was cut
 
 
 class BatchTokenizer:
-    """TokenizedTexts to token ids with the special tokens at the ends, cut to a length. One for each worker process.
+    """Texts to token ids with the special tokens at the ends, cut to a length. One for each worker process.
 
     word_segmenter: which library says what a word is in scripts without spaces, see `word_segmentation.py`. Raises ValueError
     where it is not installed."""
@@ -72,47 +69,45 @@ class BatchTokenizer:
             what = "special tokens and instruction" if instruction else "special tokens"
             raise ValueError(f"{name} {length} leaves no room for text: {what} take {taken} tokens, give {taken + 1}")
 
-    def ids(self, texts: list[str], length: int, prefix: str | list[str] = "") -> tuple[list[list[int]], list[bool]]:
-        """Ids of each `prefix + text`, at most `length`, and whether it was cut. [] where the text gives no token.
+    def encode(self, texts: list[str], length: int, prefix: str | list[str] = "", words: bool = False) -> TokenizedTexts:
+        """Ids of each `prefix + text`, at most `length`; none where the text gives no token.
 
-        prefix: one for all, or one for each text."""
+        prefix: one for all, or one for each text. words: with the word of each token; a special token is its own."""
         prefixes = [prefix] * len(texts) if isinstance(prefix, str) else prefix
-        rows, cuts = [], []
+        parts = [
+            self._encode_some(texts[first : first + BATCH], prefixes[first : first + BATCH], length, words)
+            for first in range(0, max(1, len(texts)), BATCH)
+        ]
+        numbers = np.concatenate([part.words for part in parts]) if words else None
+        return TokenizedTexts(RaggedArrays.join([p.ids for p in parts]), numbers, np.concatenate([p.cuts for p in parts]))
+
+    def _encode_some(self, texts: list[str], prefixes: list[str], length: int, words: bool) -> TokenizedTexts:
         room = length - self._affixes
-        for some, before in zip(_batches(texts), _batches(prefixes), strict=True):
-            bodies = self._bodies(list(map(str.__add__, before, some)))
-            silent = self._silent(some, before, bodies)
-            rows += [[] if says_nothing else self._wrap(body[:room]) for body, says_nothing in zip(bodies, silent, strict=True)]
-            cuts += [len(body) > room for body in bodies]
-        return rows, cuts
+        ids, starts = self._tokens(list(map(str.__add__, prefixes, texts)), room, words)
+        silent = self._is_silent(ids)
+        # An instruction has tokens of its own: look at the text alone, where it is short or begins without a letter.
+        doubtful = [
+            i
+            for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
+            if prefix and (len(text) < 64 or not any(map(str.isalnum, text[:64])))
+        ]
+        if doubtful:
+            silent[doubtful] = self._is_silent(self._tokens([texts[i] for i in doubtful], room, False)[0])
+        kept = np.minimum(ids.lengths, room)
+        starts = starts[np.repeat(~silent, kept)] if words else None
+        return self._with_affixes(ids, starts, np.where(silent, 0, kept), ids.lengths > room)
 
-    def encode(self, texts: list[str], length: int) -> "TokenizedTexts":
-        """Ids of each text, at most `length`, and the word of each token; a special token is a word of its own."""
-        parts = [self._encode_some(some, length) for some in _batches(texts)]
-        return TokenizedTexts(
-            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(TokenizedTexts))
-        )
-
-    def _encode_some(self, texts: list[str], length: int) -> "TokenizedTexts":
-        room = length - self._affixes
-        (ids, counts), starts = self._tokens(texts, room)
-        silent, kept = self._without_text(ids, counts), np.minimum(counts, room)
-        if silent.any():
-            ids, starts = ids[np.repeat(~silent, counts)], starts[np.repeat(~silent, kept)]
-            counts, kept = counts[~silent], kept[~silent]
-        if (kept < counts).any():
-            ids = ids[inside(counts) < np.repeat(kept, counts)]
-        return self._with_affixes(ids, starts, kept, counts > room, silent)
-
-    def _tokens(self, texts: list[str], room: int) -> tuple[RaggedArrays, np.ndarray]:
+    def _tokens(self, texts: list[str], room: int, words: bool) -> tuple[RaggedArrays, np.ndarray | None]:
         """(ids of each, and, for the first `room` of each, whether a word begins there), without special tokens."""
-        if self._memo is None:
-            encodings = self._batch(texts)
-            return _ids(encodings), word_starts.starts(texts, encodings, room, self._splits_at_space, self._segment)
-        ids, starts = self._memo.look_up(texts)
-        if (ids.lengths > room).any():
-            starts = starts[inside(ids.lengths) < np.repeat(np.minimum(ids.lengths, room), ids.lengths)]
-        return ids, starts
+        if self._memo is not None:
+            ids, starts = self._memo.look_up(texts)
+            if words and (ids.lengths > room).any():
+                starts = starts[inside(ids.lengths) < np.repeat(np.minimum(ids.lengths, room), ids.lengths)]
+            return ids, starts
+        if not words:  # the tokenizer need not find offsets
+            return _ids(self._batch(texts, fast=True)), None
+        encodings = self._batch(texts)
+        return _ids(encodings), word_starts.starts(texts, encodings, room, self._splits_at_space, self._segment)
 
     def _tokenize(self, texts: list[str]) -> tuple[RaggedArrays, np.ndarray, np.ndarray]:
         """What `token_cache.TokenCache` asks for."""
@@ -122,82 +117,45 @@ class BatchTokenizer:
         starts = word_starts.starts(texts, encodings, ids.lengths.max(initial=0), self._splits_at_space, None)
         return ids, starts, np.fromiter(at, np.int64, len(ids.values))
 
-    def _with_affixes(
-        self, ids: np.ndarray, starts: np.ndarray, kept: np.ndarray, cuts: np.ndarray, silent: np.ndarray
-    ) -> "TokenizedTexts":
-        """Puts the special tokens around each text; `kept` are the lengths without them, none is 0."""
-        head, lengths = len(self.core.prefix_ids), kept + self._affixes
-        number = np.cumsum(starts, dtype=np.int32)
-        first, last = number[np.cumsum(kept) - kept], number[np.cumsum(kept) - 1]
-        begin = np.cumsum(lengths) - lengths
-        place = inside(kept) + np.repeat(begin + head, kept)
-        made = TokenizedTexts(np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.int32), lengths, cuts, silent)
-        made.ids[place] = ids
-        made.words[place] = number - np.repeat(first - head, kept)
-        for i, token in enumerate(self.core.prefix_ids):
-            made.ids[begin + i], made.words[begin + i] = token, i
-        for i, token in enumerate(self.core.suffix_ids):
-            at = begin + head + kept + i
-            made.ids[at], made.words[at] = token, last - first + head + 1 + i
-        return made
+    def _with_affixes(self, ids: RaggedArrays, starts: np.ndarray | None, kept: np.ndarray, cuts: np.ndarray) -> TokenizedTexts:
+        """Puts the special tokens around the first `kept` tokens of each text; around none where that is 0."""
+        core, lengths = self.core, np.where(kept > 0, kept + self._affixes, 0)
+        begin, kept_K = (np.cumsum(lengths) - lengths)[kept > 0], kept[kept > 0]  # of the K texts that have tokens
+        first, last = begin + len(core.prefix_ids), begin + len(core.prefix_ids) + kept_K - 1
+        body = inside(kept_K) + np.repeat(first, kept_K)
+        made = np.empty(lengths.sum(), np.int32)
+        made[body] = ids.values if len(ids.values) == len(body) else stretches(ids.values, ids.starts, kept)
+        for i, token in enumerate(core.prefix_ids):
+            made[begin + i] = token
+        for i, token in enumerate(core.suffix_ids):
+            made[last + 1 + i] = token
+        words = None
+        if starts is not None:
+            begins = np.ones(len(made), np.int32)
+            begins[body] = starts
+            begins[first] = 1
+            words = np.cumsum(begins, dtype=np.int32)
+            words -= np.repeat(words[begin], lengths[kept > 0])
+        return TokenizedTexts(RaggedArrays(made, lengths), words, cuts)
 
-    def _batch(self, texts: list[str]) -> list[Encoding]:
-        with _one_thread():
-            return self._backend.encode_batch(texts, add_special_tokens=False)
+    def _batch(self, texts: list[str], fast: bool = False) -> list[Encoding]:
+        """What the tokenizer makes of texts, without special tokens. fast: without offsets."""
+        # No threads, which would make a later fork unsafe; cores are shared out by process.
+        with environment_variable("TOKENIZERS_PARALLELISM", "false"):
+            return (self._backend.encode_batch_fast if fast else self._backend.encode_batch)(texts, add_special_tokens=False)
 
-    def _bodies(self, texts: list[str]) -> list[list[int]]:
-        """Ids without special tokens; the tokenizer need not find offsets for them."""
-        if self._memo is not None:
-            ids, _ = self._memo.look_up(texts)
-            values, ends = ids.values.tolist(), np.cumsum(ids.lengths).tolist()
-            return [values[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-        with _one_thread():
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _wrap(self, body: list[int]) -> list[int]:
-        return [*self.core.prefix_ids, *body, *self.core.suffix_ids]
-
-    def _silent(self, texts: list[str], prefixes: list[str], bodies: list[list[int]]) -> list[bool]:
-        """For each text whether it says nothing; `bodies` are the ids with the prefixes."""
-        # An instruction has tokens of its own: look at the text alone, where it is short or begins without a letter.
-        doubtful = [
-            i
-            for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
-            if prefix and (len(text) < 64 or not any(map(str.isalnum, text[:64])))
-        ]
-        alone = dict(zip(doubtful, self._bodies([texts[i] for i in doubtful]), strict=True)) if doubtful else {}
-        return [self._says_nothing(alone.get(i, body)) for i, body in enumerate(bodies)]
-
-    def _says_nothing(self, body: list[int]) -> bool:
-        return not body or (len(body) < 64 and self.core.special_ids.issuperset(body))
-
-    def _without_text(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """`_says_nothing` for ids end to end."""
-        silent = counts < 64
-        silent[np.repeat(np.arange(len(counts)), counts)[~self._is_special[ids]]] = False
+    def _is_silent(self, ids: RaggedArrays) -> np.ndarray:
+        """bool, for each text whether it says nothing: no token, or a few special ones alone."""
+        silent = ids.lengths < 64
+        silent[np.repeat(np.arange(len(silent)), ids.lengths)[~self._is_special[ids.values]]] = False
         return silent
 
     def _count(self, text: str) -> int:
-        return len(self._bodies([text])[0]) if text else 0
-
-
-def _batches(values: list[str]) -> Iterator[list[str]]:
-    """At least one, so that no text at all needs no care."""
-    return (values[first : first + BATCH] for first in range(0, max(1, len(values)), BATCH))
+        return len(self._tokens([text], 0, False)[0].values) if text else 0
 
 
 def _ids(encodings: list[Encoding]) -> RaggedArrays:
-    counts = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
-    return RaggedArrays(_flat((encoding.ids for encoding in encodings), counts), counts)
-
-
-def _flat(lists: Iterable[list[int]], lengths: np.ndarray) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum()))
-
-
-def _one_thread() -> contextlib.AbstractContextManager[None]:
-    """Within it a batch starts no threads, which would make a later fork unsafe; cores are shared out by process."""
-    return environment_variable("TOKENIZERS_PARALLELISM", "false")
+    return RaggedArrays.of_lists([encoding.ids for encoding in encodings], np.int32)
 
 
 @contextlib.contextmanager

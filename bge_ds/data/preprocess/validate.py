@@ -18,6 +18,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from bge_ds.data.preprocess.tokenize import BatchTokenizer as BatchTokenizer  # callers find all of a tokenizer's parts here
+from bge_ds.data.preprocess.tokenize import TokenizedTexts as TokenizedTexts
 from bge_ds.data.preprocess.tokenize import TokenizerCore, environment_variable
 
 KEYS = {
@@ -110,17 +111,38 @@ def fingerprint(tokenizer: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------ lines
 
 
+def records(
+    lines: list[Any], first: int, kind: str, columns: tuple[tuple[str, str], ...] = ()
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(number, the checked object, or what is wrong with it) of all lines or rows that are not blank, counted from `first`."""
+    for number, line in enumerate(lines, first):
+        try:
+            if isinstance(line, Exception):
+                raise line
+            if not isinstance(line, bytes):
+                yield number, check(line, kind, columns)
+            elif line.strip():
+                yield number, parse_line(line, kind, columns)
+        except ValueError as error:
+            yield number, str(error)
+
+
 def parse_line(raw: bytes, kind: str, columns: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
     """Checks one line and returns its object, with the field filled in that may be absent (`neg`, `neg_ids`, `title`).
 
     Raises ValueError with the reason alone; the caller knows the file and the line."""
+    return check(parse_object(raw), kind, columns)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object of one line. Raises ValueError with the reason alone."""
     try:
         record = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise ValueError(_why_not_json(raw, error)) from None
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but {_type(record)}: each line holds one object, {{...}}")
-    return check(record, kind, columns)
+    return record
 
 
 def check(record: dict[str, Any], kind: str, columns: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
@@ -172,15 +194,20 @@ def _check_list(record: dict[str, Any], key: str, by_id: bool) -> None:
 
 
 def _check_entry(record: dict[str, Any]) -> dict[str, Any]:
-    """One line of a corpus; its passage is the title, a space and the text, as BEIR has it."""
+    """One line of a corpus; `text` becomes the passage, see `with_title`."""
     record["_id"] = _identity(record.get("_id"), '"_id"', record)
     title = record["title"] = record.get("title") or ""
     for key in ("title", "text"):
         if not isinstance(record.get(key), str):
             raise ValueError(_wrong(f'"{key}"', record.get(key), "a string", record))
-    record["text"] = f"{title} {record['text']}".strip()
+    record["text"] = with_title(title, record["text"])
     _check_text(record["text"], '"text"', record)
     return record
+
+
+def with_title(title: str, text: str) -> str:
+    """A passage as BEIR has it: the title, a space and the text."""
+    return f"{title} {text}".strip()
 
 
 def _identity(value: Any, name: str, record: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
-from bge_ds.data.preprocess import corpus_index, table_files, validate, word_segmentation
+from bge_ds.data.preprocess import corpus_index, validate, word_segmentation
 from bge_ds.data.preprocess.input_files import Block
 from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, TextRows
 from bge_ds.data.ragged import RaggedArrays
@@ -32,7 +31,6 @@ LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32
 INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
 WORDS = {"pretrain": ("word_segmenter",), "finetune": ()}  # what decides words, which fine-tuning has no use for
 EMPTY = "{} is an empty text to this tokenizer: it gives no token"
-NumberedRecord = tuple[int, dict[str, Any]]  # (number in its segment, what it holds)
 SEEN_LIMIT = 500_000  # passages a worker remembers (about 60 MB); past it some are tokenised again, no row changes
 
 
@@ -92,177 +90,98 @@ class Worker:
         self.index = corpus_index.IdIndex(index) if index else None
 
     def __call__(self, block: Block) -> BlockRows:
-        """The rows of a block; `bad` lists (line of the segment from 0, reason). With on_error "raise" it stops there."""
-        form, stops = self.settings.form, self.settings.on_error == "raise"
+        """The rows of a block; `bad` lists (line of the segment from 0, reason)."""
         if self.segment != (block.source, block.segment):
             self.segment, self.seen = (block.source, block.segment), set()
-        found: list[tuple[int, dict[str, Any]]] = []
-        bad: list[tuple[int, str]] = []
-        for number, raw in self._lines(block):
-            try:
-                if isinstance(raw, bytes):
-                    record = validate.parse_line(raw, form, self.settings.columns)
-                elif isinstance(raw, ValueError):
-                    raise raw
-                else:
-                    record = validate.check(raw, form, self.settings.columns)
-                found.append((number, record))
-            except ValueError as error:
-                bad.append((number, str(error)))
-                if stops:
-                    break
-        good, more, cuts, rows = self._texts(found) if form == "pretrain" else self._rows(found)
+        lines = block.lines()
+        found, bad = [], []
+        for number, record in validate.records(lines, block.first, self.settings.form, self.settings.columns):
+            (bad if isinstance(record, str) else found).append((number, record))
+        make = {"finetune": self._groups, "by_id": self._groups_by_id}.get(self.settings.form, self._texts)
+        rows, cuts, reasons = make([record for _, record in found])
+        good = [number for i, (number, _) in enumerate(found) if i not in reasons]
         # What only the tokenizer sees comes later, maybe for an earlier line.
-        bad = sorted(bad + more)[: 1 if stops else None]
-        return BlockRows(len(good), bad, good[0] if good else None, self._count_lines, cuts, rows)
+        bad = sorted(bad + [(found[i][0], reason) for i, reason in reasons.items()])
+        return BlockRows(len(good), bad, good[0] if good else None, len(lines), cuts, rows)
 
-    def _lines(self, block: Block) -> Iterator[tuple[int, Any]]:
-        """(number in the segment, line or row) of all that are not blank."""
-        if block.is_arrow:
-            try:
-                found: list[Any] = table_files.from_bytes(block.data)
-            except (ValueError, pa.ArrowException) as error:
-                found = [ValueError(f"the rows from here on cannot be decoded: {error}")]
-            self._count_lines = len(found)
-            yield from enumerate(found, block.first)
-            return
-        lines = block.data.split(b"\n")
-        self._count_lines = len(lines) - (not lines[-1])
-        for number, raw in enumerate(lines, block.first):
-            if raw.strip():
-                yield number, raw
+    def _texts(self, records: list[dict[str, Any]]) -> tuple[TextRows | PassageRows, int, dict[int, str]]:
+        """(rows, texts cut, what is wrong by the record's place) of texts, or of a corpus's passages."""
+        settings, words = self.settings, self.settings.form == "pretrain"
+        length = settings.max_seq_length if words else settings.passage_max_len
+        texts = [record["text"] for record in records]
+        made = self.encoder.encode(texts, length, settings.passage_instruction_for_retrieval, words)
+        spoken = made.ids.lengths > 0
+        ids = self._ids(made, spoken.nonzero()[0])
+        rows = TextRows(ids, made.words) if words else PassageRows(ids, _hashes(list(itertools.compress(texts, spoken))))
+        return rows, int(made.cuts[spoken].sum()), {i: EMPTY.format('"text"') for i in (~spoken).nonzero()[0].tolist()}
 
-    def _texts(self, found: list[NumberedRecord]) -> tuple[list[int], list[tuple[int, str]], int, TextRows]:
-        """As `_rows`; all texts as one array."""
-        made = self.encoder.encode([record["text"] for _, record in found], self.settings.max_seq_length)
-        if made.silent.any() and self.settings.on_error == "raise":
-            first = int(np.argmax(made.silent))
-            good, _, cuts, rows = self._texts(found[:first])
-            return good, [(found[first][0], EMPTY.format('"text"'))], cuts, rows
-        bad = [(number, EMPTY.format('"text"')) for (number, _), silent in zip(found, made.silent, strict=True) if silent]
-        good = [number for (number, _), silent in zip(found, made.silent, strict=True) if not silent]
-        ids = RaggedArrays(made.ids.astype(self.id_type), made.lengths)
-        return good, bad, int(made.cuts.sum()), TextRows(ids, made.words)
+    def _groups(self, records: list[dict[str, Any]]) -> tuple[GroupRows, int, dict[int, str]]:
+        """As `_texts`, of groups that hold texts. Passages that an earlier block of the segment had are sent as hashes."""
+        passages = (text for record in records for name in ("pos", "neg") for text in record[name])
+        keys = {text: xxhash.xxh3_128_digest(text.encode()) for text in passages}
+        new = [text for text, key in keys.items() if key not in self.seen]
+        made = self.encoder.encode(new, self.settings.passage_max_len, self.settings.passage_instruction_for_retrieval)
+        place = {keys[text]: i for i, text in enumerate(new)}
+        named: dict[bytes, int] = {}  # the passages of good lines, numbered as they come
 
-    def _rows(self, found: list[NumberedRecord]) -> tuple[list[int], list[tuple[int, str]], int, PassageRows | GroupRows]:
-        """(numbers of the good lines, the bad ones, texts cut, rows) of entries or groups; stops at a bad one as told."""
-        form = self.settings.form
-        take = {"finetune": self._group, "corpus": self._entry, "by_id": self._named_group}[form]
-        rows: dict[str, list[Any]] = {"texts": [], "cuts": [], "passages": [], "hashes": [], "groups": []}
-        self._local: dict[bytes, int] = {}
-        good, bad = [], []
-        for (number, record), texts in zip(found, self._encode_ahead([record for _, record in found]), strict=True):
-            try:
-                take(record, texts, rows)
-                good.append(number)
-            except ValueError as error:
-                bad.append((number, str(error)))
-                if self.settings.on_error == "raise":
-                    break
-        self._keys, self._fresh = {}, {}
-        pack = {"corpus": self._pack_entries, "by_id": self._pack_named_groups, "finetune": self._pack_groups}[form]
-        return good, bad, int(sum(rows["cuts"])), pack(rows)
-
-    def _encode_ahead(self, found: list[dict[str, Any]]) -> Iterable[Any]:
-        """For each record (ids, cut) of its text or query, all encoded at once. New passages of groups go to `_fresh`."""
-        settings = self.settings
-        instruction = settings.passage_instruction_for_retrieval
-        if settings.form == "corpus":
-            texts = [record["text"] for record in found]
-            return zip(*self.encoder.ids(texts, settings.passage_max_len, instruction), strict=True)
-        if settings.form == "finetune":
-            # Of the lines that prove bad too: what counts as seen is told line by line.
-            passages = (text for record in found for name in ("pos", "neg") for text in record[name])
-            self._keys = {text: xxhash.xxh3_128_digest(text.encode()) for text in passages}
-            new = [text for text, key in self._keys.items() if key not in self.seen]
-            self._fresh = dict(
-                zip(new, zip(*self.encoder.ids(new, settings.passage_max_len, instruction), strict=True), strict=True)
-            )
-        queries, before = [record["query"] for record in found], [self._instruction(record) for record in found]
-        return zip(*self.encoder.ids(queries, settings.query_max_len, before), strict=True)
-
-    def _instruction(self, record: dict[str, Any]) -> str:
-        prompt = record.get("prompt")
-        return self.settings.query_instruction_for_retrieval if prompt is None else prompt
-
-    def _entry(self, record: dict[str, Any], text: tuple[list[int], bool], rows: dict[str, list[Any]]) -> None:
-        ids, cut = text
-        if not ids:
-            raise ValueError(EMPTY.format('"text"'))
-        rows["texts"].append(ids)
-        rows["hashes"].append(xxhash.xxh3_64_intdigest(record["text"].encode()))
-        rows["cuts"].append(cut)
-
-    def _check_query(self, record: dict[str, Any], ids: list[int]) -> None:
-        if prompt := record.get("prompt"):
-            self.encoder.check_room(self.settings.query_max_len, '"prompt": query_max_len', prompt)
-        if not ids:
-            raise ValueError(EMPTY.format('"query"'))
-
-    def _named_group(self, record: dict[str, Any], text: tuple[list[int], bool], rows: dict[str, list[Any]]) -> None:
-        query, query_cut = text
-        self._check_query(record, query)
-        ids = [*record["pos_ids"], *record["neg_ids"]]
-        found = self.index.rows(ids)
-        if (found < 0).any():
-            k = int(np.argmax(found < 0))
-            name, i = ("pos_ids", k) if k < len(record["pos_ids"]) else ("neg_ids", k - len(record["pos_ids"]))
-            raise ValueError(f'"{name}"[{i}] {ids[k]!r} is no _id of the corpus')
-        refs = np.split(found, [len(record["pos_ids"])])
-        others = [record.get(name) for name in ("pos_scores", "neg_scores", "type", "prompt")]
-        rows["groups"].append((query, *refs, *others))
-        rows["cuts"].append(query_cut)
-
-    def _group(self, record: dict[str, Any], text: tuple[list[int], bool], rows: dict[str, list[Any]]) -> None:
-        query, query_cut = text
-        self._check_query(record, query)
-        keys: dict[str, list[bytes]] = {}
-        fresh: dict[bytes, tuple[list[int], int, bool]] = {}
-        for name in ("pos", "neg"):
-            keys[name] = []
-            for i, passage in enumerate(record[name]):
-                key = self._keys[passage]
-                keys[name].append(key)
-                if key not in self.seen and key not in fresh:
-                    ids, cut = self._fresh[passage]
-                    if not ids:
+        def refs(record: dict[str, Any]) -> list[list[int]]:
+            for name in ("pos", "neg"):
+                for i, text in enumerate(record[name]):
+                    if (at := place.get(keys[text])) is not None and not made.ids.lengths[at]:
                         raise ValueError(EMPTY.format(f'"{name}"[{i}]'))
-                    fresh[key] = (ids, xxhash.xxh3_64_intdigest(passage.encode()), cut)
-        # Only now that the whole line is good may its passages count as seen.
-        self.seen.update(fresh)
-        for key in itertools.chain(*keys.values()):
-            if key not in self._local:
-                self._local[key] = len(self._local)
-                rows["hashes"].append(key)
-                rows["passages"].append(fresh.get(key))
-        refs = [[self._local[key] for key in keys[name]] for name in ("pos", "neg")]
-        others = [record.get(name) for name in ("pos_scores", "neg_scores", "type", "prompt")]
-        rows["groups"].append((query, *refs, *others))
-        rows["cuts"].append(query_cut)
+            return [[named.setdefault(keys[text], len(named)) for text in record[name]] for name in ("pos", "neg")]
 
-    def _pack_entries(self, rows: dict[str, list[Any]]) -> PassageRows:
-        return PassageRows(self._join(rows["texts"]), np.array(rows["hashes"], dtype=np.uint64))
-
-    def _pack_named_groups(self, rows: dict[str, list[Any]]) -> GroupRows:
-        columns = list(zip(*rows["groups"], strict=True))[1:] or [()] * 6
-        return GroupRows(self._join([group[0] for group in rows["groups"]]), columns)
-
-    def _pack_groups(self, rows: dict[str, list[Any]]) -> GroupRows:
+        rows, cuts, reasons = self._with_queries(records, refs)
+        rows.keys, rows.sent = list(named), np.array([key in place for key in named], bool)
+        sent = np.array([place[key] for key in named if key in place], np.int64)
+        rows.passages = PassageRows(self._ids(made, sent), _hashes([new[i] for i in sent.tolist()]))
+        rows.passage_cuts = made.cuts[sent]
+        self.seen.update(named)
         if len(self.seen) > SEEN_LIMIT:
             self.seen.clear()
-        sent = [passage for passage in rows["passages"] if passage is not None]
-        made = self._pack_named_groups(rows)
-        made.keys = rows["hashes"]
-        made.sent = np.array([passage is not None for passage in rows["passages"]], dtype=bool)
-        hashes = np.array([number for _, number, _ in sent], dtype=np.uint64)
-        made.passages = PassageRows(self._join([ids for ids, _, _ in sent]), hashes)
-        made.passage_cuts = np.array([cut for _, _, cut in sent], dtype=bool)
-        return made
+        return rows, cuts, reasons
 
-    def _join(self, lists: list[list[int]]) -> RaggedArrays:
-        lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
-        flat = np.fromiter(itertools.chain.from_iterable(lists), dtype=self.id_type, count=int(lengths.sum()))
-        return RaggedArrays(flat, lengths)
+    def _groups_by_id(self, records: list[dict[str, Any]]) -> tuple[GroupRows, int, dict[int, str]]:
+        """As `_groups`, of groups that name passages of the corpus."""
+
+        def refs(record: dict[str, Any]) -> list[np.ndarray]:
+            ids, positives = [*record["pos_ids"], *record["neg_ids"]], len(record["pos_ids"])
+            found = self.index.rows(ids)
+            if (found < 0).any():
+                k = int(np.argmax(found < 0))
+                name, i = ("pos_ids", k) if k < positives else ("neg_ids", k - positives)
+                raise ValueError(f'"{name}"[{i}] {ids[k]!r} is no _id of the corpus')
+            return np.split(found, [positives])
+
+        return self._with_queries(records, refs)
+
+    def _with_queries(self, records: list[dict[str, Any]], refs: Callable) -> tuple[GroupRows, int, dict[int, str]]:
+        """Groups; refs: a record -> numbers of its positives and negatives, or a ValueError."""
+        length, default = self.settings.query_max_len, self.settings.query_instruction_for_retrieval
+        before = [default if record.get("prompt") is None else record["prompt"] for record in records]
+        queries = self.encoder.encode([record["query"] for record in records], length, before)
+        groups, good, reasons = [], [], {}
+        for i, record in enumerate(records):
+            try:
+                if prompt := record.get("prompt"):
+                    self.encoder.check_room(length, '"prompt": query_max_len', prompt)
+                if not queries.ids.lengths[i]:
+                    raise ValueError(EMPTY.format('"query"'))
+                groups.append((*refs(record), *map(record.get, ("pos_scores", "neg_scores", "type", "prompt"))))
+                good.append(i)
+            except ValueError as error:
+                reasons[i] = str(error)
+        columns = list(zip(*groups, strict=True)) or [()] * 6
+        return GroupRows(self._ids(queries, np.array(good, np.int64)), columns), int(queries.cuts[good].sum()), reasons
+
+    def _ids(self, made: validate.TokenizedTexts, texts: np.ndarray) -> RaggedArrays:
+        """The ids of some of the texts, in the shards' type."""
+        ids = made.ids.take(texts)
+        return ids._replace(values=ids.values.astype(self.id_type))
+
+
+def _hashes(texts: list[str]) -> np.ndarray:
+    return np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
 
 
 _worker: Worker  # of this process, when it is a worker process

@@ -6,6 +6,7 @@ Its fingerprint is a hash of everything that decides what a row holds, so an edi
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -130,6 +131,32 @@ def read_manifest(folder: Path, check: bool = True) -> Manifest:
     if check and fingerprint(content) != manifest.fingerprint:
         raise ValueError(f"{path}: its fingerprint is not that of its content: it was edited or damaged: {_REMEDY}")
     return manifest
+
+
+def join_manifests(manifests: list[Manifest]) -> Manifest:
+    """One manifest for folders that are read as one; each source has its rows shifted and the `folder` (a number) it is of.
+
+    Lengths are the smallest. An instruction that differs between the folders is None. The fingerprint is one of all."""
+    first, row = manifests[0], 0
+    if len(manifests) == 1:
+        return first
+    changed: dict[str, Any] = {
+        "fingerprint": xxhash.xxh3_128_hexdigest("\0".join(one.fingerprint for one in manifests).encode())
+    }
+    for name in ("max_seq_length", "query_max_len", "passage_max_len"):
+        changed[name] = min((getattr(one, name) for one in manifests), key=lambda length: length or 0)
+    for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
+        values = {getattr(one, name) for one in manifests}
+        changed[name] = values.pop() if len(values) == 1 else None
+    sources, shards, counts = [], [], Counter()
+    for k, one in enumerate(manifests):
+        for source in one.sources:
+            rows = (row + source.rows[0], row + source.rows[1])
+            sources.append(msgspec.structs.replace(source, rows=rows, folder=k))
+        shards += one.shards
+        counts.update(one.counts)
+        row += sum(entry.rows for entry in one.shards if entry.table == TABLES[first.kind][-1])
+    return msgspec.structs.replace(first, **changed, counts=dict(counts), sources=sources, shards=shards)
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:

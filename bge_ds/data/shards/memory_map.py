@@ -10,7 +10,7 @@ shard. Nothing else is kept of a shard than where its record batches lie.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 from bge_ds.data.ragged import RaggedArrays, stretches
 from bge_ds.data.shards.manifest_file import ShardEntry
 
-MAPPED = 512  # shards of a table that stay mapped: bounds memory, and the maps a process may have
+MAPPED = 512  # shards of a folder's table that stay mapped: bounds memory, and the maps a process may have
 
 
 class _Column(NamedTuple):
@@ -75,15 +75,16 @@ class _Shard:
 
 
 class MappedTable:
-    """The shards of one table. Each is mapped when a row of it is first asked for, and the oldest maps are let go."""
+    """The shards of one table, of all folders. Each is mapped when a row of it is first asked for, the oldest are let go."""
 
-    def __init__(self, folder: Path, table: str, schema: pa.Schema, entries: list[ShardEntry]) -> None:
-        self.table, self.schema = table, schema
-        self.entries = [entry for entry in entries if entry.table == table]
-        self.paths = [folder / entry.file for entry in self.entries]
-        for path, entry in zip(self.paths, self.entries, strict=True):
+    def __init__(self, table: str, folders: Sequence[tuple[Path, pa.Schema, list[ShardEntry]]]) -> None:
+        """folders: each with the schema of its table, and its shards, of other tables too."""
+        self.table, self._mapped = table, MAPPED * len(folders)
+        files = [(path / one.file, schema, one) for path, schema, entries in folders for one in entries if one.table == table]
+        self._files: list[tuple[Path, pa.Schema, ShardEntry]] = files
+        for path, _, entry in files:
             check_size(path, entry)
-        ends = np.cumsum([0] + [entry.rows for entry in self.entries])
+        ends = np.cumsum([0] + [entry.rows for _, _, entry in files])
         self.starts, self.rows = ends[:-1], int(ends[-1])
         self._starts = self.starts.tolist()
         self._shards: dict[int, _Shard] = {}
@@ -93,8 +94,9 @@ class MappedTable:
         return self._shards.get(k) or self._load(k)
 
     def _load(self, k: int) -> _Shard:
-        shard = _Shard(self.paths[k], self.schema, self.entries[k].rows)
-        if len(self._shards) >= MAPPED:
+        path, schema, entry = self._files[k]
+        shard = _Shard(path, schema, entry.rows)
+        if len(self._shards) >= self._mapped:
             del self._shards[next(iter(self._shards))]
         self._shards[k] = shard
         return shard
@@ -107,7 +109,7 @@ class MappedTable:
     def length_counts(self, column: str) -> np.ndarray:
         """How many rows have each number of values in a list column, int64: element n counts those of n values."""
         counts = np.zeros(1, np.int64)
-        for k in range(len(self.entries)):
+        for k in range(len(self._files)):
             for batch in self.shard(k).batches:
                 more = np.bincount(np.diff(batch.column(column).offsets.to_numpy()), minlength=len(counts))
                 more[: len(counts)] += counts

@@ -27,8 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from bge_ds.data.ragged import RaggedArrays
-from bge_ds.data.shards.joined import Joined
-from bge_ds.data.shards.manifest_file import MANIFEST, Manifest, read_manifest
+from bge_ds.data.shards.manifest_file import MANIFEST, Manifest, join_manifests, read_manifest
 from bge_ds.data.shards.memory_map import MappedTable
 
 SHARD_BYTES = 256 << 20  # of the input, a segment
@@ -80,21 +79,21 @@ class Group(NamedTuple):
 
 
 class _Shards:
-    """What both kinds share. Pickling (a spawned loader worker) carries the path only."""
+    """What both kinds share: folders of shards read as if made as one, rows of the second after those of the first, and so on.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.fingerprint: str = manifest.fingerprint
-        fields = schemas(manifest.kind, manifest.tokenizer.vocab_size, manifest.max_seq_length or 0)
-        self._tables = {name: MappedTable(folder, name, schema, manifest.shards) for name, schema in fields.items()}
+    Pickling (a spawned loader worker) carries the paths only."""
+
+    def __init__(self, folders: list[Path], manifests: list[Manifest]) -> None:
+        self.folders, self.manifests, self.manifest = folders, manifests, join_manifests(manifests)
+        self.fingerprint: str = self.manifest.fingerprint
+        made = [schemas(one.kind, one.tokenizer.vocab_size, one.max_seq_length or 0) for one in manifests]
+        self._tables = {
+            name: MappedTable(name, [(f, of[name], one.shards) for f, of, one in zip(folders, made, manifests, strict=True)])
+            for name in made[0]
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_folder, (self.folder,)
-
-    @property
-    def folders(self) -> list[Path]:
-        """What `open_folders` opens this reader from."""
-        return [self.folder]
+        return open_folders, (self.folders,)
 
     def length_counts(self, table: str, column: str) -> np.ndarray:
         """How many rows of a table have each number of values in a list column, int64: element n counts those of n values.
@@ -132,15 +131,21 @@ class PretrainShards(_Shards):
 class FinetuneShards(_Shards):
     """Groups of a query, its positives and its negatives; each distinct passage of a segment is stored once."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        super().__init__(folder, manifest)
-        groups, passages = self._tables["groups"], self._tables["passages"]
-        own = {(e.source, e.segment): start for e, start in zip(passages.entries, passages.starts, strict=True)}
-        places = [(entry.source, entry.segment) for entry in groups.entries]
-        if manifest.corpus is None and (lost := [place for place in places if place not in own]):
-            raise ValueError(f"{folder / MANIFEST}: no passages for groups of source, segment {lost[0]}: preprocess again")
+    def __init__(self, folders: list[Path], manifests: list[Manifest]) -> None:
+        super().__init__(folders, manifests)
+        passages, firsts = 0, []
+        for folder, manifest in zip(folders, manifests, strict=True):
+            begin, own = passages, {}
+            for entry in manifest.shards:
+                if entry.table == "passages":
+                    own[entry.source, entry.segment] = passages
+                    passages += entry.rows
+            places = [(entry.source, entry.segment) for entry in manifest.shards if entry.table == "groups"]
+            if manifest.corpus is None and (lost := [place for place in places if place not in own]):
+                raise ValueError(f"{folder / MANIFEST}: no passages for groups of source, segment {lost[0]}: preprocess again")
+            firsts += [own[place] if manifest.corpus is None else begin for place in places]
         # Where the passages of each shard of groups begin; those of a corpus are numbered through.
-        self._first_passage = np.array([own[place] if manifest.corpus is None else 0 for place in places], np.int64)
+        self._first_passage = np.array(firsts, np.int64)
 
     def __len__(self) -> int:
         return self._tables["groups"].rows
@@ -219,16 +224,22 @@ class FinetuneShards(_Shards):
 
 
 def open_folder(folder: str | Path) -> PretrainShards | FinetuneShards:
-    """Opens a folder of shards. Checks the schema version and each shard's size; maps nothing yet.
-
-    Raises ValueError that names the shard which is missing or cut short; one of other columns or rows is named when
-    a row of it is first asked for."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    return (PretrainShards if manifest.kind == "pretrain" else FinetuneShards)(folder, manifest)
+    """Opens a folder of shards, see `open_folders`."""
+    return open_folders([folder])
 
 
-def open_folders(folders: Sequence[str | Path]) -> PretrainShards | FinetuneShards | Joined:
-    """One reader over folders of one kind and tokenizer, as if made as one. Raises ValueError where they do not fit."""
-    readers = [open_folder(folder) for folder in folders]
-    return readers[0] if len(readers) == 1 else Joined(readers, open_folders)
+def open_folders(folders: Sequence[str | Path]) -> PretrainShards | FinetuneShards:
+    """Opens folders of shards as one. Checks the schema version and each shard's size; maps nothing yet.
+
+    Raises ValueError that names the shard which is missing or cut short, or the folders that are of different kinds or
+    tokenizers; a shard of other columns or rows is named when a row of it is first asked for."""
+    folders = [Path(folder) for folder in folders]
+    first, *others = manifests = [read_manifest(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        for name, of in (("kind", lambda made: made.kind), ("tokenizer", lambda made: made.tokenizer.fingerprint)):
+            if of(other) != of(first):
+                raise ValueError(
+                    f"{folders[0]} and {folder} do not go together, each has a {name} of its own: give folders of one {name},"
+                    " or preprocess again"
+                )
+    return (PretrainShards if first.kind == "pretrain" else FinetuneShards)(folders, manifests)

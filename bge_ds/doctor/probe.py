@@ -1,4 +1,4 @@
-"""What one host tells of itself: versions, data, devices, network, disk. What it makes for a question it takes back."""
+"""The probe of one host: it reports versions, data, devices, network and disk, and removes what it made to find out."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ import os
 import platform
 import shutil
 import socket
-import struct
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 import bge_ds
-from bge_ds.doctor.cluster import MARK
+from bge_ds.doctor.cluster import ANSWER
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def answer(lines, out) -> None:
-    """Answers until the questions end, then takes back what it made (a file, an open port)."""
-    with contextlib.ExitStack() as undo:
-        for line in lines:
+def answer(questions: Iterable[str], out: TextIO) -> None:
+    """Answers until the questions (lines of JSON) end, then removes what it made (a file, an open port)."""
+    with ExitStack() as cleanup:
+        for line in questions:
             question = json.loads(line)
             try:
-                found = _ANSWERS[question.pop("do")](undo, **question)
+                found = _ANSWERS[question.pop("do")](cleanup, **question)
             except OSError as error:
                 found = {"error": str(error)}
-            print(MARK + json.dumps({**found, "time": time.time()}), file=out, flush=True)
+            print(ANSWER + json.dumps({**found, "time": time.time()}), file=out, flush=True)
 
 
-def facts(undo, *, data: list[str], model: str, output_dir: str, cache_dir: str, use_cpu: bool) -> dict:
-    """All that is true of this host before anything is tried. A part that fails is {"error": why}."""
+def facts(cleanup: ExitStack, *, data: list[str], model: str, output_dir: str, cache_dir: str, use_cpu: bool) -> dict:
+    """What is found without changing anything on this host. A part that fails is {"error": why}."""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES} | {"bge_ds": bge_ds.__version__},
@@ -50,16 +49,16 @@ def facts(undo, *, data: list[str], model: str, output_dir: str, cache_dir: str,
         "addresses": addresses(),
         "own_address": _own_address(),
         "variables": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
-        "data": {path: _tried(lambda path=path: held(path, cache_dir)) for path in data},
+        "data": {path: _tried(lambda path=path: data_entry(path, cache_dir)) for path in data},
         "model": _tried(lambda: model_files(model, cache_dir)) if model else None,
-        "output": _tried(lambda: room(output_dir)) if output_dir else None,
+        "output": _tried(lambda: output_folder(output_dir)) if output_dir else None,
     }
 
 
 def _tried(work: Callable[[], dict]) -> dict:
     try:
         return work()
-    except Exception as error:  # a broken driver or library may say anything, and the other facts are wanted all the same
+    except Exception as error:  # a broken driver or library may raise anything, and the other facts are still wanted
         return {"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}
 
 
@@ -77,18 +76,18 @@ def _code() -> dict:
     digest, folder = xxhash.xxh3_64(), Path(bge_ds.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return {"mark": digest.hexdigest(), "folder": str(folder)}
+    return {"hash": digest.hexdigest(), "folder": str(folder)}
 
 
 def devices(use_cpu: bool) -> dict:
-    """kind (cuda or cpu), and of GPUs: names, memory (bytes), CUDA's version in torch, the driver's version, and why the fused
-    kernels do not run there ("": they do)."""
+    """kind (cuda or cpu). Of GPUs: names, memory and free memory in bytes, torch's CUDA version, the driver's version, and why
+    the fused kernels do not run there ("": they do). Of a CPU: GPUs that the driver lists but torch does not see."""
     import torch
 
     from bge_ds.kernels import triton_support
 
     if use_cpu or not torch.cuda.is_available():
-        # Where torch sees none and the driver does, the two do not fit: a run would go to the CPU without a word.
+        # Where torch sees no GPU and the driver does, their versions do not match: a run would silently use the CPU.
         return {"kind": "cpu", "unseen": [] if use_cpu else _ask_driver("name")}
     known = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
     return {
@@ -111,27 +110,19 @@ def _ask_driver(what: str) -> list[str]:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Name -> IPv4 addresses, then IPv6 ones, of every network interface; on Linux."""
-    if sys.platform != "linux":
-        return {}
-    import fcntl
-
+    """Name -> IPv4 addresses, then IPv6 ones, of every network interface."""
     found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex()}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for name, held_here in found.items():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                reply = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                held_here.append(socket.inet_ntoa(reply[20:24]))
-    table = Path("/proc/net/if_inet6")
-    for line in table.read_text().splitlines() if table.is_file() else ():
-        address, *_, name = line.split()
-        if name in found and not address.startswith("fe80"):
-            found[name].append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
+    with contextlib.suppress(ImportError):  # deepspeed, which needs psutil as well, is then reported as missing
+        import psutil
+
+        for name, entries in psutil.net_if_addrs().items():
+            families = [[e.address for e in entries if e.family == family] for family in (socket.AF_INET, socket.AF_INET6)]
+            found[name] = [address for addresses in families for address in addresses if not address.startswith("fe80")]
     return found
 
 
 def addresses() -> list[str]:
-    """As the launcher asks for them: it takes the first host's first one for the meeting place. None where it cannot."""
+    """This host's addresses as the launcher asks for them: the first host's first one is the rendezvous address."""
     try:
         return subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=10, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
@@ -139,59 +130,58 @@ def addresses() -> list[str]:
 
 
 def _own_address() -> str:
-    """What this host's own name stands for, "" where nothing does; gloo listens there when it is told no interface."""
+    """The address that this host's name resolves to, "" if none; gloo listens there when no interface is set."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return ""
 
 
-def held(path: str, cache_dir: str) -> dict:
-    """What an entry of --train_data holds: a mark that is the same where the rows are, and its size in bytes."""
+def data_entry(path: str, cache_dir: str) -> dict:
+    """An entry of --train_data: its kind, a hash of its rows (or of the files), its bytes. Raises ValueError or OSError."""
     import xxhash
 
     from bge_ds.data.preprocess import input_files, prepare
     from bge_ds.data.shards import digests, manifest_file, shard_reader
 
     if path.startswith(input_files.table_files.HUB):
-        return {"kind": "hub data set", "mark": path, "bytes": 0}
+        return {"kind": "hub data set", "hash": path, "bytes": 0}
     if (Path(path) / manifest_file.MANIFEST).is_file():
-        reader = shard_reader.open_folder(path)  # every shard is there, in its size
+        reader = shard_reader.open_folder(path)  # checks that every shard is there, in its size
         size = sum((Path(path) / shard.file).stat().st_size for shard in reader.manifest.shards)
-        return {"kind": "shards", "mark": reader.fingerprint, "bytes": size}
+        return {"kind": "shards", "hash": reader.fingerprint, "bytes": size}
     files = [file for source in input_files.find_sources([path]) for file in source.files()]
-    base = prepare.cache_folder(cache_dir)
-    marks = digests.of_files(files, base)
+    hashes = digests.of_files(files, prepare.cache_folder(cache_dir))
     return {
         "kind": f"{len(files)} file{'s' * (len(files) > 1)}",
-        "mark": xxhash.xxh3_128_hexdigest(" ".join(marks).encode()),
+        "hash": xxhash.xxh3_128_hexdigest(" ".join(hashes).encode()),
         "bytes": sum(file.stat().st_size for file in files),
     }
 
 
 def model_files(name: str, cache_dir: str) -> dict:
-    """A model folder's files -> a mark each: the hash of small ones, the size of weights; or a hub model's revision here."""
+    """A model folder's files with the hash of each (of weights the size), or the cached revision of a hub model."""
     from bge_ds.data.files import hash_file
 
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             return {"error": f"{name} is a folder without config.json"}
-        marks = {}
+        files = {}
         for path in sorted(folder.iterdir()):
-            if path.suffix in _WEIGHTS:  # maybe many gigabytes: the size tells other models apart
-                marks[path.name] = f"{path.stat().st_size} bytes"
+            if path.suffix in _WEIGHT_FILES:  # maybe many gigabytes: their sizes tell models apart
+                files[path.name] = f"{path.stat().st_size} bytes"
             elif path.suffix in (".json", ".txt", ".model"):
-                marks[path.name] = hash_file(path)
-        return {"kind": "folder", "files": marks}
+                files[path.name] = hash_file(path)
+        return {"kind": "folder", "files": files}
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir or None)
     return {"kind": "hub", "revision": Path(cached).parent.name if isinstance(cached, str) else ""}
 
 
-def room(output_dir: str) -> dict:
-    """Where the output folder is or would be made, free bytes there."""
+def output_folder(output_dir: str) -> dict:
+    """The output folder or its nearest parent that exists, and the free bytes there."""
     parent = Path(output_dir).absolute()
     while not parent.is_dir():
         if parent.exists():
@@ -200,15 +190,15 @@ def room(output_dir: str) -> dict:
     return {"parent": str(parent), "free": shutil.disk_usage(parent).free}
 
 
-def write(undo, *, folder: str, name: str) -> dict:
-    """Leaves a file for the other hosts to see, until the talk ends."""
+def write(cleanup: ExitStack, *, folder: str, name: str) -> dict:
+    """Writes a file for the other hosts to see; it is removed when the probe ends."""
     path = Path(folder) / name
     path.write_text(name)
-    undo.callback(path.unlink, missing_ok=True)
+    cleanup.callback(path.unlink, missing_ok=True)
     return {"path": str(path)}
 
 
-def look(undo, *, folder: str, name: str) -> dict:
+def look(cleanup: ExitStack, *, folder: str, name: str) -> dict:
     for _ in range(20):  # a network file system may take a moment
         if os.path.exists(os.path.join(folder, name)):
             return {"seen": True}
@@ -216,18 +206,18 @@ def look(undo, *, folder: str, name: str) -> dict:
     return {"seen": False}
 
 
-def listen(undo, *, port: int) -> dict:
-    """Holds a port open until the talk ends."""
-    sock = undo.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks' meeting place does
+def listen(cleanup: ExitStack, *, port: int) -> dict:
+    """Listens at a port until the probe ends."""
+    sock = cleanup.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks' store does
     sock.bind(("", port))
     sock.listen()
     return {}
 
 
-def connect(undo, *, address: str, port: int) -> dict:
+def connect(cleanup: ExitStack, *, address: str, port: int) -> dict:
     with socket.create_connection((address, port), timeout=10) as sock:
         return {"from": sock.getsockname()[0]}
 
 
-_ANSWERS = {f.__name__: f for f in (facts, write, look, listen, connect)} | {"tell_time": lambda undo: {}}
+_ANSWERS = {f.__name__: f for f in (facts, write, look, listen, connect)} | {"tell_time": lambda cleanup: {}}

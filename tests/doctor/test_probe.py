@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from bge_ds.doctor import probing
+from bge_ds.doctor import probe
 from bge_ds.kernels import triton_support
 
 
@@ -29,5 +29,5 @@ def test_a_host_tells_whether_the_kernels_run(monkeypatch, found, capability, sa
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(triton_support, "find_spec", lambda name: found)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    told = probing.devices(use_cpu=False)
+    told = probe.devices(use_cpu=False)
     assert (told["kind"], told["names"], told["free"], told["no_kernels"]) == ("cuda", ["H100"], [79], said)

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 
-from bge_ds.doctor import judging, meeting
-from bge_ds.doctor.judging import ALL, FAILED, OK, WARNING, Needs, Plan
+from bge_ds.doctor import checks, network_checks
+from bge_ds.doctor.checks import ALL, FAILED, OK, WARNING, Plan, Requirements
+from bge_ds.doctor.cluster import NoAnswer
 
 GIB = 1 << 30
 CPU = {"kind": "cpu", "unseen": []}
@@ -17,16 +18,16 @@ GPU = {
 }  # fmt: skip
 FOLDER = {"kind": "folder", "files": {"config.json": "aa", "model.safetensors": "90 bytes"}}
 PLAN = Plan({"a": 2, "b": 2}, "hosts", data=("rows",), model="model", output_dir="/shared/out", keep=2)
-NEEDS = Needs({"weights": 10 * GIB, "gradients": 10 * GIB, "optimizer": 20 * GIB}, checkpoint=30 * GIB)
+NEEDS = Requirements({"weights": 10 * GIB, "gradients": 10 * GIB, "optimizer": 20 * GIB}, checkpoint=30 * GIB)
 SAME_TIME = {"sent": 100.0, "received": 101.0, "time": 100.5}
 
 
 def facts(**changes) -> dict:
     return copy.deepcopy({
         "python": "3.12.1", "versions": {"torch": "2.13", "deepspeed": "0.19.8", "transformers": "5.23", "bge_ds": "1"},
-        "code": {"mark": "c0de", "folder": "/env"}, "devices": GPU, "cores": 64, "memory": 512 * GIB,
+        "code": {"hash": "c0de", "folder": "/env"}, "devices": GPU, "cores": 64, "memory": 512 * GIB,
         "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]}, "addresses": ["10.0.0.1"], "own_address": "10.0.0.1",
-        "variables": {"NCCL_SOCKET_IFNAME": "eth0"}, "data": {"rows": {"kind": "shards", "mark": "f1", "bytes": 5 * GIB}},
+        "variables": {"NCCL_SOCKET_IFNAME": "eth0"}, "data": {"rows": {"kind": "shards", "hash": "f1", "bytes": 5 * GIB}},
         "model": FOLDER, "output": {"parent": "/shared", "free": 100 * GIB},
     } | changes)  # fmt: skip
 
@@ -37,30 +38,30 @@ def on_cpu(**changes) -> dict:
 
 # judge, what b differs in from a whole host, mark, a part of the text, a part of the remedy.
 SECOND_HOST = [
-    (judging.software, {"python": "3.11.4"}, FAILED, "Python 3.11.4, and 3.12.1 on a", "the same Python"),
-    (judging.software, {"versions": facts()["versions"] | {"torch": "2.12"}}, FAILED, "torch 2.12, and 2.13 on a", "install"),
-    (judging.software, {"versions": facts()["versions"] | {"torch": "missing"}}, FAILED, "not installed: torch", "pip install"),
-    (judging.software, {"code": {"mark": "0ther"}}, FAILED, "hash to 0ther, and c0de on a", "same checkout"),
-    (judging.software, {"code": {"error": "gone"}}, FAILED, "bge_ds: gone", "install bge_ds"),
-    (judging.data, {"data": {"rows": {"kind": "shards", "mark": "f2", "bytes": 1}}}, FAILED, "rows is f2, and f1", "copy rows"),
-    (judging.data, {"data": {"rows": {"error": "no file rows"}}}, FAILED, "no file rows", "bring rows"),
-    (judging.model, {"model": {"error": "no config"}}, FAILED, "no config", "bring model"),
-    (judging.model, {"model": {"kind": "hub", "revision": ""}}, FAILED, "a hub's, and is a folder's on a", "bring model"),
-    (judging.model, {"model": {"kind": "folder", "files": {"config.json": "aa", "model.safetensors": "91 bytes"}}},
+    (checks.software, {"python": "3.11.4"}, FAILED, "Python 3.11.4, and 3.12.1 on a", "the same Python"),
+    (checks.software, {"versions": facts()["versions"] | {"torch": "2.12"}}, FAILED, "torch 2.12, and 2.13 on a", "install"),
+    (checks.software, {"versions": facts()["versions"] | {"torch": "missing"}}, FAILED, "not installed: torch", "pip install"),
+    (checks.software, {"code": {"hash": "0ther"}}, FAILED, "hash to 0ther, and c0de on a", "same checkout"),
+    (checks.software, {"code": {"error": "gone"}}, FAILED, "bge_ds: gone", "install bge_ds"),
+    (checks.data, {"data": {"rows": {"kind": "shards", "hash": "f2", "bytes": 1}}}, FAILED, "rows is f2, and f1", "copy rows"),
+    (checks.data, {"data": {"rows": {"error": "no file rows"}}}, FAILED, "no file rows", "bring rows"),
+    (checks.model, {"model": {"error": "no config"}}, FAILED, "no config", "bring model"),
+    (checks.model, {"model": {"kind": "hub", "revision": ""}}, FAILED, "a hub's, and is a folder's on a", "bring model"),
+    (checks.model, {"model": {"kind": "folder", "files": {"config.json": "aa", "model.safetensors": "91 bytes"}}},
      FAILED, "differs from the first host's in model.safetensors", "copy the folder"),
-    (judging.accelerators, {"devices": {"error": "no driver"}}, FAILED, "no driver", "mend torch or the driver"),
-    (judging.accelerators, {"devices": CPU}, FAILED, "trains on cpu, and cuda on a", "--use_cpu"),
-    (judging.accelerators, {"devices": CPU | {"unseen": ["H100"]}}, FAILED, "lists 1 GPUs and torch 2.13 sees none", "CUDA"),
-    (judging.accelerators, {"devices": GPU | {"names": ["H100"]}}, FAILED, "2 ranks and 1 GPUs", "slots=1"),
-    (judging.accelerators, {"devices": GPU | {"names": ["H100"] * 3}}, WARNING, "1 of 3 GPUs idle", ""),
-    (judging.accelerators, {"devices": GPU | {"free": [9 * GIB, 79 * GIB]}}, WARNING, "GPU 0: 71.0 GiB", "nvidia-smi"),
-    (judging.accelerators, {"devices": GPU | {"names": ["A100"] * 2}}, WARNING, "GPUs are A100, and H100 on a", "one kind"),
-    (judging.accelerators, {"devices": GPU | {"cuda": "11.8"}}, FAILED, "CUDA is 11.8, and 12.8 on a", "install the same"),
-    (judging.accelerators, {"devices": GPU | {"no_kernels": "the triton package is not installed"}}, WARNING,
+    (checks.devices, {"devices": {"error": "no driver"}}, FAILED, "no driver", "repair torch or the driver"),
+    (checks.devices, {"devices": CPU}, FAILED, "trains on cpu, and cuda on a", "--use_cpu"),
+    (checks.devices, {"devices": CPU | {"unseen": ["H100"]}}, FAILED, "lists 1 GPUs and torch 2.13 sees none", "CUDA"),
+    (checks.devices, {"devices": GPU | {"names": ["H100"]}}, FAILED, "2 ranks and 1 GPUs", "slots=1"),
+    (checks.devices, {"devices": GPU | {"names": ["H100"] * 3}}, WARNING, "1 of 3 GPUs idle", ""),
+    (checks.devices, {"devices": GPU | {"free": [9 * GIB, 79 * GIB]}}, WARNING, "GPU 0: 71.0 GiB", "nvidia-smi"),
+    (checks.devices, {"devices": GPU | {"names": ["A100"] * 2}}, WARNING, "GPUs are A100, and H100 on a", "one kind"),
+    (checks.devices, {"devices": GPU | {"cuda": "11.8"}}, FAILED, "CUDA is 11.8, and 12.8 on a", "install the same"),
+    (checks.devices, {"devices": GPU | {"no_kernels": "the triton package is not installed"}}, WARNING,
      "do not run (the triton package is not installed): attention and losses fall back", "pip install triton"),
-    (judging.accelerators, {"devices": GPU | {"no_kernels": "the GPU's compute capability is below 8.0"}}, WARNING,
+    (checks.devices, {"devices": GPU | {"no_kernels": "the GPU's compute capability is below 8.0"}}, WARNING,
      "compute capability is below 8.0", "take GPUs of"),
-    (judging.accelerators, {"devices": GPU | {"driver": "535"}}, WARNING, "driver is 535, and 570.1", "install the same"),
+    (checks.devices, {"devices": GPU | {"driver": "535"}}, WARNING, "driver is 535, and 570.1", "install the same"),
 ]  # fmt: skip
 
 
@@ -68,23 +69,23 @@ SECOND_HOST = [
 def test_what_one_host_has_otherwise_is_named_with_a_remedy(judge, changes, mark, text, remedy):
     """A host that differs from the first, or lacks something, is one line with its name, what is wrong, and what to do."""
     told = {"a": facts(), "b": facts(**changes)}
-    findings = [f for f in run(judge, told, PLAN) if f.mark == mark]
+    findings = [f for f in run(judge, told, PLAN) if f.status == mark]
     found = [f for f in findings if text in f.text and remedy in f.remedy]
     assert len(found) == 1 and found[0].host == "b", findings
-    assert not [f for f in run(judge, told, PLAN) if f.mark != OK and f.host != "b"]
+    assert not [f for f in run(judge, told, PLAN) if f.status != OK and f.host != "b"]
 
 
 def run(judge, told, plan):
-    return list(judge(told) if judge is judging.software else judge(told, plan))
+    return list(judge(told) if judge is checks.software else judge(told, plan))
 
 
-@pytest.mark.parametrize("judge", [judging.software, judging.data, judging.model, judging.accelerators])
+@pytest.mark.parametrize("judge", [checks.software, checks.data, checks.model, checks.devices])
 def test_hosts_that_are_alike_are_one_good_line(judge):
     """Nothing to say of hosts that are alike but that they are: one line for all, marked ok."""
     findings = run(judge, {"a": facts(), "b": facts()}, PLAN)
-    assert [(f.mark, f.host) for f in findings] == [(OK, ALL)]
+    assert [(f.status, f.host) for f in findings] == [(OK, ALL)]
     findings = run(judge, {"a": on_cpu(), "b": on_cpu()}, PLAN)
-    assert [(f.mark, f.host) for f in findings] == [(OK, ALL)]
+    assert [(f.status, f.host) for f in findings] == [(OK, ALL)]
 
 
 def test_a_hub_model_needs_the_hub_or_the_cache():
@@ -93,7 +94,7 @@ def test_a_hub_model_needs_the_hub_or_the_cache():
     offline = {"HF_HUB_OFFLINE": "1"}
 
     def found(**second):
-        return [(f.mark, f.host) for f in judging.model({"a": facts(model=there), "b": facts(**second)}, PLAN)]
+        return [(f.status, f.host) for f in checks.model({"a": facts(model=there), "b": facts(**second)}, PLAN)]
 
     assert found(model=nowhere) == [(OK, ALL)]
     assert found(model=nowhere, variables=offline) == [(FAILED, "b")]
@@ -103,10 +104,10 @@ def test_a_hub_model_needs_the_hub_or_the_cache():
 def test_cpu_ranks_want_cores_and_memory():
     """Without GPUs, more ranks than cores, or less than a GiB each, are a warning."""
     plan = Plan({"a": 8})
-    (few,) = judging.accelerators({"a": on_cpu(cores=4)}, plan)
-    assert few.mark == WARNING and "8 ranks on 4 cores" in few.text and "4 or fewer" in few.remedy
-    (small,) = judging.accelerators({"a": on_cpu(memory=4 * GIB)}, plan)
-    assert small.mark == WARNING and "4.0 GiB for 8 ranks" in small.text
+    (few,) = checks.devices({"a": on_cpu(cores=4)}, plan)
+    assert few.status == WARNING and "8 ranks on 4 cores" in few.text and "4 or fewer" in few.remedy
+    (small,) = checks.devices({"a": on_cpu(memory=4 * GIB)}, plan)
+    assert small.status == WARNING and "4.0 GiB for 8 ranks" in small.text
 
 
 @pytest.mark.parametrize(
@@ -115,43 +116,43 @@ def test_cpu_ranks_want_cores_and_memory():
         (facts(), NEEDS, [OK]),
         (facts(devices=GPU | {"memory": [48 * GIB, 80 * GIB]}), NEEDS, [WARNING]),
         (facts(devices=GPU | {"memory": [80 * GIB, 39 * GIB]}), NEEDS, [FAILED]),
-        (facts(devices=GPU | {"memory": [24 * GIB] * 2}), Needs(NEEDS.parts, ("optimizer",)), [WARNING, OK]),
-        (facts(devices=GPU, memory=39 * GIB), Needs(NEEDS.parts, ("optimizer",)), [OK, FAILED]),
+        (facts(devices=GPU | {"memory": [24 * GIB] * 2}), Requirements(NEEDS.parts, ("optimizer",)), [WARNING, OK]),
+        (facts(devices=GPU, memory=39 * GIB), Requirements(NEEDS.parts, ("optimizer",)), [OK, FAILED]),
         (on_cpu(memory=79 * GIB), NEEDS, [FAILED]),
         (on_cpu(memory=200 * GIB), NEEDS, [OK]),
     ],
 )
 def test_weights_and_states_must_fit(host, needs, marks):
     """40 GiB a rank: the smallest GPU must hold them, less what is offloaded; a CPU host, for each of its two ranks."""
-    findings = list(judging.memory({"a": host}, Plan({"a": 2}), needs))
-    assert [f.mark for f in findings] == marks
-    assert all("zero3" in f.remedy for f in findings if f.mark != OK)
+    findings = list(checks.memory({"a": host}, Plan({"a": 2}), needs))
+    assert [f.status for f in findings] == marks
+    assert all("zero3" in f.remedy for f in findings if f.status != OK)
     assert "weights 10.0 GiB, gradients 10.0 GiB, optimizer 20.0 GiB" in findings[0].text
 
 
 def output(free=100 * GIB, keep=2, needs=NEEDS, seen=True, written=None, **second):
     told = {"a": facts(output={"parent": "/shared", "free": free}), "b": facts(**second)}
     plan = Plan({"a": 2, "b": 2}, output_dir="/shared/out", keep=keep)
-    return list(judging.output(told, plan, needs, {} if written is None else written, {"b": {"seen": seen}}))
+    return list(checks.output(told, plan, needs, {} if written is None else written, {"b": {"seen": seen}}))
 
 
 def test_the_output_folder_is_shared_and_has_room():
     """Checkpoints kept and one being written must fit (the figures are said), and every host must see the first's file."""
     (good,) = output()
-    assert good.mark == OK and "2 kept and one being written are 90.0 GiB" in good.text and "of all 2 hosts" in good.text
+    assert good.status == OK and "2 kept and one being written are 90.0 GiB" in good.text and "of all 2 hosts" in good.text
     (full,) = output(free=89 * GIB)
-    assert full.mark == FAILED and "free 1.0 GiB there" in full.remedy
+    assert full.status == FAILED and "free 1.0 GiB there" in full.remedy
     (endless,) = output(keep=None, free=200 * GIB)
-    assert endless.mark == WARNING and "full after 6" in endless.text and "--save_total_limit" in endless.remedy
-    assert [f.mark for f in output(keep=None, free=2000 * GIB)] == [OK]
+    assert endless.status == WARNING and "full after 6" in endless.text and "--save_total_limit" in endless.remedy
+    assert [f.status for f in output(keep=None, free=2000 * GIB)] == [OK]
     blind, room = output(seen=False)
-    assert (blind.mark, blind.host, room.mark) == (FAILED, "b", OK) and "mount one folder" in blind.remedy
+    assert (blind.status, blind.host, room.status) == (FAILED, "b", OK) and "mount one folder" in blind.remedy
     (denied,) = output(written={"error": "Permission denied"})
-    assert denied.mark == FAILED and "Permission denied" in denied.text and "let this user write" in denied.remedy
+    assert denied.status == FAILED and "Permission denied" in denied.text and "let this user write" in denied.remedy
     (file, _) = output(output={"error": "/shared is a file"})
-    assert (file.mark, file.host) == (FAILED, "b") and "--output_dir" in file.remedy
+    assert (file.status, file.host) == (FAILED, "b") and "--output_dir" in file.remedy
     (unknown,) = output(needs=None)
-    assert unknown.mark == OK and "--model_name_or_path" in unknown.text
+    assert unknown.status == OK and "--model_name_or_path" in unknown.text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_the_output_folder_is_shared_and_has_room():
         (255, ["root@b: Permission denied (publickey)."], "Permission denied", "ssh-copy-id b"),
         (255, ["Host key verification failed."], "Host key", "ssh b true"),
         (255, ["ssh: connect to host b port 22: No route to host"], "No route", "out of the hostfile"),
-        (255, [], "without a word", "ssh b true"),
+        (255, [], "without output", "ssh b true"),
         (113, [], "working folder does not exist", "folder all hosts have"),
         (114, [], "this Python does not exist", "same path"),
         (1, ["x", "ModuleNotFoundError: No module named 'bge_ds'"], "No module named 'bge_ds'", "install bge_ds there"),
@@ -169,24 +170,24 @@ def test_the_output_folder_is_shared_and_has_room():
 )
 def test_a_silent_host_is_told_by_how_its_ssh_ended(status, said, text, remedy):
     """A host without an answer: its name, why, and the remedy for that way of failing."""
-    finding = meeting.silence("b", status, said, 9)
-    assert (finding.mark, finding.host) == (FAILED, "b")
+    finding = network_checks.no_answer("b", NoAnswer(status, said), 9)
+    assert (finding.status, finding.host) == (FAILED, "b")
     assert text in finding.text and remedy in finding.remedy
 
 
 def test_what_the_launcher_needs_here():
     """No pdsh fails; ssh options that only pdsh knows want the first host's address."""
-    assert not list(meeting.launcher(True, False, False)) and not list(meeting.launcher(True, True, True))
-    assert [(f.mark, "pdsh" in f.text) for f in meeting.launcher(False, False, False)] == [(FAILED, True)]
-    assert [(f.mark, "MASTER_ADDR" in f.remedy) for f in meeting.launcher(True, True, False)] == [(WARNING, True)]
+    assert not list(network_checks.launcher(True, False, False)) and not list(network_checks.launcher(True, True, True))
+    assert [(f.status, "pdsh" in f.text) for f in network_checks.launcher(False, False, False)] == [(FAILED, True)]
+    assert [(f.status, "MASTER_ADDR" in f.remedy) for f in network_checks.launcher(True, True, False)] == [(WARNING, True)]
 
 
 def test_clocks_that_differ_are_a_warning():
     """More than 5 s apart by answers' own times; how long an answer took is no difference."""
     late = {"sent": 100.0, "received": 120.0, "time": 110.0}
-    assert [(f.mark, f.host) for f in meeting.clocks({"a": SAME_TIME, "b": late})] == [(OK, ALL)]
-    (found,) = meeting.clocks({"a": SAME_TIME, "b": SAME_TIME | {"time": 94.0}, "c": SAME_TIME})
-    assert (found.mark, found.host) == (WARNING, "b") and "6 s behind a" in found.text and "chrony" in found.remedy
+    assert [(f.status, f.host) for f in network_checks.clocks({"a": SAME_TIME, "b": late})] == [(OK, ALL)]
+    (found,) = network_checks.clocks({"a": SAME_TIME, "b": SAME_TIME | {"time": 94.0}, "c": SAME_TIME})
+    assert (found.status, found.host) == (WARNING, "b") and "6 s behind a" in found.text and "chrony" in found.remedy
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_clocks_that_differ_are_a_warning():
 )
 def test_names_of_interfaces_are_read_as_gloo_and_nccl_read_them(setting, exact, means):
     """gloo takes whole names; NCCL beginnings, = for whole names, ^ for all others."""
-    assert [name for name in ("lo", "ib0", "eth0", "eth10") if meeting.meant(setting, name, exact)] == means
+    assert [name for name in ("lo", "ib0", "eth0", "eth10") if network_checks.selects(setting, name, exact)] == means
 
 
 TWO = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "docker0": ["172.17.0.1"]}
@@ -224,8 +225,8 @@ TWO = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "docker0": ["172.17.0.1"]}
 )  # fmt: skip
 def test_the_interface_is_named_and_there(host, mark, text, remedy):
     """The interface that the ranks' library is told of exists, with an address, on the way to the first host."""
-    (found,) = meeting.interfaces({"b": host}, {"b": {"from": "10.0.0.2"}} if host["interfaces"] == TWO else {})
-    assert found.mark == mark and text in found.text and remedy in found.remedy, found
+    (found,) = network_checks.interfaces({"b": host}, {"b": {"from": "10.0.0.2"}} if host["interfaces"] == TWO else {})
+    assert found.status == mark and text in found.text and remedy in found.remedy, found
 
 
 def test_the_meeting_place_is_free_and_reached():
@@ -234,16 +235,16 @@ def test_the_meeting_place_is_free_and_reached():
 
     def found(address="10.0.0.1", listened=None, answer=None):
         connected = {"b": {"from": "10.0.0.2"} if answer is None else answer}
-        (finding,) = meeting.port(plan, "a", address, listened or {}, connected)
+        (finding,) = network_checks.port(plan, "a", address, listened or {}, connected)
         return finding
 
-    assert found().mark == OK and "29511 is free, reached at 10.0.0.1" in found().text
+    assert found().status == OK and "29511 is free, reached at 10.0.0.1" in found().text
     busy = found(listened={"error": "Address already in use"})
-    assert (busy.mark, busy.host) == (FAILED, "a") and "29511" in busy.text and "MASTER_PORT" in busy.remedy
+    assert (busy.status, busy.host) == (FAILED, "a") and "29511" in busy.text and "MASTER_PORT" in busy.remedy
     shut = found(answer={"error": "timed out"})
-    assert (shut.mark, shut.host) == (FAILED, "b") and "10.0.0.1:29511" in shut.text and "firewall" in shut.remedy
+    assert (shut.status, shut.host) == (FAILED, "b") and "10.0.0.1:29511" in shut.text and "firewall" in shut.remedy
     nowhere = found(address="")
-    assert nowhere.mark == FAILED and "MASTER_ADDR" in nowhere.remedy
+    assert nowhere.status == FAILED and "MASTER_ADDR" in nowhere.remedy
 
 
 RESULT = {"ranks": 4, "stage": 2, "difference": 1e-6, "seconds": 0.01, "bytes_per_second": 2 * GIB}
@@ -264,8 +265,8 @@ RESULT = {"ranks": 4, "stage": 2, "difference": 1e-6, "seconds": 0.01, "bytes_pe
 )
 def test_the_ranks_gradient_is_judged(status, result, marks, text):
     """Only a difference below 1e-4, of as many ranks as were wanted, from a launcher that ended well, is ok."""
-    findings = list(meeting.ranks(status, result, ["last words"], 4, 9))
-    assert [f.mark for f in findings] == marks and text in findings[0].text
+    findings = list(network_checks.ranks(status, result, ["last words"], 4, 9))
+    assert [f.status for f in findings] == marks and text in findings[0].text
     if result is None:
         assert findings[0].printed == ("last words",) and findings[0].remedy
     else:

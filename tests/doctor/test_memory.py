@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bge_ds.deepspeed_engine import engine as engines
-from bge_ds.doctor import sizing
+from bge_ds.doctor import memory
 from bge_ds.kernels import packed
 from bge_ds.modeling.encoder import Encoder
 
@@ -19,7 +19,7 @@ def bert(tmp_path_factory):
 
 def test_elements_are_those_of_the_loaded_model(bert):
     """Counted without reading a weight: as many as the loaded encoder has, and as many that train."""
-    size, model = sizing.measure(str(bert), "", 0, 128, half=False), Encoder.load(str(bert), "mean")
+    size, model = memory.measure(str(bert), "", 0, 128, half=False), Encoder.load(str(bert), "mean")
     assert (size.elements, size.trained) == (engines.count_elements(model), engines.count_elements(model, trainable=True))
     assert size.trained < size.elements and size.activations is None  # the pooler does not train
 
@@ -27,7 +27,7 @@ def test_elements_are_those_of_the_loaded_model(bert):
 @pytest.mark.parametrize("length", [16, 100])
 def test_activations_are_those_of_a_real_pass(bert, length):
     """Never fewer bytes than a pass of the same texts keeps, and at most a fifth more; in 16 bits, about half."""
-    size = sizing.measure(str(bert), "", 20 * length, length, half=False)
+    size = memory.measure(str(bert), "", 20 * length, length, half=False)
     model, storages = Encoder.load(str(bert), "mean"), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -42,14 +42,14 @@ def test_activations_are_those_of_a_real_pass(bert, length):
         model.train()(texts)
     real = sum(storage.nbytes() for storage in storages.values())
     assert real <= size.activations <= 1.2 * real
-    half = sizing.measure(str(bert), "", 20 * length, length, half=True)
+    half = memory.measure(str(bert), "", 20 * length, length, half=True)
     assert 0.4 < half.activations / size.activations < 0.7
 
 
 def test_a_model_that_asks_for_values_has_no_known_activations(tmp_path):
     """Tensors that hold nothing cannot say; the rest of the size is there all the same."""
     folder = helpers.make_model("qwen3", tmp_path / "qwen")
-    size = sizing.measure(str(folder), "", 512, 64, half=False)
+    size = memory.measure(str(folder), "", 512, 64, half=False)
     assert size.elements > 0
 
 
@@ -58,7 +58,7 @@ def test_a_model_that_asks_for_values_has_no_known_activations(tmp_path):
 )
 def test_what_is_offloaded_is_the_hosts(name, offloaded):
     """The shipped configs' own places; a checkpoint holds 12 bytes a trained weight and the model, whatever the stage."""
-    config = sizing.read_config(name, 2, bf16=True, fp16=False)
-    needs = sizing.needs(sizing.Size(1000, 900, 5), config, 2)
+    config = memory.read_config(name, 2, bf16=True, fp16=False)
+    needs = memory.requirements(memory.ModelSize(1000, 900, 5), config, 2)
     assert needs.offloaded == offloaded and needs.parts["activations"] == 5
     assert needs.checkpoint == 12 * 900 + 4 * 1000
