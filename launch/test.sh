@@ -22,6 +22,7 @@ step() {
 step ruff check .
 step ruff format --check .
 step lint-imports --no-logo
+step mypy
 step python -m pytest "$@"
 if [ $status -eq 0 ]; then echo "== all passed"; else echo "== failed: ${failed[*]}"; fi
 exit $status

@@ -4,12 +4,12 @@
 values; both run the same checks and give arguments that can no longer be assigned to.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import ClassVar, Literal
 
 from bge_ds.config.parser import parse
-from bge_ds.config.train_arguments import TrainArguments, changed, describe, flag, steps_from
-from bge_ds.config.validation import check_lora, check_objective, check_token_budget, require
+from bge_ds.config.train_arguments import TrainArguments, changed, describe, flag, rare, steps_from
+from bge_ds.config.validation import check_effects, check_objective, check_token_budget, require
 
 __all__ = ["FinetuneArguments", "PretrainArguments", "TrainArguments", "changed", "describe", "parse", "steps_from"]
 
@@ -28,12 +28,10 @@ class PretrainArguments(TrainArguments):
         "bert-base-uncased", "model to start from: name or folder; empty: from scratch, see config_name"
     )
     max_seq_length: int = flag(512, "maximum tokens of a text, special tokens included")
-    word_segmenter: Literal["none", "jieba"] = flag(
-        "none",
-        "how Chinese is split into words, which are masked whole: none (each character) or jieba",
-        rare=True,
+    word_segmenter: Literal["none", "jieba"] = rare(
+        "none", "how Chinese is split into words, which are masked whole: none (each character) or jieba"
     )
-    per_device_train_tokens: int | None = flag(
+    per_device_train_tokens: int | None = flag(  # type: ignore[misc]  # a constant where there is no such flag
         None, "maximum tokens of a rank's micro batch, filled with whole texts; unset: per_device_train_batch_size texts"
     )
     objective: Literal["retromae", "dupmae", "mlm"] = flag(
@@ -43,10 +41,8 @@ class PretrainArguments(TrainArguments):
     bow_loss_weight: float = flag(0.1, "with objective dupmae: weight of the bag-of-words loss")
     encoder_mlm_probability: float = flag(0.3, "fraction of the encoder's tokens that are masked, in whole words")
     decoder_mlm_probability: float = flag(0.5, "fraction of the words that each position of the decoder cannot attend to")
-    decoder_query: Literal["embeddings", "raw"] = flag(
-        "embeddings",
-        "the decoder's queries: passed through the encoder's embedding module, or h + p_i as in the paper (raw)",
-        rare=True,
+    decoder_query: Literal["embeddings", "raw"] = rare(
+        "embeddings", "the decoder's queries: passed through the encoder's embedding module, or h + p_i as in the paper (raw)"
     )
     save_strategy: str = flag(
         "epoch", "no, steps, epoch or best; with epoch, save_steps may be given too and adds checkpoints between"
@@ -65,15 +61,13 @@ class PretrainArguments(TrainArguments):
     def check(self) -> None:
         """As for both commands, and: a model from scratch needs a configuration and a tokenizer."""
         super().check()
-        for name, needs, has_effect in (
+        decoder = "a decoder: --objective retromae or dupmae"
+        check_effects(
+            self,
             ("bow_loss_weight", "--objective dupmae", self.objective == "dupmae"),
-            ("decoder_mlm_probability", "a decoder: --objective retromae or dupmae", self.objective != "mlm"),
-            ("decoder_query", "a decoder: --objective retromae or dupmae", self.objective != "mlm"),
-        ):
-            require(
-                has_effect or not self.asks(name),
-                f"--{name} {getattr(self, name)} has no effect without {needs}; change that or drop --{name}",
-            )
+            ("decoder_mlm_probability decoder_query", decoder, self.objective != "mlm"),
+            remedy="change that",
+        )
         require(
             self.per_device_train_tokens is None or "per_device_train_batch_size" not in self.explicit,
             "--per_device_train_tokens and --per_device_train_batch_size exclude each other: a micro batch is so many tokens "
@@ -99,13 +93,11 @@ class FinetuneArguments(TrainArguments):
     command: ClassVar[str] = "bge_ds.finetune"
 
     topic_finetuning: ClassVar[str] = "Fine-tuning"
-    model_name_or_path: str = field(metadata={"help": "model to start from: name or folder"})
+    model_name_or_path: str = flag(MISSING, "model to start from: name or folder")
     train_group_size: int = flag(8, "passages of each query: one positive, the others hard negatives")
     query_max_len: int = flag(32, "maximum tokens of a query, instruction and special tokens included")
     passage_max_len: int = flag(128, "maximum tokens of a passage, instruction and special tokens included")
-    max_example_num_per_dataset: int = flag(
-        100_000_000, "maximum groups of each input file; a longer one is sampled at random", rare=True
-    )
+    max_example_num_per_dataset: int = rare(100_000_000, "maximum groups of each input file; a longer one is sampled at random")
     same_dataset_within_batch: bool = flag(
         False, "all queries of a step, on all ranks, come from one input file, so that negatives are of the same kind"
     )
@@ -123,10 +115,8 @@ class FinetuneArguments(TrainArguments):
         None,
         "do not use a passage as a negative if its similarity exceeds the positive's by this; may be negative; unset: off",
     )
-    false_negative_margin_type: Literal["absolute", "relative"] = flag(
-        "absolute",
-        "absolute: a difference of similarities; relative: a fraction of the positive's similarity",
-        rare=True,
+    false_negative_margin_type: Literal["absolute", "relative"] = rare(
+        "absolute", "absolute: a difference of similarities; relative: a fraction of the positive's similarity"
     )
     temperature: float = flag(0.02, "similarities are divided by it; always 1 without normalize_embeddings")
     learnable_temperature: bool = flag(False, "train the temperature, starting at --temperature")
@@ -135,25 +125,19 @@ class FinetuneArguments(TrainArguments):
         "kl_div", "kl_div and margin_mse are added to the contrastive loss, m3_kd_loss replaces it"
     )
     use_mrl: bool = flag(False, "Matryoshka: the mean of the loss over prefixes of the vectors")
-    mrl_dims: list[int] = field(
-        default_factory=list, metadata={"help": "with use_mrl: the prefixes' lengths, such as 64 128 256 768"}
-    )
+    mrl_dims: list[int] = flag([], "with use_mrl: the prefixes' lengths, such as 64 128 256 768")
     normalize_embeddings: bool = flag(True, "normalise vectors to length 1; alias normlized")
     sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how token vectors become a text's vector")
     bidirectional_attention: bool = flag(False, "decoder backbones: bidirectional instead of causal attention")
-    fix_position_embedding: bool = flag(False, "do not train parameters whose name contains position_embeddings", rare=True)
+    fix_position_embedding: bool = rare(False, "do not train parameters whose name contains position_embeddings")
 
     topic_lora: ClassVar[str] = "LoRA"
     use_lora: bool = flag(False, "train only low-rank adapters of linear layers; saved merged, and in peft's format")
     lora_rank: int = flag(64, "with use_lora: rank of an adapter's matrices")
-    lora_alpha: float = flag(16.0, "with use_lora: an adapter's product is multiplied by lora_alpha / lora_rank", rare=True)
-    lora_dropout: float = flag(0.1, "with use_lora: dropout of an adapter's input", rare=True)
-    target_modules: list[str] = field(
-        default_factory=list,
-        metadata={
-            "rare": True,
-            "help": "with use_lora: names of the linear layers that get an adapter, such as query value; unset: all",
-        },
+    lora_alpha: float = rare(16.0, "with use_lora: an adapter's product is multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = rare(0.1, "with use_lora: dropout of an adapter's input")
+    target_modules: list[str] = rare(
+        [], "with use_lora: names of the linear layers that get an adapter, such as query value; unset: all"
     )
 
     @property
@@ -197,7 +181,6 @@ class FinetuneArguments(TrainArguments):
             "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out",
         )
         check_objective(self)
-        check_lora(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)
         require(
             self.train_group_size > 1 or not alone,

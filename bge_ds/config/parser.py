@@ -16,11 +16,14 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from bge_ds.config.huggingface_names import ALIASES, FALSE, REFUSED, TRUE, accepted, refusal, refusal_of_newer
 
-Arguments = TypeVar("Arguments")
+if TYPE_CHECKING:
+    from bge_ds.config.train_arguments import TrainArguments
+
+Arguments = TypeVar("Arguments", bound="TrainArguments")
 _LOCAL_RANK = re.compile(r"--local[-_]rank(=.*)?")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -38,7 +41,7 @@ class _Formatter(argparse.HelpFormatter):
 class _Help(argparse.Action):
     """`--help` shows the flags that most runs need, `--help all` every one."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         rare = [action for action in parser._actions if getattr(action, "rare", False) and action.help != argparse.SUPPRESS]
         if values is None:
             for action in rare:
@@ -58,6 +61,10 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
 def groups_of(cls: type, own: bool = False) -> list[tuple[str, list[str]]]:
     """(topic, names of its flags): a class attribute `topic_...` begins a topic. own: those of the class itself only.
 
@@ -65,7 +72,7 @@ def groups_of(cls: type, own: bool = False) -> list[tuple[str, list[str]]]:
     """
     found: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
-    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    names = _fields(cls).keys()
     for base in [cls] if own else [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
         topics: list[tuple[str, list[str]]] = []
         for name in inspect.get_annotations(base):
@@ -85,26 +92,22 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
     fields that the user gave. A mistake prints `error: ...` and exits with code 2; `--help` exits with 0.
     """
     parser = _build_parser(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    unset = object()
     try:
-        argv = _expand_json(cls, parser, list(sys.argv[1:] if argv is None else argv))
-        # A namespace that already has every field keeps argparse from filling in defaults: what is still `unset`
-        # afterwards was not given.
-        given, rest = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-        values = {name: value for name, value in vars(given).items() if value is not unset}
-        _refuse(values, rest, known=names)
+        given, rest = parser.parse_known_args(_expand_json(cls, parser, list(sys.argv[1:] if argv is None else argv)))
+        values = vars(given)
+        _refuse(values, rest, known=list(_fields(cls)))
         return cls.build(**_merge_aliases(values))
     except ValueError as error:
         parser.error(str(error))
 
 
-def _build_parser(cls: type) -> CommandParser:
+def _build_parser(cls: type["TrainArguments"]) -> CommandParser:
     usage = f"deepspeed -m {cls.command} --flag value ... | deepspeed -m {cls.command} settings.json"
     parser = CommandParser(
-        usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False
+        usage=usage, description=cls.__doc__, allow_abbrev=False, formatter_class=_Formatter, add_help=False,
+        argument_default=argparse.SUPPRESS,  # what was not given is not in the result
     )  # fmt: skip
-    fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, typing.get_type_hints(cls)
+    fields, hints = _fields(cls), typing.get_type_hints(cls)
     required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     topics = [("Required", required)]
     topics += [(title, [name for name in names if name not in required]) for title, names in groups_of(cls)]
@@ -113,23 +116,18 @@ def _build_parser(cls: type) -> CommandParser:
         for name in names:
             _add_flag(group, fields[name], hints[name])
     more = parser.add_argument_group("Help")
-    more.add_argument(
-        "--help", "-h", action=_Help, nargs="?", choices=["all"], default=argparse.SUPPRESS, help="the flags of most runs; all"
-    )  # fmt: skip
-    hidden = {"default": argparse.SUPPRESS}
+    more.add_argument("--help", "-h", action=_Help, nargs="?", choices=["all"], help="the flags of most runs; all")
+    hidden: dict[str, Any] = {"help": argparse.SUPPRESS}
     for alias, (name, kind) in ALIASES.items():
         if name not in fields:
             continue
-        shape = {"type": to_bool, "nargs": "?", "const": True} if kind is bool else {"type": kind}
-        parser.add_argument(*_spellings(alias), dest=alias, help=argparse.SUPPRESS, **shape, **hidden)
+        parser.add_argument(*_spellings(alias), dest=alias, **_SWITCH if kind is bool else {"type": kind}, **hidden)
         if fields[name].default is True:
-            off = {"dest": alias, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
-            parser.add_argument(*_spellings(f"no_{alias}"), **off, **hidden)
+            parser.add_argument(*_spellings(f"no_{alias}"), dest=alias, action="store_const", const=False, **hidden)
     for name in REFUSED.keys() - fields.keys():
-        parser.add_argument(*_spellings(name), dest=name, nargs="*", help=argparse.SUPPRESS, **hidden)
+        parser.add_argument(*_spellings(name), dest=name, nargs="*", **hidden)
         if True in accepted(name):
-            off = {"dest": name, "action": "store_const", "const": ["false"], "help": argparse.SUPPRESS}
-            parser.add_argument(*_spellings(f"no_{name}"), **off, **hidden)
+            parser.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"], **hidden)
     return parser
 
 
@@ -140,9 +138,9 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = str if str in options else options[0]
         options = list(typing.get_args(hint))
-    shape: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+    shape: dict[str, Any] = {"help": field.metadata["help"]}
     if hint is bool:
-        shape |= {"type": to_bool, "nargs": "?", "const": True, "metavar": "True|False"}
+        shape |= _SWITCH | {"metavar": "True|False"}
     elif typing.get_origin(hint) is Literal:
         shape |= {"type": type(options[0]), "choices": options}
     elif typing.get_origin(hint) is list:
@@ -156,10 +154,10 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if field.default is field.default_factory is dataclasses.MISSING:
         shape["required"] = True
     action = group.add_argument(*_spellings(field.name), dest=field.name, **shape | given)
-    action.rare = field.metadata.get("rare", False)
+    action.rare = field.metadata.get("rare", False)  # type: ignore[attr-defined]  # `_Help` reads it
     if hint is bool and field.default is True:
-        off = {"dest": field.name, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
-        group.add_argument(*_spellings(f"no_{field.name}"), default=True, **off)
+        off = _spellings(f"no_{field.name}")
+        group.add_argument(*off, dest=field.name, action="store_const", const=False, help=argparse.SUPPRESS)
 
 
 def to_bool(text: str) -> bool:
@@ -173,6 +171,9 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+_SWITCH: dict[str, Any] = {"type": to_bool, "nargs": "?", "const": True}
 
 
 def _spellings(name: str) -> list[str]:
@@ -214,9 +215,8 @@ def _refuse(values: dict[str, Any], rest: list[str], known: list[str]) -> None:
         near = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
         reasons.append(f"unknown flag {flag}{hint}")
-    reasons = [reason for reason in reasons if reason]
-    if reasons:
-        raise ValueError("; ".join(reasons))
+    if found := [reason for reason in reasons if reason]:
+        raise ValueError("; ".join(found))
 
 
 def _newer_defaults() -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _expand_json(cls: type, parser: CommandParser, argv: list[str]) -> list[str]
         raise ValueError(f"cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError("the file must hold one JSON object of settings, name to value")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = _fields(cls)
     return [word for name, value in settings.items() for word in _as_flags(name, value, fields)] + launcher
 
 

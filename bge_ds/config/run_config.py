@@ -1,7 +1,11 @@
-"""What a run derives from its arguments, its shards and the checkpoint it resumes from, in one place.
+"""What a run derives from its arguments, in the order in which it becomes known; each stage derives its values once.
 
-Arguments do not change after parsing: a derived value gives new arguments of the same class, in which the loop, the engine and
-the data loader find what holds for this run.
+1. From the arguments alone: their `check()` brings values into the form that holds.
+2. From the shards: `fill_from_shards` takes the lengths and instructions that the user did not give.
+3. From the number of ranks and the checkpoint: `fit_batch` (training/resume.py) sets each rank's part of the global batch.
+4. From the order of the data: `StepPlan.make` (training/step_plan.py) resolves everything that is counted in steps.
+
+Parsed arguments cannot be assigned to: stages 2 and 3 give new arguments of the same class.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ ranks would race to answer.
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from bge_ds.config.validation import (
     SCHEDULES,
@@ -24,10 +24,19 @@ from bge_ds.config.validation import (
     writers,
 )
 
+LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
+_Arguments = TypeVar("_Arguments", bound="TrainArguments")
+
 
 def flag(default: Any, text: str, **extra: Any) -> Any:
-    """A field with its help text; `extra` goes to argparse. Percent signs in `text` are plain text."""
-    return field(default=default, metadata={"help": text.replace("%", "%%"), **extra})
+    """A field with its help text; `extra` goes to argparse. Percent signs in `text` are plain text. MISSING: required."""
+    metadata = {"help": text.replace("%", "%%"), **extra}
+    return field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
+
+
+def rare(default: Any, text: str, **extra: Any) -> Any:
+    """A flag that `--help all` shows and `--help` does not."""
+    return flag(default, text, rare=True, **extra)
 
 
 @dataclass(kw_only=True)
@@ -39,26 +48,21 @@ class TrainArguments:
     per_device_train_tokens: ClassVar[int | None] = None  # a flag of pretrain alone
 
     topic_model_and_data: ClassVar[str] = "Model and data"
-    output_dir: str = field(metadata={"help": "folder for the model, checkpoint-N/ and metrics.jsonl"})
+    output_dir: str = flag(MISSING, "folder for the model, checkpoint-N/ and metrics.jsonl")
     train_data: list[str] = field(
         metadata={"help": "shards made by bge_ds.preprocess, or JSON lines (file, folder or glob) to preprocess into a cache; "
                   "several may be given, each as PATH, or as PATH=WEIGHT to set its sampling weight"}
     )  # fmt: skip
-    mixing_temperature: float | None = flag(
+    mixing_temperature: float | None = rare(
         None,
         "each set is sampled in proportion to rows ** (1 / this); above 1 favours small sets; unset: every text once per epoch",
-        rare=True,
     )
-    config_name: str | None = flag(None, "model configuration: name or folder; unset: the model's own", rare=True)
-    tokenizer_name: str | None = flag(None, "tokenizer: name or folder; unset: the model's own", rare=True)
+    config_name: str | None = rare(None, "model configuration: name or folder; unset: the model's own")
+    tokenizer_name: str | None = rare(None, "tokenizer: name or folder; unset: the model's own")
     cache_dir: str | None = flag(None, "folder for downloaded models and for shards made from JSON lines")
-    on_error: Literal["raise", "skip"] = flag(
-        "raise", "on a bad JSON line: stop (raise), or skip, count and list it (skip)", rare=True
-    )
-    verify_data: bool = flag(
-        True,
-        "compare each shard's hash with the manifest before training, once per host; False: sizes only, for terabytes",
-        rare=True,
+    on_error: Literal["raise", "skip"] = rare("raise", "on a bad JSON line: stop (raise), or skip, count and list it (skip)")
+    verify_data: bool = rare(
+        True, "compare each shard's hash with the manifest before training, once per host; False: sizes only, for terabytes"
     )
     kernels: Literal["auto", "torch", "fused"] = flag(
         "auto", "auto: the fastest kernels available; torch: plain torch only; fused: an error where they are not available"
@@ -74,78 +78,59 @@ class TrainArguments:
     topic_optimizer_and_schedule: ClassVar[str] = "Optimizer and schedule"
     learning_rate: float = flag(5e-5, "peak learning rate")
     lr_scheduler_type: str = flag("linear", "one of " + ", ".join(SCHEDULES))
-    lr_scheduler_kwargs: dict | str | None = field(
-        default=None, metadata={"rare": True, "help": "JSON object of further arguments of the schedule; parsed, it is a dict"}
+    lr_scheduler_kwargs: dict | str | None = rare(
+        None, "JSON object of further arguments of the schedule; parsed, it is a dict"
     )
     warmup_steps: float = flag(0, "warm-up steps; below 1, a fraction of all steps")
     optim: str = flag(
         "adamw_torch_fused", "adamw_torch, adamw_torch_fused, or adamw_deepspeed: its FusedAdam on a GPU, CPUAdam on a CPU"
     )
     weight_decay: float = flag(0.0, "AdamW's weight decay; biases and norms have none")
-    adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients", rare=True)
-    adam_beta2: float = flag(0.999, "AdamW's decay of the mean of squared gradients", rare=True)
-    adam_epsilon: float = flag(1e-8, "AdamW's term against division by zero", rare=True)
+    adam_beta1: float = rare(0.9, "AdamW's decay of the mean of gradients")
+    adam_beta2: float = rare(0.999, "AdamW's decay of the mean of squared gradients")
+    adam_epsilon: float = rare(1e-8, "AdamW's term against division by zero")
     max_grad_norm: float = flag(1.0, "gradient clipping: maximum norm of the whole gradient; 0: no clipping")
-    max_nonfinite_steps: int = flag(
-        20,
-        "stop after this many consecutive steps skipped for a NaN or infinite loss or gradient; 0: never",
-        rare=True,
+    max_nonfinite_steps: int = rare(
+        20, "stop after this many consecutive steps skipped for a NaN or infinite loss or gradient; 0: never"
     )
-    average_tokens_across_devices: bool = flag(
-        True, "pretrain: mean over the tokens of all ranks, not mean of the ranks' means", rare=True
+    average_tokens_across_devices: bool = rare(
+        True, "pretrain: mean over the tokens of all ranks, not mean of the ranks' means"
     )
 
     topic_precision_and_memory: ClassVar[str] = "Precision and memory"
     bf16: bool = flag(False, "train in bfloat16, fp32 master weights")
     fp16: bool = flag(False, "train in float16 with loss scaling, fp32 master weights")
-    tf32: bool | None = flag(
-        None, "TensorFloat-32 products on Ampere GPUs and later; unset: as torch has it", nargs="?", const=True, rare=True
-    )
+    tf32: bool | None = rare(None, "TensorFloat-32 products on Ampere GPUs and later; unset: as torch has it")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass instead of storing them")
-    gradient_checkpointing_kwargs: dict | str | None = field(
-        default=None, metadata={"rare": True, "help": 'JSON object, {"use_reentrant": true|false}; parsed, it is a dict'}
+    gradient_checkpointing_kwargs: dict | str | None = rare(
+        None, 'JSON object, {"use_reentrant": true|false}; parsed, it is a dict'
     )
-    torch_compile: bool = flag(
-        False, "compile the layers of a backbone that runs without padding; no gain has been measured on a GPU yet", rare=True
+    torch_compile: bool = rare(
+        False, "compile the layers of a backbone that runs without padding; no gain has been measured on a GPU yet"
     )
-    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] | None = flag(
-        None, "with torch_compile: backend; unset: inductor; the others are for debugging", rare=True
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] | None = rare(
+        None, "with torch_compile: backend; unset: inductor; the others are for debugging"
     )
-    token_bucket: int | None = flag(
-        None,
-        "with torch_compile: packed rows are padded to a multiple of this; one compilation per multiple; unset: 1024",
-        rare=True,
+    token_bucket: int | None = rare(
+        None, "with torch_compile: packed rows are padded to a multiple of this; one compilation per multiple; unset: 1024"
     )
-    torch_empty_cache_steps: int | None = flag(
-        None, "empty the GPU's memory cache every this many steps; unset: never", rare=True
-    )
+    torch_empty_cache_steps: int | None = rare(None, "empty the GPU's memory cache every this many steps; unset: never")
     use_cpu: bool = flag(False, "train on the CPU even where there is a GPU")
 
     topic_logging: ClassVar[str] = "Logging"
     logging_strategy: Literal["no", "steps", "epoch"] = flag("steps", "when metrics are logged")
     logging_steps: float = flag(10, "steps between two log lines; below 1, a fraction of all steps")
-    logging_first_step: bool = flag(False, "log the first step too", rare=True)
-    logging_nan_inf_filter: bool = flag(True, "leave losses that are NaN or infinite out of the logged means", rare=True)
-    include_num_input_tokens_seen: str = flag(
-        "no",
-        "log the tokens trained on: no, all or non_padding (the same: nothing is padded)",
-        nargs="?",
-        const="all",
-        rare=True,
+    logging_first_step: bool = rare(False, "log the first step too")
+    logging_nan_inf_filter: bool = rare(True, "leave losses that are NaN or infinite out of the logged means")
+    include_num_input_tokens_seen: str = rare(
+        "no", "log the tokens trained on: no, all or non_padding (the same: nothing is padded)", nargs="?", const="all"
     )
-    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = flag(
-        "passive", "log level of rank 0; passive: the libraries' default", rare=True
-    )
-    log_level_replica: Literal["debug", "info", "warning", "error", "critical", "passive"] = flag(
-        "warning", "log level of the other ranks", rare=True
-    )
-    disable_tqdm: bool | None = flag(None, "show no progress bar", nargs="?", const=True, rare=True)
-    report_to: list[str] = field(
-        default_factory=list,
-        metadata={"help": "writers of the metrics beside metrics.jsonl: none, all, tensorboard, wandb, csv"},
-    )
-    run_name: str | None = flag(None, "name of the run for the writers; unset: the name of output_dir", rare=True)
-    logging_dir: str | None = flag(None, "folder of the writers; unset: OUTPUT_DIR/runs", rare=True)
+    log_level: LogLevel = rare("passive", "log level of rank 0; passive: the libraries' default")
+    log_level_replica: LogLevel = rare("warning", "log level of the other ranks")
+    disable_tqdm: bool | None = rare(None, "show no progress bar")
+    report_to: list[str] = flag([], "writers of the metrics beside metrics.jsonl: none, all, tensorboard, wandb, csv")
+    run_name: str | None = rare(None, "name of the run for the writers; unset: the name of output_dir")
+    logging_dir: str | None = rare(None, "folder of the writers; unset: OUTPUT_DIR/runs")
 
     topic_saving_and_resuming: ClassVar[str] = "Saving and resuming"
     save_strategy: str = flag(
@@ -153,71 +138,64 @@ class TrainArguments:
     )
     save_steps: float = flag(500, "steps between two checkpoints; below 1, a fraction of all steps")
     save_total_limit: int | None = flag(None, "maximum number of checkpoints kept, the best included; unset: all")
-    save_only_model: bool = flag(False, "checkpoints hold the model only: smaller, but a run cannot resume", rare=True)
+    save_only_model: bool = rare(False, "checkpoints hold the model only: smaller, but a run cannot resume")
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint-N folder to resume from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
     )
 
     topic_evaluating: ClassVar[str] = "Evaluating"
-    eval_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "folders in BEIR's format to evaluate on while training; the last step is always evaluated"},
-    )
+    eval_data: list[str] = flag([], "folders in BEIR's format to evaluate on while training; the last step is always evaluated")
     eval_strategy: str = flag("no", "no, steps or epoch; unset with eval_data: epoch if save_strategy is epoch, else steps")
     eval_steps: float | None = flag(None, "steps between two evaluations; below 1, a fraction of all steps; unset: save_steps")
-    eval_delay: float = flag(0.0, "steps (epochs, with eval_strategy epoch) before the first evaluation", rare=True)
-    eval_on_start: bool = flag(False, "also evaluate before the first step", rare=True)
-    per_device_eval_batch_size: int = flag(
-        8, "full-length passages per forward pass of a rank; more of shorter ones", rare=True
-    )
+    eval_delay: float = rare(0.0, "steps (epochs, with eval_strategy epoch) before the first evaluation")
+    eval_on_start: bool = rare(False, "also evaluate before the first step")
+    per_device_eval_batch_size: int = rare(8, "full-length passages per forward pass of a rank; more of shorter ones")
     load_best_model_at_end: bool = flag(False, "the result is the best checkpoint's model, not the last step's")
-    metric_for_best_model: str | None = flag(
-        None, "metric that selects the best checkpoint, such as dev_Recall@100; unset: mean nDCG@10 over the sets", rare=True
+    metric_for_best_model: str | None = rare(
+        None, "metric that selects the best checkpoint, such as dev_Recall@100; unset: mean nDCG@10 over the sets"
     )
-    greater_is_better: bool | None = flag(None, "True for every metric here", nargs="?", const=True, rare=True)
+    greater_is_better: bool | None = rare(None, "True for every metric here")
 
     topic_randomness_and_order: ClassVar[str] = "Randomness and order"
     seed: int = flag(42, "seed of initial weights, dropout and masks")
-    data_seed: int | None = flag(None, "seed of the order and choice of texts; unset: seed", rare=True)
-    full_determinism: bool = flag(False, "deterministic kernels only: slower, bit-reproducible", rare=True)
-    train_sampling_strategy: str = flag(
-        "random", "random (shuffled each epoch), sequential (the order of the data) or group_by_length", rare=True
+    data_seed: int | None = rare(None, "seed of the order and choice of texts; unset: seed")
+    full_determinism: bool = rare(False, "deterministic kernels only: slower, bit-reproducible")
+    train_sampling_strategy: str = rare(
+        "random", "random (shuffled each epoch), sequential (the order of the data) or group_by_length"
     )
     group_by_length: bool = flag(
         False, "batches of texts of similar length; the same as train_sampling_strategy group_by_length"
     )
 
     topic_loading: ClassVar[str] = "Loading"
-    dataloader_drop_last: bool = flag(False, "drop the last, incomplete step of an epoch", rare=True)
+    dataloader_drop_last: bool = rare(False, "drop the last, incomplete step of an epoch")
     dataloader_num_workers: int = flag(1, "data loader processes per rank; 0: batches are built between steps")
-    dataloader_prefetch_factor: int | None = flag(None, "batches prefetched by each worker; unset: 2", rare=True)
-    dataloader_pin_memory: bool = flag(True, "page-locked memory for faster copies to a GPU", rare=True)
-    dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = flag(
-        None, "how workers are started; unset: torch's default", rare=True
+    dataloader_prefetch_factor: int | None = rare(None, "batches prefetched by each worker; unset: 2")
+    dataloader_pin_memory: bool = rare(True, "page-locked memory for faster copies to a GPU")
+    dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = rare(
+        None, "how workers are started; unset: torch's default"
     )
 
     topic_ranks: ClassVar[str] = "Ranks"
     deepspeed: str = flag(
         "auto", "name of a config of ds_configs/ (zero0 ... zero3) or path of a JSON file; auto: zero1, or zero0 on one rank"
     )
-    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = flag(
-        None, "unset: nccl on GPUs, gloo on CPUs", rare=True
-    )
-    ddp_timeout: int = flag(1800, "seconds that a rank waits for the others in a collective before it gives up", rare=True)
-    join_timeout: int = flag(60, "seconds that ranks wait for all others to start", rare=True)
-    local_rank: int = flag(-1, "set by the deepspeed launcher", rare=True)
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = rare(None, "unset: nccl on GPUs, gloo on CPUs")
+    ddp_timeout: int = rare(1800, "seconds that a rank waits for the others in a collective before it gives up")
+    join_timeout: int = rare(60, "seconds that ranks wait for all others to start")
+    local_rank: int = rare(-1, "set by the deepspeed launcher")
 
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     @classmethod
-    def build(cls, **values: Any) -> "TrainArguments":
+    def build(cls: type[_Arguments], **values: Any) -> _Arguments:
         """Arguments from field values, checked; `explicit` holds the names given. Raises ValueError."""
         args = cls(**values)
         args.explicit = frozenset(values)
         args.check()
         return args.frozen()
 
-    def frozen(self) -> "TrainArguments":
+    def frozen(self: _Arguments) -> _Arguments:
         """Itself, from here on without assignments (`config/run_config.py` makes changed copies)."""
         self.__dict__["_frozen"] = True
         return self
@@ -282,9 +260,9 @@ def describe(args: TrainArguments) -> list[tuple[str, Any]]:
 def changed(args: TrainArguments) -> list[tuple[str, Any, Any]]:
     """The settings in effect that differ from their default, as (name, value, default); required ones have none."""
     rows = ((name, value, _default(args, name)) for name, value in describe(args))
-    return [row for row in rows if row[2] is not dataclasses.MISSING and row[1] != row[2]]
+    return [row for row in rows if row[2] is not MISSING and row[1] != row[2]]
 
 
 def _default(args: "TrainArguments", name: str) -> Any:
     (found,) = (f for f in dataclasses.fields(args) if f.name == name)
-    return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+    return found.default if found.default_factory is MISSING else found.default_factory()

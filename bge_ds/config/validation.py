@@ -27,34 +27,24 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_deepspeed")
 WRITERS = ("tensorboard", "wandb", "csv")
 
-# What a number may be: (words, predicate). NaN fails every comparison, so it passes none of them.
-_Rule = tuple[str, Callable[[Any], bool]]
-_WHOLE: _Rule = ("a whole number of at least 1", lambda v: v >= 1)
-_NOT_NEGATIVE: _Rule = ("a finite number of at least 0", lambda v: 0 <= v < math.inf)
-_POSITIVE: _Rule = ("a finite number above 0", lambda v: 0 < v < math.inf)
-_DECAY: _Rule = ("at least 0 and below 1", lambda v: 0 <= v < 1)
-_SHARE: _Rule = ("above 0 and below 1", lambda v: 0 < v < 1)
-_LENGTH: _Rule = ("at least 3 tokens: two special ones and one of the text", lambda v: v >= 3)
-_SEED: _Rule = ("from 0 to 4294967295", lambda v: 0 <= v < 2**32)  # numpy takes no other
-_RANGES: dict[str, _Rule] = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "torch_empty_cache_steps"), _WHOLE),
-    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout", "join_timeout"), _WHOLE),
-    **dict.fromkeys(("train_group_size", "max_example_num_per_dataset", "sub_batch_size", "sub_batch_tokens"), _WHOLE),
-    **dict.fromkeys(("per_device_train_tokens", "token_bucket"), _WHOLE),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
-    "max_nonfinite_steps": _NOT_NEGATIVE,
-    "bow_loss_weight": _NOT_NEGATIVE,
-    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "temperature", "lora_alpha", "mixing_temperature"), _POSITIVE),
-    "lora_rank": _WHOLE,
-    "per_device_eval_batch_size": _WHOLE,
-    "eval_delay": _NOT_NEGATIVE,
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), _DECAY),
-    **dict.fromkeys(("encoder_mlm_probability", "decoder_mlm_probability"), _SHARE),
-    **dict.fromkeys(("max_seq_length", "query_max_len", "passage_max_len"), _LENGTH),
-    **dict.fromkeys(("seed", "data_seed"), _SEED),
-    "false_negative_margin": ("a finite number", math.isfinite),
-    "max_steps": ("-1 (num_train_epochs decides) or at least 1", lambda v: v == -1 or v >= 1),
-}
+# (names of fields, what their number may be in words and as a test). NaN fails every comparison, so it passes none of them.
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("per_device_train_batch_size gradient_accumulation_steps per_device_train_tokens token_bucket torch_empty_cache_steps "
+     "save_total_limit dataloader_prefetch_factor ddp_timeout join_timeout train_group_size max_example_num_per_dataset "
+     "sub_batch_size sub_batch_tokens lora_rank per_device_eval_batch_size",
+     "a whole number of at least 1", lambda v: v >= 1),
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers max_nonfinite_steps bow_loss_weight eval_delay",
+     "a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    ("num_train_epochs adam_epsilon temperature lora_alpha mixing_temperature",
+     "a finite number above 0", lambda v: 0 < v < math.inf),
+    ("adam_beta1 adam_beta2 lora_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1),
+    ("encoder_mlm_probability decoder_mlm_probability", "above 0 and below 1", lambda v: 0 < v < 1),
+    ("max_seq_length query_max_len passage_max_len",
+     "at least 3 tokens: two special ones and one of the text", lambda v: v >= 3),
+    ("seed data_seed", "from 0 to 4294967295", lambda v: 0 <= v < 2**32),  # numpy takes no other
+    ("false_negative_margin", "a finite number", math.isfinite),
+    ("max_steps", "-1 (num_train_epochs decides) or at least 1", lambda v: v == -1 or v >= 1),
+)  # fmt: skip
 
 
 def require(condition: Any, message: str) -> None:
@@ -65,9 +55,22 @@ def require(condition: Any, message: str) -> None:
 
 def check_ranges(args: Any) -> None:
     """Check every number against `_RANGES`; a field that this command lacks, or that is unset, is passed over."""
-    for name, (words, allowed) in _RANGES.items():
-        value = getattr(args, name, None)
-        require(value is None or allowed(value), f"--{name} is {value}; it must be {words}")
+    for names, words, allowed in _RANGES:
+        for name in names.split():
+            value = getattr(args, name, None)
+            require(value is None or allowed(value), f"--{name} is {value}; it must be {words}")
+
+
+def check_effects(args: Any, *rules: tuple[str, str, Any], remedy: str = "add that") -> None:
+    """Check that no setting is given in vain. rules: (names of fields, what gives them an effect, whether that is so)."""
+    for names, needs, has_effect in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            shown = " ".join(value) if isinstance(value, list) else value
+            require(
+                has_effect or not args.asks(name),
+                f"--{name} {shown} has no effect without {needs}; {remedy} or drop --{name}",
+            )
 
 
 def choose(args: Any, name: str, choices: tuple[str, ...], reasons: dict[str, str] | None = None) -> None:
@@ -110,7 +113,8 @@ def _json_object(name: str, value: dict | str | None) -> dict:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"--{name} {value} is not JSON ({error}); give an object such as '{{\"key\": 1}}'") from None
-    require(value is None or isinstance(value, dict), f"--{name} {value!r} is not a JSON object")
+    if not (value is None or isinstance(value, dict)):
+        raise ValueError(f"--{name} {value!r} is not a JSON object")
     return value or {}
 
 
@@ -138,8 +142,7 @@ def check_data(args: Any) -> None:
 def check_optimizer(args: Any) -> None:
     """Check optimizer, schedule and recomputation; JSON texts become dicts, empty ones None."""
     own = 'an "optimizer" section in the file given to --deepspeed chooses another optimizer'
-    known = str(args.optim)
-    require(known in OPTIMIZERS, f"--optim {known} is refused: {own}; choose from {', '.join(OPTIMIZERS)}")
+    choose(args, "optim", OPTIMIZERS, {args.optim: own})
     no_metric = "it follows a metric, and schedules here follow the step alone"
     choose(args, "lr_scheduler_type", tuple(SCHEDULES), dict.fromkeys(("reduce_lr_on_plateau", "greedy"), no_metric))
     args.lr_scheduler_kwargs = _json_object("lr_scheduler_kwargs", args.lr_scheduler_kwargs) or None
@@ -171,23 +174,18 @@ def check_evaluation(args: Any) -> None:
     choose(args, "eval_strategy", ("no", "steps", "epoch"))
     args.eval_data = [str(Path(folder).expanduser()) for folder in args.eval_data]
     if not args.eval_data:
-        for name in ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
-                     "load_best_model_at_end", "metric_for_best_model", "greater_is_better"):  # fmt: skip
-            require(
-                not args.asks(name),
-                f"--{name} {getattr(args, name)} has no effect without --eval_data, the folders to search (BEIR's form); "
-                f"add it or drop --{name}",
-            )
+        names = (
+            "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
+            "metric_for_best_model greater_is_better"
+        )
+        check_effects(args, (names, "--eval_data, the folders to search (BEIR's form)", False), remedy="add it")
         require(args.save_strategy != "best", "--save_strategy best needs --eval_data: no metric is computed without it")
         return
     if "eval_strategy" not in args.explicit:
         args.eval_strategy = "epoch" if args.save_strategy == "epoch" and args.eval_steps is None else "steps"
     require(args.eval_strategy != "no", "--eval_data is given and --eval_strategy no leaves it unused; drop one of them")
     by_steps = args.eval_strategy == "steps"
-    require(
-        by_steps or args.eval_steps is None,
-        f"--eval_steps {args.eval_steps} has no effect without --eval_strategy steps; add that or drop --eval_steps",
-    )
+    check_effects(args, ("eval_steps", "--eval_strategy steps", by_steps))
     if by_steps:
         args.eval_steps = count_or_share("eval_steps", args.save_steps if args.eval_steps is None else args.eval_steps)
     require(
@@ -201,7 +199,7 @@ def check_evaluation(args: Any) -> None:
 
 
 def check_objective(args: Any) -> None:
-    """Check which parts of the contrastive objective go together."""
+    """Check which parts of contrastive fine-tuning go together."""
     for flag in ("sub_batch_size", "sub_batch_tokens"):
         require(
             getattr(args, flag) is None or args.gradient_accumulation_steps == 1,
@@ -231,14 +229,16 @@ def check_objective(args: Any) -> None:
         not args.knowledge_distillation or args.train_group_size > 1,
         "--knowledge_distillation compares the passages of a group, and --train_group_size 1 leaves one; raise it",
     )
-    for name, needs, has_effect in (
+    check_effects(
+        args,
         ("false_negative_margin_type", "--false_negative_margin", args.false_negative_margin is not None),
         ("kd_loss_type", "--knowledge_distillation", args.knowledge_distillation),
-    ):
-        require(
-            has_effect or not args.asks(name),
-            f"--{name} {getattr(args, name)} has no effect without {needs}; add that or drop --{name}",
-        )
+        ("lora_rank lora_alpha lora_dropout target_modules", "--use_lora", args.use_lora),
+    )
+    require(
+        not (args.use_lora and args.fix_position_embedding),
+        "--fix_position_embedding has no effect with --use_lora, which trains nothing but the adapters; drop it",
+    )
 
 
 def check_token_budget(args: Any) -> None:
@@ -248,21 +248,6 @@ def check_token_budget(args: Any) -> None:
         budget is None or longest <= budget,
         f"--per_device_train_tokens {budget} does not hold one text of --max_seq_length {longest}; raise the former to at "
         f"least {longest}, or give --max_seq_length {budget} or less, which cuts longer texts",
-    )
-
-
-def check_lora(args: Any) -> None:
-    """Check that nothing asks for adapters that are not trained, or for what training adapters alone leaves no room for."""
-    for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules"):
-        value = getattr(args, name)
-        shown = " ".join(value) if isinstance(value, list) else value
-        require(
-            args.use_lora or not args.asks(name),
-            f"--{name} {shown} has no effect without --use_lora; add that or drop --{name}",
-        )
-    require(
-        not (args.use_lora and args.fix_position_embedding),
-        "--fix_position_embedding has no effect with --use_lora, which trains nothing but the adapters; drop it",
     )
 
 
@@ -286,19 +271,12 @@ def check_conflicts(args: Any) -> None:
         "has nothing to resume from",
     )
     workers, saves = args.dataloader_num_workers > 0, args.save_strategy != "no"
-    # (a setting, what gives it an effect, whether that is so): a setting without effect is an error, not silence.
-    for name, needs, has_effect in (
+    check_effects(
+        args,
         ("logging_steps", "--logging_strategy steps", args.logging_strategy == "steps"),
         ("save_steps", "--save_strategy steps", saves and (args.save_strategy == "steps" or args.epochs_and_steps)),
-        ("save_total_limit", "a --save_strategy other than no", saves),
-        ("save_only_model", "a --save_strategy other than no", saves),
-        ("torch_compile_backend", "--torch_compile", args.torch_compile),
+        ("save_total_limit save_only_model", "a --save_strategy other than no", saves),
         # Uncompiled, a row takes any number of tokens: a fuller one would only cost.
-        ("token_bucket", "--torch_compile", args.torch_compile),
-        ("dataloader_prefetch_factor", "--dataloader_num_workers above 0", workers),
-        ("dataloader_multiprocessing_context", "--dataloader_num_workers above 0", workers),
-    ):
-        require(
-            has_effect or not args.asks(name),
-            f"--{name} {getattr(args, name)} has no effect without {needs}; add that or drop --{name}",
-        )
+        ("torch_compile_backend token_bucket", "--torch_compile", args.torch_compile),
+        ("dataloader_prefetch_factor dataloader_multiprocessing_context", "--dataloader_num_workers above 0", workers),
+    )

@@ -32,6 +32,7 @@ def contrastive_loss(
     hashes_P, own_BG, device = batch.hashes_P, batch.own_BG, p_PD.device
     q_CD, mine_B, known_CK = q_BD, torch.arange(len(q_BD), device=device), batch.known_BK
     if cross_device and collectives.world_size() > 1:
+        assert shares is not None
         rank = collectives.rank()
         counts = [share.passages for share in shares]
         before = sum(counts[:rank])

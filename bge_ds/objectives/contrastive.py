@@ -66,7 +66,10 @@ class ContrastiveObjective(Objective):
                 config=self.model_config, cache_dir=args.cache_dir, bidirectional=args.bidirectional_attention,
             )  # fmt: skip
         if args.use_lora:
-            add_adapters(model.backbone, args)
+            lora.add_adapters(
+                model.backbone, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
+                target_modules=args.target_modules, name_or_path=args.model_name_or_path,
+            )  # fmt: skip
         if args.learnable_temperature:
             model.temperature = contrastive.Temperature(args.temperature)
         freeze_and_checkpoint(model.backbone, args)
@@ -226,17 +229,6 @@ def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, un
         raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
     if not uniform:
         raise ValueError(f"{what}, and {data.manifest.counts['groups_without_negatives']} have no negatives; leave them out")
-
-
-def add_adapters(backbone: torch.nn.Module, args: FinetuneArguments) -> None:
-    lora.add_adapters(
-        backbone,
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=args.target_modules,
-        name_or_path=args.model_name_or_path,
-    )
 
 
 def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) -> None:

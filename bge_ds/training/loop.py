@@ -25,9 +25,9 @@ from bge_ds.modeling.encoder import describe_execution
 from bge_ds.training import data_order, resume, setup
 from bge_ds.training.command import stop_preempted
 from bge_ds.training.metrics import RunLog
-from bge_ds.training.objective import Objective, Values
+from bge_ds.training.objective import Engine, Objective, Values
 from bge_ds.training.recorder import Recorder
-from bge_ds.training.step_plan import StepPlan
+from bge_ds.training.step_plan import Order, StepPlan
 from bge_ds.training.summary import summary
 
 
@@ -60,9 +60,9 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     if taken:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
     steps = load_steps(objective, order, device, first_step, plan.total)
-    encoder, eval_options = objective.evaluation(engine.module) if eval_sets else (None, {})
+    encoder, eval_options = objective.evaluation(engine.module) if eval_sets else (engine.module, {})
     evaluations = during_training.prepare(
-        args, eval_sets, objective.tokenizer, encoder, device, plan, log, taken and taken.path, **eval_options
+        args, eval_sets, objective.tokenizer, encoder, device, plan, log, taken.path if taken else None, **eval_options
     )
     asked = resume.asked_batch(args, taken)
     recorder = Recorder(objective, engine, log, taken, agreement, asked, tokens_seen, started)
@@ -75,7 +75,8 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
         micro_batches = [batch.to(device) for batch in micro_batches]
         applied, values = train_step(objective, engine, step, micro_batches, counts_R)
         recorder.end_step(step, applied, values, micro_batches)
-        empty_cache(args, step, device)
+        if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0:
+            torch.cuda.empty_cache()  # nothing on a CPU
         if plan.logs(step):
             recorder.write(step, plan.epoch(step), learning_rate, micro_batches[-1])
             engine.train()
@@ -93,7 +94,7 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     recorder.finish(evaluations.say_result(place_model(objective, save, output)))
 
 
-def train_step(objective: Objective, engine, step: int, micro_batches: list, counts_R: list) -> tuple[bool, Values]:
+def train_step(objective: Objective, engine: Engine, step: int, micro_batches: list, counts_R: list) -> tuple[bool, Values]:
     """(whether the optimizer took the step, the values of its micro batches added up)."""
     total: Values = {}
     applied = False
@@ -113,7 +114,7 @@ def seed_dropout(seed: int, step: int, micro: int, piece: int = 0) -> None:
     torch.manual_seed(int(mix64(seed, step, micro, collectives.rank(), piece)) >> 1)
 
 
-def load_steps(objective: Objective, order, device: torch.device, first: int, end: int) -> Iterator[tuple[list, list]]:
+def load_steps(objective: Objective, order: Order, device: torch.device, first: int, end: int) -> Iterator[tuple[list, list]]:
     """(this rank's micro batches, the counts of every rank) of steps first..end-1."""
     args = objective.args
     collate, options = objective.collate(order.seed)
@@ -135,7 +136,7 @@ def load_steps(objective: Objective, order, device: torch.device, first: int, en
     return collectives.exchange_ahead(steps, objective.counts_to_exchange, device)
 
 
-def open_log(args: TrainArguments, engine, first_step: int, plan: StepPlan) -> RunLog:
+def open_log(args: TrainArguments, engine: Engine, first_step: int, plan: StepPlan) -> RunLog:
     return RunLog(
         Path(args.output_dir) / "metrics.jsonl",
         first_step=first_step,
@@ -143,12 +144,6 @@ def open_log(args: TrainArguments, engine, first_step: int, plan: StepPlan) -> R
         show_bar=not args.disable_tqdm and sys.stderr.isatty(),
         write_events=engine.monitor.write_events,
     )
-
-
-def empty_cache(args: TrainArguments, step: int, device: torch.device) -> None:
-    """--torch_empty_cache_steps; a CPU has no cache to give back."""
-    if args.torch_empty_cache_steps and step % args.torch_empty_cache_steps == 0 and device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def place_model(objective: Objective, save: Callable[[Path], float], output: Path) -> float:

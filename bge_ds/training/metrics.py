@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from bge_ds.checkpoint import checkpoint, filesystem
 from bge_ds.distributed import collectives
+
+Record = Mapping[str, float | None]  # a line of metrics.jsonl; None where there is no such value
 
 
 class Meter:
@@ -36,9 +38,10 @@ class Meter:
     def add(self, **values: torch.Tensor | float) -> None:
         """One optimizer step's values. A value that is not finite counts as the average of the others, where filtered."""
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
-        for name in values.keys() - tensors.keys():
-            counts = math.isfinite(values[name]) or not self.filter
-            self._add_on_host(name, values[name] if counts else 0.0, counts)
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                counts = math.isfinite(value) or not self.filter
+                self._add_on_host(name, value if counts else 0.0, counts)
         if tensors:
             value_K = torch.stack([value.to(self.device, torch.float64) for value in tensors.values()])
             counts_K = torch.isfinite(value_K) if self.filter else torch.ones_like(value_K, dtype=torch.bool)
@@ -178,11 +181,11 @@ class RunLog:
         if self.active:
             self.bar.update()
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: Record) -> None:
         """One line of metrics; `record["step"]` is the number of steps done."""
         if not self.active:
             return
-        record = self._append(record)
+        record = self._append("train", record)
         shown = {
             "loss": f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
@@ -194,24 +197,25 @@ class RunLog:
         self.bar.set_postfix(shown)
         if self.bar.disable:
             self.say("  ".join([f"step {record['step']}"] + [f"{k} {v}" for k, v in shown.items()]))
-        self.write_events([(f"train/{k}", v, record["step"]) for k, v in record.items() if k != "step"])
 
-    def write_evaluation(self, record: dict[str, float], shown: list[str]) -> None:
+    def write_evaluation(self, record: Record, shown: list[str]) -> None:
         """The same for an evaluation after that step: `eval_...` values and `eval_seconds`; a person is shown some of them."""
         if not self.active:
             return
-        record = self._append(record)
+        record = self._append("eval", record)
         words = [f"{k.removeprefix('eval_')} {record[k]:.4f}" for k in shown]
         self.say("  ".join([f"step {record['step']}: evaluated in {record['eval_seconds']:.1f} s", *words]))
-        self.write_events([(f"eval/{k.removeprefix('eval_')}", v, record["step"]) for k, v in record.items() if k != "step"])
 
-    def _append(self, record: dict[str, float]) -> dict[str, float]:
+    def _append(self, kind: str, record: Record) -> Record:
+        """The record, rounded: a line of metrics.jsonl, and values of the monitors under `kind`."""
         record = {k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()}
         # JSON has no NaN or infinity; other readers than Python's refuse them.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._explained():
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
+        step = record["step"]
+        self.write_events([(f"{kind}/{k.removeprefix('eval_')}", v, step) for k, v in record.items() if k != "step"])
         return record
 
     def say(self, text: str) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bge_ds.checkpoint import checkpoint
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from bge_ds.training.objective import Engine
 
 FOLDER = "nonfinite"
 
@@ -22,7 +28,9 @@ class Diverged(Exception):
 class SkippedSteps:
     """Counts the steps that the engine skipped, and stops the run after `limit` in a row (0: no number stops it)."""
 
-    def __init__(self, limit: int, output: Path, engine, tokenizer, say: Callable[[str], None]):
+    def __init__(
+        self, limit: int, output: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    ):
         self.limit, self.output, self.engine, self.tokenizer, self.say = limit, output, engine, tokenizer, say
         self.in_a_row = self.since_read = 0
 
@@ -71,7 +79,7 @@ class SkippedSteps:
         )
 
 
-def write_texts(file: Path, micro_batches: list, tokenizer) -> None:
+def write_texts(file: Path, micro_batches: list, tokenizer: PreTrainedTokenizerBase) -> None:
     """One line a text: micro_batch, row of the training data, role (query, passage or text), and the text as decoded."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as out:

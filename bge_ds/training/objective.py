@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Values = dict[str, torch.Tensor | float]  # of one micro batch or step, by name; tensors are 0-dim
+Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed has no types
 
 
 class Objective:
@@ -70,18 +71,18 @@ class Objective:
         """What `backward` needs to know of all ranks, for each micro batch. counts_R: of every rank, or empty lists."""
         return [None] * len(micro_batches)
 
-    def backward(self, engine, batch, share, seed: Callable[[int], None]) -> Values:
+    def backward(self, engine: Engine, batch: Any, share: Any, seed: Callable[[int], None]) -> Values:
         """Forward and backward pass of a micro batch. seed(k) seeds dropout for its k-th piece.
 
         Returns values that the loop adds up over micro batches, steps and ranks, without waiting for the device.
         """
         raise NotImplementedError
 
-    def flops(self, model: nn.Module, batch) -> float:
+    def flops(self, model: nn.Module, batch: Any) -> float:
         """Floating-point operations of the forward and backward pass of a micro batch, for MFU."""
         return 0.0
 
-    def record(self, sums: dict[str, float], model: nn.Module, batch) -> dict[str, float]:
+    def record(self, sums: dict[str, float], model: nn.Module, batch: Any) -> dict[str, float]:
         """What the log says: `loss` first. sums: of `backward`'s values over the logged steps and all ranks, and `steps`,
         `micro_batches` (of all ranks), `tokens`. batch: the last one. On every rank."""
         return {"loss": sums["loss"] / sums["micro_batches"]}
@@ -90,7 +91,7 @@ class Objective:
         """(encoder to evaluate, its lengths in tokens and prompts) for evaluation while training."""
         raise ValueError("--eval_data: this objective has no encoder to evaluate")
 
-    def save(self, engine, folder: Path) -> float:
+    def save(self, engine: Engine, folder: Path) -> float:
         """Write the model into an existing empty folder and load it back; the largest difference found. On every rank."""
         raise NotImplementedError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from bge_ds.distributed import collectives
 from bge_ds.distributed.communication_profile import Pace
 from bge_ds.training.metrics import Meter, RunLog, peak_memory, peak_rate
 from bge_ds.training.nonfinite import SkippedSteps
-from bge_ds.training.objective import Objective, Values, count_tokens
+from bge_ds.training.objective import Engine, Objective, Values, count_tokens
 from bge_ds.training.resume import Saver, restore_meter
 
 
@@ -25,8 +26,8 @@ class Recorder:
     """
 
     def __init__(
-        self, objective: Objective, engine, log: RunLog, taken: checkpoint.ResumePoint | None, agreement: dict, asked: dict,
-        tokens_seen: int, started: float,
+        self, objective: Objective, engine: Engine, log: RunLog, taken: checkpoint.ResumePoint | None, agreement: dict,
+        asked: dict, tokens_seen: int, started: float,
     ):  # fmt: skip
         args = objective.args
         self.objective, self.engine, self.log, self.args = objective, engine, log, args
@@ -52,16 +53,15 @@ class Recorder:
         tokens, padded_tokens = count_tokens(micro_batches)
         self.pace.end(tokens)
         self.tokens_seen += tokens
-        losses = [values[name] for name in self.objective.loss_names]
-        self.skipped.saw(step, applied, losses, micro_batches)
+        losses = {name: torch.as_tensor(values[name]) for name in self.objective.loss_names}
+        self.skipped.saw(step, applied, list(losses.values()), micro_batches)
         if not applied:  # losses that the objective does not use stay 0
-            nan = {name: values[name].masked_fill(values[name] != 0, torch.nan) for name in self.objective.loss_names}
-            values = values | nan
+            values = values | {name: loss.masked_fill(loss != 0, torch.nan) for name, loss in losses.items()}
         flops = sum(self.objective.flops(self.engine.module, batch) for batch in micro_batches)
         self.meter.add(**values, tokens=tokens, padded_tokens=padded_tokens, flops=flops)
         self.log.advance()
 
-    def write(self, step: int, epoch: float, learning_rate: float, batch) -> None:
+    def write(self, step: int, epoch: float, learning_rate: float, batch: Any) -> None:
         """One line of the log, for the steps since the last one. batch: this step's last micro batch."""
         sums = self.meter.read()
         sums["micro_batches"] = sums["steps"] * self.args.gradient_accumulation_steps * collectives.world_size()

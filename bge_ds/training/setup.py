@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from bge_ds.checkpoint import checkpoint, filesystem
-from bge_ds.config.arguments import TrainArguments, steps_from
+from bge_ds.config.arguments import TrainArguments
 from bge_ds.deepspeed_engine import ds_config as configs
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.kernels import triton_support
 from bge_ds.modeling import compilation
 from bge_ds.modeling.encoder import can_run_unpadded, unpadded_families
+from bge_ds.training.objective import Engine
 from bge_ds.training.step_plan import StepPlan
 
 TOKEN_BUCKET = 1024
@@ -92,11 +94,10 @@ def compile_layers(args: TrainArguments, backbone: torch.nn.Module) -> None:
         compilation.compile_layers(backbone, token_bucket=bucket, backend=backend)
 
 
-def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
+def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan) -> tuple[Engine, dict]:
     """(engine, its effective config): DeepSpeed around the model, with AdamW and transformers' schedule."""
     config, source = configs.read_config(args.deepspeed)
-    warmup = steps_from(args.warmup_steps, plan.total)
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    adam: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     values = configs.auto_values(
         micro_batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
@@ -110,17 +111,20 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         total_steps=plan.total,
-        warmup_steps=warmup,
+        warmup_steps=plan.warmup,
     )
     config = configs.merge_config(config, source, values, _monitors(args))
 
-    def schedule(optimizer):
+    kwargs = args.lr_scheduler_kwargs or {}
+    assert isinstance(kwargs, dict)  # parsed
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return transformers.get_scheduler(
             args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=warmup,
+            num_warmup_steps=plan.warmup,
             num_training_steps=plan.total,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+            scheduler_specific_kwargs=kwargs,
         )
 
     groups = engines.parameter_groups(model, args.weight_decay)
@@ -130,9 +134,6 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan):
 def _monitors(args: TrainArguments) -> dict[str, dict]:
     folder = args.logging_dir or str(Path(args.output_dir) / "runs")
     name = args.run_name or Path(args.output_dir).name
-    sections = {
-        "tensorboard": {"enabled": True, "output_path": folder, "job_name": name},
-        "wandb": {"enabled": True, "project": name},
-        "csv": {"enabled": True, "output_path": folder, "job_name": name},
-    }
-    return {"csv_monitor" if kind == "csv" else kind: sections[kind] for kind in args.report_to}
+    files = {"enabled": True, "output_path": folder, "job_name": name}
+    sections = {"tensorboard": files, "csv_monitor": files, "wandb": {"enabled": True, "project": name}}
+    return {section: sections[section] for section in ("csv_monitor" if kind == "csv" else kind for kind in args.report_to)}

@@ -1,4 +1,4 @@
-"""Which steps a run takes, and after which of them it logs, saves and evaluates."""
+"""The steps of a run: how many, how many of them warm up, and after which it logs, saves and evaluates."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from bge_ds.data.sampling.mixture import SameDatasetBatchSampler
 from bge_ds.data.sampling.sampler import Sampler
 from bge_ds.data.sampling.token_batching import TokenBatchSampler
 
+Order = Sampler | TokenBatchSampler
+
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which steps a run takes, and after which of them it logs, saves and evaluates; a step counts when it is done (from 1).
+    """Everything that is counted in steps, resolved once from the arguments and the order of the data; steps count from 1.
 
-    total: steps of the run. epoch_steps: steps an epoch's texts fill (a fraction in general; with a token budget, the mean
-    over the run). eval_after: the first step that may be evaluated. save_last: the run's last step is saved too.
+    total: steps of the run. warmup: those in which the learning rate rises. epoch_steps: steps an epoch's texts fill (a
+    fraction in general; with a token budget, the mean over the run). eval_after: the first step that may be evaluated.
+    save_last: the run's last step is saved too.
     """
 
     total: int
+    warmup: int
     epoch_steps: float
     log_every: int | None
     log_epochs: bool
     log_first: bool
     save_every: int | None
     save_epochs: bool
-    save_last: bool = False
-    eval_every: int | None = None
-    eval_epochs: bool = False
-    eval_after: float = 0.0
+    save_last: bool
+    eval_every: int | None
+    eval_epochs: bool
+    eval_after: float
 
     @classmethod
-    def make(cls, args: TrainArguments, order: Sampler | TokenBatchSampler) -> StepPlan:
+    def make(cls, args: TrainArguments, order: Order) -> StepPlan:
         if args.max_steps > 0:
             total, epochs = args.max_steps, order.epochs(args.max_steps)
         else:
@@ -49,6 +53,7 @@ class StepPlan:
         epoch_steps = order.filled_steps(epochs) / epochs
         plan = cls(
             total=total,
+            warmup=steps_from(args.warmup_steps, total),
             epoch_steps=epoch_steps,
             log_every=steps_from(args.logging_steps, total) if args.logging_strategy == "steps" else None,
             log_epochs=args.logging_strategy == "epoch",
@@ -56,8 +61,8 @@ class StepPlan:
             save_every=None if args.save_every is None else steps_from(args.save_every, total),
             save_epochs=args.save_strategy == "epoch",
             # Whatever the model has become last is a candidate too: without it, a run might end with nothing to choose from.
-            save_last=args.load_best_model_at_end and args.save_strategy != "best",
-            eval_every=steps_from(args.eval_steps, total) if args.eval_strategy == "steps" else None,
+            save_last=args.save_strategy == "epoch" or (args.load_best_model_at_end and args.save_strategy != "best"),
+            eval_every=None if args.eval_steps is None else steps_from(args.eval_steps, total),
             eval_epochs=by_epoch,
             eval_after=args.eval_delay * (epoch_steps if by_epoch else 1),
         )
@@ -81,19 +86,18 @@ class StepPlan:
         # A billionth of slack: step / epoch_steps of a whole epoch may come out a rounding below it.
         return int(self.epoch(step) + 1e-9) > int(self.epoch(step - 1) + 1e-9)
 
+    def _due(self, step: int, every: int | None, epochs: bool, last: bool) -> bool:
+        return (every is not None and step % every == 0) or (epochs and self._ends_epoch(step)) or (last and step == self.total)
+
     def logs(self, step: int) -> bool:
-        every = self.log_every is not None and (step % self.log_every == 0 or step == self.total)
-        by_epoch = self.log_epochs and (self._ends_epoch(step) or step == self.total)
-        return every or by_epoch or (self.log_first and step == 1)
+        last = self.log_every is not None or self.log_epochs
+        return self._due(step, self.log_every, self.log_epochs, last) or (self.log_first and step == 1)
 
     def saves(self, step: int) -> bool:
-        every = self.save_every is not None and step % self.save_every == 0
-        by_epoch = self.save_epochs and (self._ends_epoch(step) or step == self.total)
-        return every or by_epoch or (self.save_last and step == self.total)
+        return self._due(step, self.save_every, self.save_epochs, self.save_last)
 
     def evaluates(self, step: int) -> bool:
         """The last step is evaluated always: it is what the run ends with."""
-        if self.eval_every is None and not self.eval_epochs:
-            return False
-        due = self._ends_epoch(step) if self.eval_epochs else step % self.eval_every == 0
-        return step == self.total or (due and step >= self.eval_after - 1e-9)
+        if step == self.total:
+            return self.eval_every is not None or self.eval_epochs
+        return step >= self.eval_after - 1e-9 and self._due(step, self.eval_every, self.eval_epochs, last=False)

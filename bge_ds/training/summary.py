@@ -5,24 +5,28 @@ from __future__ import annotations
 import textwrap
 
 from bge_ds.config.arguments import TrainArguments, changed, describe
+from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.deepspeed_engine import ds_config as configs
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.training.metrics import slow_precision
-from bge_ds.training.step_plan import StepPlan
+from bge_ds.training.objective import Engine
+from bge_ds.training.step_plan import Order, StepPlan
 
 
-def summary(args: TrainArguments, plan: StepPlan, order, engine, config: dict, facts: list[tuple[str, object]]) -> str:
+def summary(
+    args: TrainArguments, plan: StepPlan, order: Order, engine: Engine, config: dict, facts: list[tuple[str, str]]
+) -> str:
     """What the run is about to do, for a person: facts, memory, the settings that differ from the default, all settings."""
     model = engine.module
     elements, trainable = engines.count_elements(model), engines.count_elements(model, trainable=True)
     memory = configs.memory_estimate(elements, trainable, config, collectives.world_size())
     zero = config.get("zero_optimization", {}).get("stage", 0)
     batch = f"a rank x {collectives.world_size()} ranks x {args.gradient_accumulation_steps} accumulation"
-    if args.per_device_train_tokens is None:
-        batch = f"{order.global_batch} = {args.per_device_train_batch_size} {batch}"
-    else:
+    if isinstance(order, TokenBatchSampler):
         batch = f"{args.per_device_train_tokens} tokens {batch}, {len(order) / plan.epoch_steps:.1f} texts a step on average"
+    else:
+        batch = f"{order.global_batch} = {args.per_device_train_batch_size} {batch}"
     rows = [
         ("parameters", f"{elements / 1e6:.1f} M, {trainable / 1e6:.1f} M trained"),
         ("engine", f"ZeRO {zero}, {str(engines.precision(engine)).removeprefix('torch.')}, {engines.optimizer_name(engine)}"),
