@@ -77,7 +77,7 @@ def sets_of(args: TrainArguments, data) -> list[Set]:
         raise ValueError("--mixing_temperature and the weights of --train_data exclude each other: both are shares; keep one")
     files = _files(data, getattr(args, "max_example_num_per_dataset", None))
     if len(data.folders) > 1 and (weights or temperature is not None):  # each entry has a folder of its own
-        sets = [_as_one(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
+        sets = [_merged(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
         if empty := [of.name for of in sets if not of.kept]:
             raise ValueError(f"--train_data {empty[0]} holds no rows, so it cannot have a share; leave it out")
     else:
@@ -88,7 +88,7 @@ def sets_of(args: TrainArguments, data) -> list[Set]:
         sets = [replace(of, share=of.kept ** (1 / temperature)) for of in sets]
     if same:
         by_span = {file.spans[0]: file for _, file in files if file.kept}
-        sets = [file for of in sets for file in _apart(of, [by_span[span] for span in of.spans if span in by_span])]
+        sets = [file for of in sets for file in _split_by_file(of, [by_span[span] for span in of.spans if span in by_span])]
     for flag, given in (("same_dataset_within_batch", same), ("mixing_temperature", temperature is not None)):
         if given and len(sets) < 2:
             raise ValueError(f"--{flag} has no effect: {' '.join(paths)} is a single set; give several, or drop --{flag}")
@@ -105,12 +105,12 @@ def _files(data, most: int | None) -> list[tuple[int, Set]]:
     return found
 
 
-def _as_one(name: str, files: list[Set]) -> Set:
+def _merged(name: str, files: list[Set]) -> Set:
     skipped = None if any(file.skipped is None for file in files) else sum(file.skipped for file in files)
     return Set(name, tuple(span for file in files for span in file.spans), sum(file.kept for file in files), skipped)
 
 
-def _apart(of: Set, files: list[Set]) -> list[Set]:
+def _split_by_file(of: Set, files: list[Set]) -> list[Set]:
     """The files of a set, each with its part by rows of the set's share."""
     return [replace(file, share=None if of.share is None else of.share * file.kept / of.kept) for file in files]
 
@@ -169,7 +169,7 @@ def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps:
     else:
         texts = steps * order.global_batch
     # A plain order has the input files for its spans, and some of them may be empty.
-    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), EpochSampler)]
+    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_ungrouped(order), EpochSampler)]
     weights = sum(of.share or 0 for of in sets)
     lines = [f"{'kept':>14}{'weight':>9}{'share':>9}{'epochs':>9}  set"]
     for of, texts_of in list(zip(sets, taken, strict=True))[:_SHOWN]:
@@ -189,5 +189,5 @@ def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps:
     return "\n".join(lines)
 
 
-def _bare(order: Sampler) -> Sampler:
+def _ungrouped(order: Sampler) -> Sampler:
     return order.line if isinstance(order, LengthGroupedSampler) else order
