@@ -187,7 +187,7 @@ def test_lengths_are_counted_without_reading_values(tmp_path, monkeypatch, segme
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
     data = shard_reader.open_folder(tmp_path / "s")
-    monkeypatch.setattr(memory_map._Shard, "column", None)  # through which values are read
+    monkeypatch.setattr(memory_map.Shard, "column", None)  # through which values are read
     assert data.length_counts("texts", "ids").tolist() == np.bincount([len(ids) for ids in rows]).tolist()
 
 
