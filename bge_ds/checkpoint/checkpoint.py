@@ -224,7 +224,7 @@ def save(
     return Saved(final, time.perf_counter() - began, size)
 
 
-def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callable[[Path], None]) -> float:
+def write_aside(output_dir: Path, export: Callable[[Path], _T], place: Callable[[Path], None]) -> _T:
     """export(folder) writes a model into a temporary folder, on every rank; place(folder) moves it from there, on rank 0.
 
     Returns what `export` does. Raises ValueError on every rank where the disk is full or not to be written to.

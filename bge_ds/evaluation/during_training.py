@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from bge_ds.checkpoint import checkpoint
+from bge_ds.checkpoint.state_file import Best
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.data import beir
 from bge_ds.data.beir import RetrievalSet
@@ -183,7 +184,7 @@ class Evaluation:
         self.evaluator, self.model, self.plan, self.log, self.metric = evaluator, model, plan, log, metric
         self.save_best, self.load_best = args.save_strategy == "best", args.load_best_model_at_end
         self.output = Path(args.output_dir)
-        self.best: dict | None = None  # step, metric and value of the best checkpoint
+        self.best: Best | None = None  # step, metric and value of the best checkpoint
         self.best_folder = self.output
         self.latest: tuple[int, float] | None = None
 
@@ -222,7 +223,7 @@ class Evaluation:
     def _improves(self) -> bool:
         return self.best is None or self.latest[1] > self.best["value"]
 
-    def judge(self, step: int) -> dict | None:
+    def judge(self, step: int) -> Best | None:
         """Step, metric and value of the best checkpoint, including the one of `step` that is about to be written."""
         if self.latest is not None and self.latest[0] == step and self._improves():
             self.best = {"step": step, "metric": self.metric, "value": self.latest[1]}
