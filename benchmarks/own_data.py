@@ -142,7 +142,7 @@ def time_open(asked: dict) -> dict:
 
 def mapped_shards(data: shard_reader.PretrainShards) -> int:
     """Shards of a folder of which a part is mapped into this process."""
-    folder = re.escape(str(data.folder.resolve()))
+    folder = re.escape(str(data.folders[0].resolve()))
     return len(set(re.findall(rf" ({folder}/.+\.arrow)$", Path("/proc/self/maps").read_text("utf-8"), re.MULTILINE)))
 
 

@@ -8,14 +8,13 @@ python -m bge_ds.preprocess verify shards
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bge_ds.data.preprocess import input_files, inspection, merge, output_folder, table_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import Share, build, tell
 from bge_ds.data.preprocess.prepare import make_settings
-from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS, WORDS
+from bge_ds.data.preprocess.workers import LENGTHS, SETTINGS
 from bge_ds.data.shards import integrity, shard_reader
 from bge_ds.data.shards.manifest_file import Manifest
 
@@ -24,28 +23,29 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (see {self.prog} --help)")
 
+    def add(self, name: str, **how: Any) -> None:
+        """A flag, spelled with underscores or with hyphens."""
+        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **how)
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m bge_ds.preprocess", description="Texts to Arrow shards.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for kind, lengths in LENGTHS.items():
+    for kind, settings in SETTINGS.items():
         one = commands.add_parser(kind, allow_abbrev=False, help=f"make shards for bge_ds.{kind}")
-
-        def add(name: str, one: argparse.ArgumentParser = one, **how: Any) -> None:
-            spellings = [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
-            one.add_argument(*spellings, **how)
-
+        add = one.add
         kinds = ", ".join(input_files.KNOWN)
         add("input", nargs="+", required=True, help=f"files ({kinds}), folders, quoted globs, {table_files.HUB_SYNTAX}")
         add("output", required=True, help="folder to write; it appears when all is done")
         add("tokenizer", required=True, help="folder or hub name; must be the trained model's")
-        for name, default in lengths.items():
-            add(name, type=int, default=default, help=f"tokens, special tokens included (default {default})")
-        for name in INSTRUCTIONS[kind]:
-            add(name, default="", help="put before the text as it is, no separator added")
-        if kind == "pretrain":
-            said = "finds the words of Chinese texts, which are masked whole; none: each character is a word"
-            add("word_segmenter", choices=word_segmentation.SEGMENTERS, default=word_segmentation.NONE, help=said)
+        for name, default in settings.items():
+            if name in LENGTHS:
+                add(name, type=int, default=default, help=f"tokens, special tokens included (default {default})")
+            elif name == "word_segmenter":
+                said = "finds the words of Chinese texts, which are masked whole; none: each character is a word"
+                add(name, choices=word_segmentation.SEGMENTERS, default=default, help=said)
+            else:
+                add(name, default=default, help="put before the text as it is, no separator added")
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
             add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _make(args: argparse.Namespace, alone: bool) -> None:
-    for name, least in (("num_proc", 0), ("shard_bytes", 1), ("sample", 0), *((name, 1) for name in LENGTHS[args.command])):
-        if getattr(args, name) < least:
+    named = {name: getattr(args, name) for name in SETTINGS[args.command]}
+    for name, least in {"num_proc": 0, "shard_bytes": 1, "sample": 0, **dict.fromkeys(LENGTHS, 1)}.items():
+        if getattr(args, name, least) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more")
     corpus = getattr(args, "corpus", [])
     columns = _columns(args.columns, args.command, bool(corpus))
@@ -81,10 +82,9 @@ def _make(args: argparse.Namespace, alone: bool) -> None:
     found = input_files.find_sources(args.input, args.skip_unknown)
     entries = input_files.find_sources(corpus, args.skip_unknown) if corpus else []
     core = validate.core(validate.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone))
-    names = (*LENGTHS[args.command], *INSTRUCTIONS[args.command], *WORDS[args.command])
-    settings = make_settings(args.command, args.on_error, **{name: getattr(args, name) for name in names})
+    settings = make_settings(args.command, args.on_error, columns=columns, **named)
     made = build(
-        Path(args.output), found, (replace(settings, columns=columns), core), corpus_inputs=entries, share=share,
+        Path(args.output), found, (settings, core), corpus_inputs=entries, share=share,
         num_proc=args.num_proc, shard_bytes=args.shard_bytes, overwrite=args.overwrite,
     )  # fmt: skip
     if share.of > 1:

@@ -97,7 +97,7 @@ def select(resume: str | None, output_dir: Path) -> ResumePoint | None:
 
     collectives.on_first_rank(prepare)
     while (path := collectives.on_first_rank(lambda: find(resume, output_dir))) is not None:
-        state = collectives.on_first_rank(lambda path=path: _state_or_damage(path))
+        state = collectives.on_first_rank(partial(_state_or_damage, path))
         wrong = state if isinstance(state, str) else _damage(path, state)
         if wrong is None:
             return ResumePoint(path, state, notes)
@@ -106,19 +106,13 @@ def select(resume: str | None, output_dir: Path) -> ResumePoint | None:
             remain = f"resume from another one: {', '.join(others)}" if others else "no other one is beside it"
             raise ValueError(f"--resume_from_checkpoint {path} is damaged: {wrong}; {remain}")
         notes.append(f"warning: {path} is damaged and now {path.name}{DAMAGED}: {wrong}")
-        collectives.on_first_rank(lambda path=path: _mark_damaged(path))
+        collectives.on_first_rank(partial(filesystem.replace_folder, path, path.with_name(path.name + DAMAGED)))
     if notes:
         raise ValueError(
             f"--resume_from_checkpoint {resume}: no checkpoint in {output_dir} is whole ({'; '.join(notes)}); "
             "start a new run in another --output_dir"
         )
     return None
-
-
-def _mark_damaged(path: Path) -> None:
-    marked = path.with_name(path.name + DAMAGED)
-    shutil.rmtree(marked, ignore_errors=True)
-    path.rename(marked)
 
 
 def _damage(path: Path, state: State) -> str | None:
@@ -230,7 +224,7 @@ def save(
     return Saved(final, time.perf_counter() - began, size)
 
 
-def write_aside(output_dir: Path, export: Callable[[Path], float], place: Callable[[Path], None]) -> float:
+def write_aside(output_dir: Path, export: Callable[[Path], _T], place: Callable[[Path], None]) -> _T:
     """export(folder) writes a model into a temporary folder, on every rank; place(folder) moves it from there, on rank 0.
 
     Returns what `export` does. Raises ValueError on every rank where the disk is full or not to be written to.

@@ -8,11 +8,12 @@ Nothing in them is code: reading one executes nothing. Weights that do not train
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def entries(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
     for fragment in fragments:
         name = fragment.name
         content[f"{MASTER}:{name}:{fragment.start}"] = fragment.view(fragment.master)
-        for key, value in fragment.state.items():
+        for key, value in fragment.optimizer.state.get(fragment.master, {}).items():
             if torch.is_tensor(value) and value.shape == fragment.master.shape:
                 entry = fragment.view(value)
             elif isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1):
@@ -75,21 +76,15 @@ def file_name(rank: int, world: int) -> str:
 def write(content: dict[str, torch.Tensor], path: Path) -> tuple[int, str]:
     """Write a safetensors file; its bytes and their xxh3_128. One tensor at a time is copied, not the whole state."""
     digest, size = xxhash.xxh3_128(), 0
+    tensors = (tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy() for tensor in content.values() if tensor.numel())
     with open(path, "wb") as file:
-        for data in _bytes_of(content):
+        for data in map(memoryview, itertools.chain([_header(content)], tensors)):
             file.write(data)
             digest.update(data)
             size += len(data)
         file.flush()
         os.fsync(file.fileno())
     return size, digest.hexdigest()
-
-
-def _bytes_of(content: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    yield _header(content)
-    for tensor in content.values():
-        if tensor.numel():
-            yield memoryview(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
 
 
 def _header(content: dict[str, torch.Tensor]) -> bytes:

@@ -21,7 +21,6 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from bge_ds.data.sampling.sampler import Sampler
-from bge_ds.data.sampling.token_batching import TokenBatchSampler
 from bge_ds.data.shards import shard_reader
 
 
@@ -32,7 +31,7 @@ class StepDataset(Dataset):
     that reads them.
     """
 
-    def __init__(self, folders: list[Path], order: Sampler | TokenBatchSampler, place: tuple[int, int, int], collate: Callable):
+    def __init__(self, folders: list[Path], order: Sampler, place: tuple[int, int, int], collate: Callable):
         self.folders, self.order, self.place, self.collate = folders, order, place, collate
         self._shards = None
 
@@ -69,7 +68,7 @@ def _end_workers() -> None:
 
 def steps(
     folders: list[Path],
-    order: Sampler | TokenBatchSampler,
+    order: Sampler,
     collate: Callable,
     *,
     first_step: int,

@@ -150,11 +150,10 @@ def memory_estimate(elements: int, trainable: int, config: dict, world: int) -> 
     stage = zero.get("stage", 0)
     half = config.get("bf16", {}).get("enabled") or config.get("fp16", {}).get("enabled")
     width = 2 if half else 4
-    state = (12 if half else 8) * trainable / (world if stage >= 1 else 1)
     return {
         "weights": width * elements / (world if stage >= 3 else 1),
         "gradients": width * trainable / (world if stage >= 2 else 1),
-        "optimizer": state,
+        "optimizer": (12 if half else 8) * trainable / (world if stage >= 1 else 1),
     }
 
 

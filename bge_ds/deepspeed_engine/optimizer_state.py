@@ -35,11 +35,6 @@ class Fragment(NamedTuple):
         """The fragment's numel elements of a tensor that is laid out as the master is."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
-    @property
-    def state(self) -> dict:
-        """The optimizer's state of the master; empty before its first step."""
-        return self.optimizer.state.get(self.master, {})
-
     def state_tensor(self, key: str) -> torch.Tensor:
         """The state `key`, of the master's shape; a missing one is made here as the optimizer's first step would make it."""
         state = self.optimizer.state[self.master]

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from bge_ds.checkpoint import checkpoint
+from bge_ds.checkpoint.state_file import Best
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.data import beir
 from bge_ds.data.beir import RetrievalSet
@@ -37,13 +38,6 @@ if TYPE_CHECKING:
 UNITS = 128  # least number of units of a large corpus: the ranks' shares then differ little
 SMALLEST_UNIT, LARGEST_UNIT = 64, retrieval.BLOCK  # texts
 METRIC = "eval_nDCG@10"  # the mean over the sets
-
-
-def to_ragged(rows: list[list[int]], largest_id: int) -> RaggedArrays:
-    """Token ids of texts in one array of the smallest type."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    values = np.fromiter((token for row in rows for token in row), np.min_scalar_type(largest_id), lengths.sum())
-    return RaggedArrays(values, lengths)
 
 
 class DistributedTexts:
@@ -63,7 +57,8 @@ class DistributedTexts:
         for number, unit in enumerate(units):
             unit_texts = list(islice(texts, len(unit)))
             if number % world == rank:
-                self.units.append((number * size, to_ragged(to_ids(unit_texts), largest_id)))
+                rows = RaggedArrays.of_lists(to_ids(unit_texts), np.min_scalar_type(largest_id))
+                self.units.append((number * size, rows))
         own = sum(len(self._bounds(rows)) - 1 for _, rows in self.units)
         self.passes = collectives.largest(own, device)
 
@@ -189,7 +184,7 @@ class Evaluation:
         self.evaluator, self.model, self.plan, self.log, self.metric = evaluator, model, plan, log, metric
         self.save_best, self.load_best = args.save_strategy == "best", args.load_best_model_at_end
         self.output = Path(args.output_dir)
-        self.best: dict | None = None  # step, metric and value of the best checkpoint
+        self.best: Best | None = None  # step, metric and value of the best checkpoint
         self.best_folder = self.output
         self.latest: tuple[int, float] | None = None
 
@@ -228,7 +223,7 @@ class Evaluation:
     def _improves(self) -> bool:
         return self.best is None or self.latest[1] > self.best["value"]
 
-    def judge(self, step: int) -> dict | None:
+    def judge(self, step: int) -> Best | None:
         """Step, metric and value of the best checkpoint, including the one of `step` that is about to be written."""
         if self.latest is not None and self.latest[0] == step and self._improves():
             self.best = {"step": step, "metric": self.metric, "value": self.latest[1]}

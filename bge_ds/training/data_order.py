@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import numpy as np
 
@@ -19,9 +20,12 @@ from bge_ds.data.sampling.length_grouping import WINDOW, LengthGroupedSampler
 from bge_ds.data.sampling.mixture import ByEpoch, ByWeight, MixtureSampler, SameDatasetBatchSampler, counts_of
 from bge_ds.data.sampling.sampler import EpochSampler, Sampler, mix64
 from bge_ds.data.sampling.token_batching import TokenBatchSampler
+from bge_ds.data.shards.shard_reader import FinetuneShards, PretrainShards
 from bge_ds.distributed import collectives
 
 _SHOWN = 24  # sets in the table
+
+Shards: TypeAlias = FinetuneShards | PretrainShards
 
 
 def split_weights(entries: list[str]) -> tuple[list[str], list[float] | None]:
@@ -69,7 +73,7 @@ class Set:
         return sum(end - start for start, end in self.spans)
 
 
-def sets_of(args: TrainArguments, data) -> list[Set]:
+def sets_of(args: TrainArguments, data: Shards) -> list[Set]:
     """The sets of a run, those without rows left out. Raises ValueError where the mixture asked for means nothing."""
     paths, weights = split_weights(args.train_data)
     temperature, same = args.mixing_temperature, getattr(args, "same_dataset_within_batch", False)
@@ -77,7 +81,7 @@ def sets_of(args: TrainArguments, data) -> list[Set]:
         raise ValueError("--mixing_temperature and the weights of --train_data exclude each other: both are shares; keep one")
     files = _files(data, getattr(args, "max_example_num_per_dataset", None))
     if len(data.folders) > 1 and (weights or temperature is not None):  # each entry has a folder of its own
-        sets = [_as_one(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
+        sets = [_merged(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
         if empty := [of.name for of in sets if not of.kept]:
             raise ValueError(f"--train_data {empty[0]} holds no rows, so it cannot have a share; leave it out")
     else:
@@ -88,14 +92,14 @@ def sets_of(args: TrainArguments, data) -> list[Set]:
         sets = [replace(of, share=of.kept ** (1 / temperature)) for of in sets]
     if same:
         by_span = {file.spans[0]: file for _, file in files if file.kept}
-        sets = [file for of in sets for file in _apart(of, [by_span[span] for span in of.spans if span in by_span])]
+        sets = [file for of in sets for file in _split_by_file(of, [by_span[span] for span in of.spans if span in by_span])]
     for flag, given in (("same_dataset_within_batch", same), ("mixing_temperature", temperature is not None)):
         if given and len(sets) < 2:
             raise ValueError(f"--{flag} has no effect: {' '.join(paths)} is a single set; give several, or drop --{flag}")
     return sets
 
 
-def _files(data, most: int | None) -> list[tuple[int, Set]]:
+def _files(data: Shards, most: int | None) -> list[tuple[int, Set]]:
     """(number of its folder, the file as a set) of each input file."""
     found = []
     for source in data.manifest.sources:
@@ -105,17 +109,18 @@ def _files(data, most: int | None) -> list[tuple[int, Set]]:
     return found
 
 
-def _as_one(name: str, files: list[Set]) -> Set:
-    skipped = None if any(file.skipped is None for file in files) else sum(file.skipped for file in files)
-    return Set(name, tuple(span for file in files for span in file.spans), sum(file.kept for file in files), skipped)
+def _merged(name: str, files: list[Set]) -> Set:
+    skipped = [file.skipped for file in files if file.skipped is not None]
+    spans = tuple(span for file in files for span in file.spans)
+    return Set(name, spans, sum(file.kept for file in files), sum(skipped) if len(skipped) == len(files) else None)
 
 
-def _apart(of: Set, files: list[Set]) -> list[Set]:
+def _split_by_file(of: Set, files: list[Set]) -> list[Set]:
     """The files of a set, each with its part by rows of the set's share."""
     return [replace(file, share=None if of.share is None else of.share * file.kept / of.kept) for file in files]
 
 
-def make_order(args: TrainArguments, data) -> Sampler | TokenBatchSampler:
+def make_order(args: TrainArguments, data: Shards) -> Sampler:
     """What each step takes of the shards `data`: a number of texts, or of tokens where --per_device_train_tokens is given."""
     seed = args.seed if args.data_seed is None else args.data_seed
     micro_batches = args.gradient_accumulation_steps * collectives.world_size()
@@ -128,40 +133,42 @@ def make_order(args: TrainArguments, data) -> Sampler | TokenBatchSampler:
         max_per_span=getattr(args, "max_example_num_per_dataset", None),
         shuffle=args.train_sampling_strategy != "sequential",
     )
-    lengths = partial(_tokens, data, *args.text_lengths)
+    lengths = partial(_tokens, data, args.text_lengths)
     group = partial(LengthGroupedSampler, lengths=lengths) if args.train_sampling_strategy == "group_by_length" else None
     if not (same or weighted):
-        line = one(seed=seed, spans=tuple(source.rows for source in data.manifest.sources))
+        sampler: Sampler = one(seed=seed, spans=tuple(source.rows for source in data.manifest.sources))
     else:
-        lines = [one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets)]
-        turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, lines)), batch, lines[0].shuffle)
+        own = tuple(one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets))
         if same:
+            turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, own)), batch, own[0].shuffle)
             # Each set keeps a window, as sets take turns: of many sets, smaller ones.
             window = max(8, min(WINDOW, 1024 // len(sets)))
-            lines = [group(line, whole_batches=not weighted, window=window) for line in lines] if group else lines
-            return SameDatasetBatchSampler(seed, tuple(lines), turns, batch)
-        line = MixtureSampler(seed, tuple(lines), turns, batch)
+            grouped = tuple(group(of, whole_batches=not weighted, window=window) for of in own) if group else own
+            return SameDatasetBatchSampler(seed, grouped, turns, batch)
+        sampler = MixtureSampler(seed, own, ByWeight(seed, _counts(sets)), batch)
     if args.per_device_train_tokens is not None:
         check_token_budget(args)
-        return TokenBatchSampler(line, data.lengths, args.max_seq_length, args.per_device_train_tokens, micro_batches)
-    return group(line) if group else line
+        tokens = cast(PretrainShards, data).lengths  # fine-tuning has no token budget
+        return TokenBatchSampler(sampler, tokens, args.text_lengths[0], args.per_device_train_tokens, micro_batches)
+    return group(sampler) if group else sampler
 
 
 def _counts(sets: list[Set]) -> tuple[int, ...]:
-    counts = counts_of([of.share for of in sets])
+    counts = counts_of([of.share or 0.0 for of in sets])
     if 0 in counts:
         name = sets[counts.index(0)].name
         raise ValueError(f"--train_data: the share of {name} is below one text in a thousand million; leave it out")
     return counts
 
 
-def _tokens(data, *longest_and_rows) -> np.ndarray:
+def _tokens(data: Shards, longest: tuple[int, ...], rows_K: np.ndarray) -> np.ndarray:
     """Tokens by which rows are grouped, cut as in training: of fine-tuning, the query's and first positive's."""
-    *longest, rows_K = longest_and_rows
-    return data.lengths(rows_K, *longest) if len(longest) == 2 else np.minimum(data.lengths(rows_K), longest[0])
+    if len(longest) == 2:
+        return cast(FinetuneShards, data).lengths(rows_K, *longest)
+    return np.minimum(cast(PretrainShards, data).lengths(rows_K), longest[0])
 
 
-def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps: int) -> str:
+def table(args: TrainArguments, data: Shards, order: Sampler, steps: int) -> str:
     """What the run takes of each set in `steps` steps: rows kept, dropped and why, weight, share of the texts, epochs."""
     sets = sets_of(args, data)
     if isinstance(order, TokenBatchSampler):
@@ -169,7 +176,7 @@ def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps:
     else:
         texts = steps * order.global_batch
     # A plain order has the input files for its spans, and some of them may be empty.
-    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_bare(order), EpochSampler)]
+    taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_ungrouped(order), EpochSampler)]
     weights = sum(of.share or 0 for of in sets)
     lines = [f"{'kept':>14}{'weight':>9}{'share':>9}{'epochs':>9}  set"]
     for of, texts_of in list(zip(sets, taken, strict=True))[:_SHOWN]:
@@ -189,5 +196,5 @@ def table(args: TrainArguments, data, order: Sampler | TokenBatchSampler, steps:
     return "\n".join(lines)
 
 
-def _bare(order: Sampler) -> Sampler:
+def _ungrouped(order: Sampler) -> Sampler:
     return order.line if isinstance(order, LengthGroupedSampler) else order

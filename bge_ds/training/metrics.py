@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -66,7 +67,7 @@ class Meter:
         self._settle()
         return {"steps": self.steps, "seconds": time.perf_counter() - self.began, "sums": dict(self.on_host)}
 
-    def go_on(self, kept: dict) -> None:
+    def go_on(self, kept: Mapping[str, Any]) -> None:
         """As if all that was kept had been added here."""
         for name, (total, counted) in kept["sums"].items():
             self._add_on_host(name, total, counted)

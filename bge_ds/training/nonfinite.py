@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class SkippedSteps:
         """The counts, for a run that goes on from here."""
         return [self.in_a_row, self.since_read]
 
-    def go_on(self, kept: list[int]) -> None:
+    def go_on(self, kept: Sequence[int]) -> None:
         self.in_a_row, self.since_read = kept
 
     def read(self) -> dict[str, int]:

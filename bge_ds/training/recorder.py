@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bge_ds.checkpoint import checkpoint
+from bge_ds.checkpoint.state_file import Best
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.distributed.communication_profile import Pace
@@ -91,7 +92,7 @@ class Recorder:
             record["num_input_tokens_seen"] = sum(collectives.gather_counts(self.tokens_seen, self.device))
         return record
 
-    def save(self, step: int, best: dict | None) -> None:
+    def save(self, step: int, best: Best | None) -> None:
         """Write checkpoint-`step`. best: of `Evaluation.judge`."""
         self.saver.save(step, self.tokens_seen, best)
 

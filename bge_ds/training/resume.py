@@ -17,7 +17,8 @@ from bge_ds.training.metrics import Meter, RunLog
 from bge_ds.training.nonfinite import SkippedSteps
 
 if TYPE_CHECKING:
-    from bge_ds.training.objective import Objective
+    from bge_ds.checkpoint.state_file import Best
+    from bge_ds.training.objective import Engine, Objective
     from bge_ds.training.step_plan import StepPlan
 
 
@@ -99,7 +100,7 @@ def agreement(objective: Objective, plan: StepPlan) -> dict:
     }
 
 
-def resume(args: TrainArguments, point: checkpoint.ResumePoint | None, engine, agreement: dict) -> tuple[int, int]:
+def resume(args: TrainArguments, point: checkpoint.ResumePoint | None, engine: Engine, agreement: dict) -> tuple[int, int]:
     """(steps done, tokens this rank counts as seen): of the checkpoint, loaded into the engine, or (0, 0).
 
     Locks the output folder from here on. Another run's checkpoints in it would pass for this one's newest, and be kept in place
@@ -125,24 +126,25 @@ def restore_meter(meter: Meter, nonfinite: SkippedSteps, point: checkpoint.Resum
     if point is None:
         return
     meters = point.state.meters
-    nonfinite.go_on(meters[0]["skipped"])
-    if len(meters) == collectives.world_size():
-        meter.go_on(meters[collectives.rank()])
+    if meters[0]:
+        nonfinite.go_on(meters[0]["skipped"])
+    if len(meters) == collectives.world_size() and (own := meters[collectives.rank()]):
+        meter.go_on(own)
 
 
 class Saver:
     """Writes a run's checkpoints and counts the seconds. started: of the run, by time.perf_counter."""
 
     def __init__(
-        self, objective: Objective, engine, agreement: dict, asked: dict, log: RunLog, meter: Meter, nonfinite: SkippedSteps,
-        started: float,
+        self, objective: Objective, engine: Engine, agreement: dict, asked: dict, log: RunLog, meter: Meter,
+        nonfinite: SkippedSteps, started: float,
     ):  # fmt: skip
         self.objective, self.args, self.engine, self.agreement, self.asked = objective, objective.args, engine, agreement, asked
         self.log, self.meter, self.nonfinite, self.started = log, meter, nonfinite, started
         self.seconds = self.unwritten = 0.0
         self.saves = 0
 
-    def save(self, step: int, tokens_seen: int, best: dict | None) -> Path:
+    def save(self, step: int, tokens_seen: int, best: Best | None) -> Path:
         """Write checkpoint-`step`, on every rank; its time is not that of the steps."""
         began = time.perf_counter()
         saved = checkpoint.save(

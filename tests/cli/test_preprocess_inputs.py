@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -198,7 +199,7 @@ def test_any_group_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path
     tokenizer = validate.load_tokenizer(tiny_tokenizer_path)
     core = validate.core(tokenizer)
     if wide:
-        core = preprocess.replace(core, vocab_size=70000)
+        core = dataclasses.replace(core, vocab_size=70000)
     job = prepare.make_settings("finetune", query_max_len=lengths[0], passage_max_len=lengths[1]), core
     source = input_files.Source(folder / "a.jsonl")
     write(source.path, groups)
@@ -227,7 +228,7 @@ def test_any_text_survives_the_round_trip(tmp_path_factory, tiny_tokenizer_path,
     tokenizer = validate.load_tokenizer(tiny_tokenizer_path)
     core = validate.core(tokenizer)
     if wide:
-        core = preprocess.replace(core, vocab_size=70000)
+        core = dataclasses.replace(core, vocab_size=70000)
     source = input_files.Source(folder / "a.jsonl")
     source.path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     job = prepare.make_settings("pretrain", max_seq_length=length), core

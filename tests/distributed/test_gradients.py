@@ -149,7 +149,7 @@ def pretrain_reference(model_path, folder, tokens=None, objective="retromae", bo
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks"), [(0, 2), pytest.param(1, 2, marks=pytest.mark.core), (2, 2), (3, 2), (1, 1), (2, 3), (3, 3)]
+    ("stage", "ranks"), [*(pytest.param(stage, 2, marks=pytest.mark.core) for stage in range(4)), (1, 1), (2, 3), (3, 3)]
 )
 def test_ranks_and_pieces_give_one_process_gradients(tmp_path, tiny_bert_path, data, stage, ranks):
     """Every parameter's gradient differs by less than 1e-5, relative, from that of an fp64 or single fp32 process."""

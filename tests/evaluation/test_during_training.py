@@ -13,6 +13,7 @@ import torch
 from bge_ds import evaluate
 from bge_ds.checkpoint import checkpoint, state_file
 from bge_ds.data import beir
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.evaluation import during_training, retrieval
 from bge_ds.kernels.packed import chunk_bounds, pack, runs_of, split
 from bge_ds.modeling.encoder import Encoder
@@ -263,13 +264,13 @@ def test_tokenizing_leaves_the_tokenizer_as_it_was(setting):
     before = tokenizer.backend_tokenizer.to_str()
     rows = retrieval.tokenize(tokenizer, ["the quick brown fox " * 9, ""], 7)
     assert [len(row) for row in rows] == [7, 2] and tokenizer.backend_tokenizer.to_str() == before
-    packed = during_training.to_ragged(rows, len(tokenizer))
+    packed = RaggedArrays.of_lists(rows, np.min_scalar_type(len(tokenizer)))
     assert packed.values.dtype.itemsize == 1 and [row.tolist() for row in packed.split()] == rows
 
 
 def test_pieces_hold_every_row_once():
     """Rows by length, at most the tokens asked for, a longer row by itself."""
-    rows = during_training.to_ragged([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], 9)
+    rows = RaggedArrays.of_lists([[1] * n for n in [5, 1, 30, 7, 7, 2, 9]], np.uint8)
     texts, _ = pack(rows.split())
     pieces = split(texts, chunk_bounds(runs_of(rows.lengths), None, 12))
     assert [piece.cu_seqlens.diff().tolist() for piece in pieces] == [[1, 2, 5], [7], [7], [9], [30]]
@@ -282,6 +283,7 @@ def test_vectors_of_a_share_are_the_encoders(setting):
     share = during_training.DistributedTexts(
         map(str, range(40)), 40, lambda unit: [texts[int(t)] for t in unit], 200, 60, torch.device("cpu")
     )
+    assert all(rows.values.dtype.itemsize == 1 for _, rows in share.units)  # ids below 200
     model = Encoder.load(str(setting / "model")).eval()
     with torch.no_grad():
         vectors_ND = share.encode_all(model)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bge_ds.data.preprocess import validate
-from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS
+from bge_ds.data.preprocess.workers import SETTINGS
 from bge_ds.data.shards import shard_reader
 from bge_ds.data.shards.manifest_file import TABLES, Manifest
 
@@ -40,10 +40,9 @@ def inspect(folder: Path, sample: int = 3, histogram: Path | None = None, say: C
     made = manifest.tokenizer
     say(f"{folder}: {kind} shards, schema version {manifest.schema_version}, by bge_ds {manifest.bge_ds_version}")
     say(f"tokenizer    {made.name}, {made.vocab_size:,} ids, fingerprint {made.fingerprint}")
-    for name in (*LENGTHS[kind], *INSTRUCTIONS[kind]):
-        say(f"{name}  {getattr(manifest, name)!r}")
-    if manifest.word_segmenter is not None:
-        say(f"word_segmenter  {manifest.word_segmenter!r}")
+    for name in SETTINGS[kind]:
+        if (value := getattr(manifest, name)) is not None:
+            say(f"{name}  {value!r}")
     say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest.counts.items()))
     for line in shares(manifest):
         say(line)

@@ -15,17 +15,15 @@ import xxhash
 from bge_ds.data.files import PARTIAL
 from bge_ds.data.preprocess import input_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import build
-from bge_ds.data.preprocess.workers import INSTRUCTIONS, LENGTHS, WORDS, Job, PreprocessSettings
+from bge_ds.data.preprocess.workers import LENGTHS, SETTINGS, Job, PreprocessSettings
 from bge_ds.data.shards import digests, integrity, shard_reader
 from bge_ds.data.shards.manifest_file import MANIFEST, SCHEMA_VERSION, Manifest, read_manifest
 
 
 def make_settings(kind: str, on_error: str = "raise", **given: Any) -> PreprocessSettings:
     """PreprocessSettings of a kind, with the defaults of the trainers where a value is None."""
-    values: dict[str, Any] = dict(LENGTHS[kind]) | {name: "" for name in INSTRUCTIONS[kind]}
-    values |= dict.fromkeys(WORDS[kind], word_segmentation.NONE)
-    values |= {name: value for name, value in given.items() if value is not None and name in values}
-    return PreprocessSettings(kind=kind, on_error=on_error, **values)
+    known = {name: value for name, value in given.items() if value is not None}
+    return PreprocessSettings(kind=kind, on_error=on_error, **(SETTINGS[kind] | known))
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -67,35 +65,29 @@ def prepare(
     train_data: str | list[str],
     tokenizer: Any,
     *,
-    max_seq_length: int | None = None,
-    query_max_len: int | None = None,
-    passage_max_len: int | None = None,
     query_instruction: str | None = None,
     passage_instruction: str | None = None,
-    word_segmenter: str | None = None,
     explicit: frozenset[str] = frozenset(),
     cache_dir: str | None = None,
     on_error: str = "raise",
     verify_data: bool = True,
     say: Callable[[str], None] = print,
+    **lengths_and_words: Any,
 ) -> Path:
     """The folder of shards for `train_data`: itself when it is one, else JSON lines preprocessed once into a cache.
 
     Every process of a host may call it at the same time: one builds, the others wait. The cache folder is named by a
     hash of the input's bytes, the tokenizer and all settings, so an entry is never out of date. `explicit` names the
     flags that the user gave: only those are held against a folder of shards. verify_data: every shard must have the hash
-    that its manifest says. Raises ValueError for what cannot serve.
+    that its manifest says. lengths_and_words: of `SETTINGS`. Raises ValueError for what cannot serve.
     """
     inputs = [str(path) for path in ([train_data] if isinstance(train_data, str | Path) else train_data)]
     settings = make_settings(
         kind,
         on_error,
-        max_seq_length=max_seq_length,
-        query_max_len=query_max_len,
-        passage_max_len=passage_max_len,
         query_instruction_for_retrieval=query_instruction,
         passage_instruction_for_retrieval=passage_instruction,
-        word_segmenter=word_segmenter,
+        **lengths_and_words,
     )
     core = validate.core(tokenizer)
     base = cache_folder(cache_dir)
@@ -161,9 +153,8 @@ def check_fits(folder: Path, settings: PreprocessSettings, core: validate.Tokeni
         if name not in explicit:
             continue
         held = getattr(manifest, name)
-        if held is None:  # older shards
-            held = word_segmentation.NONE if name in WORDS[settings.kind] else ""
-        if name in LENGTHS[settings.kind]:
+        held = SETTINGS[settings.kind][name] if held is None else held  # None in older shards
+        if name in LENGTHS:
             if value > held:
                 raise ValueError(
                     f"{name} {value} is longer than the {held} that {folder} was cut to: give {name} {held} or less, or "

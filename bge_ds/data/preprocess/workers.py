@@ -27,9 +27,17 @@ from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, TextR
 from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import shard_reader
 
-LENGTHS = {"pretrain": {"max_seq_length": 512}, "finetune": {"query_max_len": 32, "passage_max_len": 128}}
-INSTRUCTIONS = {"pretrain": (), "finetune": ("query_instruction_for_retrieval", "passage_instruction_for_retrieval")}
-WORDS = {"pretrain": ("word_segmenter",), "finetune": ()}  # what decides words, which fine-tuning has no use for
+# What decides the rows of a kind, with the defaults; the manifest keeps it.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pretrain": {"max_seq_length": 512, "word_segmenter": word_segmentation.NONE},
+    "finetune": {
+        "query_max_len": 32,
+        "passage_max_len": 128,
+        "query_instruction_for_retrieval": "",
+        "passage_instruction_for_retrieval": "",
+    },
+}
+LENGTHS = ("max_seq_length", "query_max_len", "passage_max_len")
 EMPTY = "{} is an empty text to this tokenizer: it gives no token"
 SEEN_LIMIT = 500_000  # passages a worker remembers (about 60 MB); past it some are tokenised again, no row changes
 
@@ -64,8 +72,8 @@ class PreprocessSettings:
         return tuple(dict.fromkeys(named.get(name, name) for name in validate.KEYS[self.form]))
 
     def named(self) -> dict[str, Any]:
-        """The lengths and instructions that belong to the kind, as the manifest keeps them."""
-        return {name: getattr(self, name) for name in (*LENGTHS[self.kind], *INSTRUCTIONS[self.kind], *WORDS[self.kind])}
+        """The settings that belong to the kind, as the manifest keeps them."""
+        return {name: getattr(self, name) for name in SETTINGS[self.kind]}
 
     def check(self, encoder: validate.BatchTokenizer) -> None:
         """Raises ValueError for a length that leaves no room for text."""

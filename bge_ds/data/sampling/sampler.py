@@ -125,8 +125,9 @@ class Sampler:
         return len(self) * epochs / self.global_batch
 
     def steps(self, epochs: float, drop_last: bool = False) -> int:
-        """Optimizer steps that `epochs` (may be a fraction) take."""
-        return whole_steps(self.filled_steps(epochs), drop_last)
+        """Optimizer steps that `epochs` (may be a fraction) take: with the last one that begins, or only what is full."""
+        filled = self.filled_steps(epochs)
+        return math.floor(filled + 1e-9) if drop_last else math.ceil(filled - 1e-9)
 
     def epochs(self, steps: int) -> float:
         """How many epochs the first `steps` steps walk through."""
@@ -200,11 +201,6 @@ class RowLookup:
             span = span_K[cut]
             within_K[cut] = permute(within_K[cut], self.span_sizes[span], seeds_K, 2, self.numbers[span])
         return epochs_K, self.starts[span_K] + within_K
-
-
-def whole_steps(filled: float, drop_last: bool) -> int:
-    """Steps of a run whose texts fill `filled` of them: the last one that begins is taken, or only what is full."""
-    return math.floor(filled + 1e-9) if drop_last else math.ceil(filled - 1e-9)
 
 
 def rank_slice(global_batch: int, accumulation: int, rank: int, world: int) -> list[slice]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bge_ds.data.sampling.sampler import Sampler, whole_steps
+from bge_ds.data.sampling.sampler import Sampler
 
 CHUNK = 1 << 16  # texts; one bin in hundreds is closed early
 
@@ -34,7 +34,7 @@ class _Packed(NamedTuple):
 
 
 @dataclass(eq=False)
-class TokenBatchSampler:
+class TokenBatchSampler(Sampler):
     """A sampler whose micro batches are cut by tokens instead of by number of texts.
 
     line: the places; the size of its batches plays no part. lengths: rows -> tokens of each text, before it is cut.
@@ -67,10 +67,6 @@ class TokenBatchSampler:
         self._count(chunk)
         begun = int(np.searchsorted(self._pack(chunk).bounds[:-1], inside)) if inside else 0
         return (self._before(chunk) + begun) / self.step_bins
-
-    def steps(self, epochs: float, drop_last: bool = False) -> int:
-        """Optimizer steps that `epochs` (may be a fraction) take."""
-        return whole_steps(self.filled_steps(epochs), drop_last)
 
     def epochs(self, steps: int) -> float:
         """How many epochs the first `steps` steps walk through."""

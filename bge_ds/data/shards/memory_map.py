@@ -32,14 +32,19 @@ class _Column(NamedTuple):
     offsets_at_B: np.ndarray  # where a batch's offsets begin in `offsets`
 
 
-class _Shard:
-    """One mapped file."""
+class Shard:
+    """One mapped file. Raises ValueError where it is no Arrow stream of this schema and so many rows."""
 
     def __init__(self, path: Path, schema: pa.Schema, rows: int) -> None:
         # The file may be closed again: what lies in its buffer keeps the map, and a process may have few open files.
         with pa.memory_map(str(path)) as file:
             self.buffer = file.read_buffer(file.size())
-        reader = open_shard(self.buffer, path, schema)
+        try:
+            reader = pa.ipc.open_stream(self.buffer)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: corrupted shard, no readable Arrow schema ({error}): preprocess again") from error
+        if not reader.schema.equals(schema):
+            raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
         try:
             self.batches = list(reader)
         except (pa.ArrowException, OSError) as error:
@@ -87,15 +92,15 @@ class MappedTable:
         ends = np.cumsum([0] + [entry.rows for _, _, entry in files])
         self.starts, self.rows = ends[:-1], int(ends[-1])
         self._starts = self.starts.tolist()
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[int, Shard] = {}
 
-    def shard(self, k: int) -> _Shard:
+    def shard(self, k: int) -> Shard:
         """Shard number `k`. Raises ValueError where its file is not what was written."""
         return self._shards.get(k) or self._load(k)
 
-    def _load(self, k: int) -> _Shard:
+    def _load(self, k: int) -> Shard:
         path, schema, entry = self._files[k]
-        shard = _Shard(path, schema, entry.rows)
+        shard = Shard(path, schema, entry.rows)
         if len(self._shards) >= self._mapped:
             del self._shards[next(iter(self._shards))]
         self._shards[k] = shard
@@ -144,7 +149,7 @@ class MappedTable:
 class _Part(NamedTuple):
     """Rows of one shard: their places among the rows asked for, their record batches, and the rows inside these."""
 
-    shard: _Shard
+    shard: Shard
     here: np.ndarray | slice
     batch: np.ndarray | int  # one number where there is one batch
     within: np.ndarray
@@ -219,14 +224,3 @@ def check_size(path: Path, entry: ShardEntry) -> None:
         ) from None
     if size != entry.bytes:
         raise ValueError(f"{path}: corrupted shard, {size} bytes, the manifest says {entry.bytes}: preprocess again")
-
-
-def open_shard(file: pa.MemoryMappedFile | pa.Buffer, path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchStreamReader:
-    """Raises ValueError where a shard is no Arrow stream, or one of other columns."""
-    try:
-        reader = pa.ipc.open_stream(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: corrupted shard, no readable Arrow schema ({error}): preprocess again") from error
-    if not reader.schema.equals(schema):
-        raise ValueError(f"{path}: its columns are {list(reader.schema)}, not {list(schema)}: preprocess again")
-    return reader

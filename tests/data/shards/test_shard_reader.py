@@ -45,6 +45,7 @@ def write_pretrain(folder, rows, segment_rows=1000, batch_bytes=shard_writer.BAT
         return manifest_file.write_manifest(partial, manifest)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("segment_rows", "batch_bytes"), [(5, 1), (70, 500), (1000, 1), (1000, 1 << 20)])
 def test_rows_come_back_over_shard_borders(tmp_path, segment_rows, batch_bytes):
     """Every row is found in its shard and record batch; an off-by-one at a border would give a neighbour's text."""
@@ -187,7 +188,7 @@ def test_lengths_are_counted_without_reading_values(tmp_path, monkeypatch, segme
     rows = texts(203)
     write_pretrain(tmp_path / "s", rows, segment_rows, batch_bytes)
     data = shard_reader.open_folder(tmp_path / "s")
-    monkeypatch.setattr(memory_map._Shard, "column", None)  # through which values are read
+    monkeypatch.setattr(memory_map.Shard, "column", None)  # through which values are read
     assert data.length_counts("texts", "ids").tolist() == np.bincount([len(ids) for ids in rows]).tolist()
 
 
@@ -279,6 +280,7 @@ def test_maps_are_let_go_while_their_rows_are_kept(tmp_path, monkeypatch):
         assert not any(name.endswith(".arrow") for name in names), "a shard's file is still open"
 
 
+@pytest.mark.core
 def test_groups_point_to_passages_and_keep_missing_scores_apart(tmp_path):
     """Absent scores are None, not an empty list: a group without negatives can still have scores of its own."""
     fields = shard_reader.schemas("finetune", 70000)
