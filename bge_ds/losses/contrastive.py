@@ -74,7 +74,7 @@ class Candidates:
 class LossParts:
     """loss: mean over the B queries. negatives: (query, negative) pairs that count. by_content, by_margin: pairs masked.
 
-    scale: factor of the similarities.
+    scale: factor of the similarities. cosine: the mean of two passages of this rank.
     """
 
     loss: torch.Tensor
@@ -82,6 +82,7 @@ class LossParts:
     by_content: torch.Tensor
     by_margin: torch.Tensor
     scale: torch.Tensor | float
+    cosine: torch.Tensor | float = math.nan
 
     def detached(self) -> LossParts:
         scale = self.scale.detach() if isinstance(self.scale, torch.Tensor) else self.scale

@@ -5,9 +5,11 @@ Shapes: B queries and P passages of this rank, then of all ranks; C queries of a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from bge_ds.distributed import collectives
 from bge_ds.losses import contrastive
@@ -47,4 +49,12 @@ def contrastive_loss(
         p_PD=p_PD, hashes_P=hashes_P, own_BG=own_BG, known_BK=batch.known_BK, own_only_B=batch.own_only_B,
         teacher_BG=batch.teacher_BG, q_CD=q_CD, mine_B=mine_B, all_known_CK=known_CK,
     )  # fmt: skip
-    return contrastive.loss(q_BD, scale, found, objective)
+    parts = contrastive.loss(q_BD, scale, found, objective)
+    return replace(parts, cosine=mean_cosine(vectors_ND[batch.queries :].detach()))
+
+
+def mean_cosine(x_PD: torch.Tensor) -> torch.Tensor:
+    """The mean cosine of two different rows: with unit vectors, P |mean|^2 = 1 + (P - 1) times it. 0 for a single row."""
+    rows = len(x_PD)
+    mean_D = F.normalize(x_PD.float(), dim=1).mean(0)
+    return (rows * mean_D.square().sum() - 1) / max(1, rows - 1)

@@ -5,8 +5,9 @@ The loss gathers the passages of all ranks; GradCache takes a batch in pieces wh
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import FinetuneArguments
 from bge_ds.config.run_config import fill_from_shards
 from bge_ds.data import collate
+from bge_ds.data.beir import RetrievalSet
 from bge_ds.data.collate import Share
 from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
@@ -29,6 +31,7 @@ from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling import export, lora
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
 from bge_ds.modeling.flops import backbone_flops
+from bge_ds.objectives import diagnosis
 from bge_ds.objectives.shards import open_shards
 from bge_ds.training.objective import Objective, Values
 
@@ -89,18 +92,22 @@ class ContrastiveObjective(Objective):
 
     def facts(self, runs: str) -> list[tuple[str, str]]:
         args = self.args
-        ranks = collectives.world_size() if args.negatives_cross_device else 1
-        passages = args.per_device_train_batch_size * args.train_group_size * ranks
-        negatives = (passages if args.use_inbatch_neg else args.train_group_size) - 1
+        from_all = " from all ranks" if args.negatives_cross_device and collectives.world_size() > 1 else ""
         return [
             ("model", f"{args.model_name_or_path}, runs {runs}"),
             ("data", f"{len(self.data)} groups, {self.data.num_passages} passages"),
             ("lengths", f"queries to {args.query_max_len}, passages to {args.passage_max_len} tokens"),
-            ("negatives", f"{'' if self.uniform else 'up to '}{negatives} a query" + (" from all ranks" if ranks > 1 else "")),
+            ("negatives", f"{'' if self.uniform else 'up to '}{self.negatives()} a query{from_all}"),
         ]
 
-    def warnings(self) -> list[str]:
-        found = []
+    def negatives(self) -> int:
+        """How many passages a query is compared with beside its positive, at most."""
+        ranks = collectives.world_size() if self.args.negatives_cross_device else 1
+        passages = self.args.per_device_train_batch_size * self.args.train_group_size * ranks
+        return (passages if self.args.use_inbatch_neg else self.args.train_group_size) - 1
+
+    def warnings(self, eval_sets: Mapping[str, RetrievalSet]) -> list[str]:
+        found = diagnosis.of_finetuning(self.args, self.data, self.tokenizer, self.negatives(), eval_sets)
         if len(prompts := prompts_of(self.args, self.data)) > 2:
             found.append(f"sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
         if self.args.gradient_accumulation_steps > 1 and self.args.use_inbatch_neg:
@@ -131,6 +138,7 @@ class ContrastiveObjective(Objective):
         return {
             "loss": parts.loss, "negatives": parts.negatives, "hidden_by_content": parts.by_content,
             "hidden_by_margin": parts.by_margin, "scale": parts.scale, "queries": batch.queries,
+            "cosine": parts.cosine,
         }  # fmt: skip
 
     def flops(self, model: nn.Module, batch) -> float:
@@ -143,7 +151,12 @@ class ContrastiveObjective(Objective):
             "false_negatives_hidden": sums["hidden_by_content"] / sums["queries"],
             "margin_negatives_hidden": sums["hidden_by_margin"] / sums["queries"],
             "temperature": sums["micro_batches"] / sums["scale"],
+            "passage_cosine": sums["cosine"] / sums["micro_batches"],
         }
+
+    def chance(self, record: dict[str, float]) -> float | None:
+        """The loss of guessing: the logarithm of the passages that a query is compared with, in plain contrastive training."""
+        return None if self.args.knowledge_distillation or self.args.bidirectional else math.log1p(record["negatives"])
 
     def evaluation(self, model: nn.Module) -> tuple[nn.Module, dict]:
         args = self.args

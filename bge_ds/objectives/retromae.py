@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from transformers import AutoModelForMaskedLM
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import PretrainArguments
 from bge_ds.config.run_config import fill_from_shards
-from bge_ds.data import collate
+from bge_ds.data import collate, diagnosis
+from bge_ds.data.beir import RetrievalSet
 from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
@@ -70,6 +71,9 @@ class RetroMAEObjective(Objective):
             *([("new head", "its bias starts at the log frequencies of the tokens")] if self.new_head else []),
             ("data", f"{len(self.data)} texts to {args.max_seq_length} tokens"),
         ]
+
+    def warnings(self, eval_sets: Mapping[str, RetrievalSet]) -> list[str]:
+        return diagnosis.of_shards(self.data)
 
     def collate(self, seed: int) -> tuple[Callable, dict]:
         args = self.args

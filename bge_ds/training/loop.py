@@ -55,7 +55,7 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     facts = objective.facts(describe_execution(objective.model_config, device, engines.precision(engine)))
     facts.append(("sets", data_order.table(args, objective.data, order, plan.total)))
     log.say(f"{objective.title}\n{summary(args, plan, order, engine, config, facts)}")
-    for warning in objective.warnings():
+    for warning in objective.warnings(eval_sets) if collectives.rank() == 0 else []:
         log.say(f"warning: {warning}")
     if taken:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
@@ -65,7 +65,7 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
         args, eval_sets, objective.tokenizer, encoder, device, plan, log, taken.path if taken else None, **eval_options
     )
     asked = resume.asked_batch(args, taken)
-    recorder = Recorder(objective, engine, log, taken, agreement, asked, tokens_seen, started)
+    recorder = Recorder(objective, engine, log, taken, agreement, asked, tokens_seen, started, plan.warmup)
 
     engine.train()
     recorder.begin_step()

@@ -105,34 +105,37 @@ def peak_memory(device: torch.device) -> float:
 # Dense bf16/fp16 peaks of GPUs, FLOP/s, from their makers' data sheets; the first name that fits counts.
 _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "GB200": 2250e12, "A100": 312e12, "A10G": 70e12,
           "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-_SQUARE = {"cpu": 1024, "cuda": 8192}
+_SIDE = 1024  # of the matrices of `product_rate`
 
 
 @cache
-def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a device can reach at most: its maker's figure for 16-bit products, or, where there is none here, a large
-    square product's, measured once."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = next((rate for part, rate in _PEAKS.items() if part in name), None)
-    if known and dtype in (torch.bfloat16, torch.float16):
-        return known
-    side = _SQUARE.get(device.type, 1024)
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of 16-bit products that the device's maker names; None elsewhere: a rate measured on a busy machine is no peak."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in _PEAKS.items() if part in name), None)
+
+
+@cache
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product on the CPU, measured once."""
+    a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(4):  # the first also fetches memory
         began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
+        a @ b
         best = min(best, time.perf_counter() - began)
         if best > 0.5:  # emulated: seconds a product, and no need to know it exactly
             break
-    return 2 * side**3 / best
+    return 2 * _SIDE**3 / best
 
 
 def slow_precision(device: torch.device, dtype: torch.dtype) -> str | None:
     """Words to warn with where products of this type take over twice as long as fp32's: a CPU may have to emulate them."""
     if device.type != "cpu" or dtype == torch.float32:
         return None
-    here, fp32 = peak_rate(device, dtype), peak_rate(device, torch.float32)
+    here, fp32 = product_rate(dtype), product_rate(torch.float32)
     if 2 * here > fp32:
         return None
     name, flag = str(dtype).removeprefix("torch."), "bf16" if dtype == torch.bfloat16 else "fp16"
@@ -191,8 +194,9 @@ class RunLog:
             "loss": f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
             "tokens/s": f"{record['tokens_per_second']:,.0f}",
-            "mfu": f"{record['mfu']:.0%}",
         }
+        if "mfu" in record:
+            shown["mfu"] = f"{record['mfu']:.0%}"
         if "negatives" in record:
             shown["negatives"] = f"{record['negatives']:.0f}"
         self.bar.set_postfix(shown)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import TrainArguments
+from bge_ds.data.beir import RetrievalSet
 from bge_ds.kernels.packed import PackedTexts
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class Objective:
         """Rows of the summary. runs: how the backbone runs on this device, in words."""
         return [("model", runs), ("data", f"{len(self.data)} rows")]
 
-    def warnings(self) -> list[str]:
-        """Lines after the summary."""
+    def warnings(self, eval_sets: Mapping[str, RetrievalSet]) -> list[str]:
+        """Lines after the summary, about what will hurt. eval_sets: --eval_data. On rank 0."""
         return []
 
     def collate(self, seed: int) -> tuple[Callable, dict[str, Any]]:
@@ -86,6 +87,10 @@ class Objective:
         """What the log says: `loss` first. sums: of `backward`'s values over the logged steps and all ranks, and `steps`,
         `micro_batches` (of all ranks), `tokens`. batch: the last one. On every rank."""
         return {"loss": sums["loss"] / sums["micro_batches"]}
+
+    def chance(self, record: dict[str, float]) -> float | None:
+        """The loss of a model that has learned nothing, for `record`; None where that is not known."""
+        return None
 
     def evaluation(self, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """(encoder to evaluate, its lengths in tokens and prompts) for evaluation while training."""

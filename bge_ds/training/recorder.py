@@ -13,6 +13,7 @@ from bge_ds.checkpoint.state_file import Best
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.distributed.communication_profile import Pace
+from bge_ds.training.diagnosis import Signs
 from bge_ds.training.metrics import Meter, RunLog, peak_memory, peak_rate
 from bge_ds.training.nonfinite import SkippedSteps
 from bge_ds.training.objective import Engine, Objective, Values, count_tokens
@@ -23,12 +24,12 @@ class Recorder:
     """The loop's one collaborator for everything that is not training: on every rank, called in the order of the methods.
 
     started: of the run, by time.perf_counter. tokens_seen: by this rank, in the steps before. asked: the batch as the command
-    gave it (`resume.asked_batch`).
+    gave it (`resume.asked_batch`). warmup: steps of the run's warm-up.
     """
 
     def __init__(
         self, objective: Objective, engine: Engine, log: RunLog, taken: checkpoint.ResumePoint | None, agreement: dict,
-        asked: dict, tokens_seen: int, started: float,
+        asked: dict, tokens_seen: int, started: float, warmup: int,
     ):  # fmt: skip
         args = objective.args
         self.objective, self.engine, self.log, self.args = objective, engine, log, args
@@ -36,6 +37,7 @@ class Recorder:
         self.meter = Meter(self.device, args.logging_nan_inf_filter)
         self.skipped = SkippedSteps(args.max_nonfinite_steps, Path(args.output_dir), engine, objective.tokenizer, log.say)
         restore_meter(self.meter, self.skipped, taken)
+        self.signs = Signs(warmup, args.max_grad_norm)
         self.pace = Pace(self.device, log.say)
         self.saver = Saver(objective, engine, agreement, asked, log, self.meter, self.skipped, started)
 
@@ -66,15 +68,12 @@ class Recorder:
         """One line of the log, for the steps since the last one. batch: this step's last micro batch."""
         sums = self.meter.read()
         sums["micro_batches"] = sums["steps"] * self.args.gradient_accumulation_steps * collectives.world_size()
-        self.log.write({
-            "step": step,
-            "epoch": epoch,
-            **self.objective.record(sums, self.engine.module, batch),
-            "learning_rate": learning_rate,
-            "grad_norm": engines.gradient_norm(self.engine),
-            **self.rates(sums),
-            **self.saver.record(),
-        })  # fmt: skip
+        learned = self.objective.record(sums, self.engine.module, batch)
+        record: dict[str, float | None] = {"step": step, "epoch": epoch, **learned, "learning_rate": learning_rate}
+        record |= {"grad_norm": engines.gradient_norm(self.engine), **self.rates(sums), **self.saver.record()}
+        self.log.write(record)
+        for sign in self.signs.read(record, self.objective.chance(learned)):
+            self.log.say(f"warning: {sign}")
 
     def rates(self, sums: dict[str, float]) -> dict[str, float]:
         """Speed, memory and skipped steps; rates are those of all ranks together."""
@@ -82,7 +81,7 @@ class Recorder:
         record = {
             "tokens_per_second": sums["tokens"] / sums["seconds"],
             **self.pace.read(),
-            "mfu": rate / peak_rate(self.device, engines.precision(self.engine)),
+            **({"mfu": rate / peak} if (peak := peak_rate(self.device, engines.precision(self.engine))) else {}),
             "padding_saved": 1 - sums["tokens"] / sums["padded_tokens"],
             "seconds_per_step": sums["seconds"] / sums["steps"],
             "peak_memory_bytes": peak_memory(self.device),

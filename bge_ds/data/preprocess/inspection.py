@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_ds.data import diagnosis
 from bge_ds.data.preprocess import validate
 from bge_ds.data.preprocess.workers import SETTINGS
 from bge_ds.data.shards import shard_reader
@@ -56,6 +57,8 @@ def inspect(folder: Path, sample: int = 3, histogram: Path | None = None, say: C
     counted = {key: data.length_counts(*key) for key in COLUMNS if key[0] in TABLES[kind]}
     for line in length_table(counted):
         say(line)
+    for finding in diagnosis.of_shards(data):
+        say(f"warning      {finding}")
     if histogram is not None:
         draw(histogram, counted, manifest)
         say(f"histogram    {histogram}")
@@ -73,6 +76,8 @@ def shares(manifest: Manifest) -> list[str]:
     counts = manifest.counts
     texts = counts["texts"] if manifest.kind == "pretrain" else counts["groups"] + counts["passages"]
     lines = [f"cut          {counts['cut_texts']:,} of {texts:,} texts ({counts['cut_texts'] / texts:.2%})"]
+    if "cut_tokens" in counts:
+        lines[0] += f", {counts['cut_tokens'] / max(1, counts['tokens'] + counts['cut_tokens']):.2%} of the tokens"
     if "duplicates" in counts:
         stored, named = counts["passages"], counts["passages"] + counts["duplicates"]
         lines.append(f"duplicates   {named:,} passages named, {stored:,} stored: {stored / named:.3f} of them")

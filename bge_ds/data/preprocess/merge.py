@@ -31,7 +31,7 @@ from bge_ds.data.shards.manifest_file import (
     write_manifest,
 )
 
-SUMMED = ("tokens", "unknown_tokens", "cut_texts")
+SUMMED = ("tokens", "unknown_tokens", "cut_texts", "cut_tokens")
 
 
 def merge(parts: list[Path], output: Path, overwrite: bool = False, say: Callable[[str], None] = print) -> Manifest:

@@ -28,7 +28,7 @@ class GroupRows(msgspec.Struct):
 
     With a corpus, pos and neg are rows of it. Without one they are numbers of the passages that this block names:
     keys: the 128-bit hash of each. sent: bool, whether it comes with this block, in `passages`; the others came with an
-    earlier block of the segment. passage_cuts: bool, whether each sent one was cut."""
+    earlier block of the segment. passage_cuts: int64, tokens cut off each sent one."""
 
     queries: RaggedArrays
     columns: list[tuple]
@@ -45,7 +45,7 @@ class BlockRows(msgspec.Struct):
     bad: list[tuple[int, str]]
     first: int | None
     lines: int
-    cuts: int  # texts that were cut, those of `passage_cuts` aside
+    cuts: np.ndarray  # int64, tokens cut off each text, those of `passage_cuts` aside
     rows: TextRows | PassageRows | GroupRows
 
 
@@ -58,6 +58,6 @@ class SegmentRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     skipped: list[tuple[Count, str]] = []  # (line of the segment from 0, reason)
     first: Count | None  # its first good line
     only_passage: str | None = None  # the hash of the only passage of groups that hold texts
-    # tokens, unknown_tokens, cut_texts; passages: distinct ones; named: passages that groups name; alone: groups without
-    # negatives.
+    # tokens, unknown_tokens, cut_texts, cut_tokens; passages: distinct ones; named: passages that groups name; alone: groups
+    # without negatives.
     counts: dict[str, Count]

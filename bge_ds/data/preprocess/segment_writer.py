@@ -41,7 +41,7 @@ class SegmentWriter:
         self.writers = {name: TableWriter(folder, name, fields[name], source, segment) for name in tables}
         self.rows: dict[bytes, int] = {}  # 128-bit hash of a passage of this segment -> its row
         self.good = self.lines = 0
-        self.counts = dict.fromkeys(("tokens", "unknown_tokens", "cut_texts", "passages", "named", "alone"), 0)
+        self.counts = dict.fromkeys(("tokens", "unknown_tokens", "cut_texts", "cut_tokens", "passages", "named", "alone"), 0)
         self.first: int | None = None
         self.skipped: list[tuple[int, str]] = []
 
@@ -53,7 +53,7 @@ class SegmentWriter:
             return
         self.first = block.first if self.first is None else self.first
         self.good += block.good
-        self.counts["cut_texts"] += block.cuts
+        self._count_cuts(block.cuts)
         match block.rows:
             case TextRows(ids=ids, words=words):
                 self._write_ids("texts", ids, self._list_array("texts", "words", RaggedArrays(words, ids.lengths)))
@@ -83,8 +83,12 @@ class SegmentWriter:
         if keep.any():
             kept = RaggedArrays(values[np.repeat(keep, lengths)], lengths[keep])
             self._write_passages(PassageRows(kept, rows.passages.hashes[keep]))
-        self.counts["cut_texts"] += int(rows.passage_cuts[keep].sum())
+        self._count_cuts(rows.passage_cuts[keep])
         return np.array([self.rows[key] for key in rows.keys], dtype=np.int64)
+
+    def _count_cuts(self, tokens: np.ndarray) -> None:
+        self.counts["cut_texts"] += int(np.count_nonzero(tokens))
+        self.counts["cut_tokens"] += int(tokens.sum())
 
     def _write_groups(self, rows: GroupRows, at: np.ndarray | None) -> None:
         columns: list[pa.Array] = [self._list_array("groups", "query", rows.queries)]

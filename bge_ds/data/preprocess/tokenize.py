@@ -40,7 +40,7 @@ class TokenizedTexts(NamedTuple):
 
     ids: RaggedArrays  # int32; nothing of a text that gives no token
     words: np.ndarray | None  # int32, the word (0, 1, 2, ...) of its text that each token belongs to
-    cuts: np.ndarray  # bool, whether each text was cut
+    cuts: np.ndarray  # int64, how many tokens were cut off each text
 
 
 class BatchTokenizer:
@@ -95,7 +95,7 @@ class BatchTokenizer:
             silent[doubtful] = self._is_silent(self._tokens([texts[i] for i in doubtful], room, False)[0])
         kept = np.minimum(ids.lengths, room)
         starts = starts[np.repeat(~silent, kept)] if words else None
-        return self._with_affixes(ids, starts, np.where(silent, 0, kept), ids.lengths > room)
+        return self._with_affixes(ids, starts, np.where(silent, 0, kept), ids.lengths - kept)
 
     def _tokens(self, texts: list[str], room: int, words: bool) -> tuple[RaggedArrays, np.ndarray | None]:
         """(ids of each, and, for the first `room` of each, whether a word begins there), without special tokens."""

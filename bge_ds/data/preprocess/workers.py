@@ -112,8 +112,8 @@ class Worker:
         bad = sorted(bad + [(found[i][0], reason) for i, reason in reasons.items()])
         return BlockRows(len(good), bad, good[0] if good else None, len(lines), cuts, rows)
 
-    def _texts(self, records: list[dict[str, Any]]) -> tuple[TextRows | PassageRows, int, dict[int, str]]:
-        """(rows, texts cut, what is wrong by the record's place) of texts, or of a corpus's passages."""
+    def _texts(self, records: list[dict[str, Any]]) -> tuple[TextRows | PassageRows, np.ndarray, dict[int, str]]:
+        """(rows, tokens cut off each text, what is wrong by the record's place) of texts, or of a corpus's passages."""
         settings, words = self.settings, self.settings.form == "pretrain"
         length = settings.max_seq_length if words else settings.passage_max_len
         texts = [record["text"] for record in records]
@@ -121,9 +121,9 @@ class Worker:
         spoken = made.ids.lengths > 0
         ids = self._ids(made, spoken.nonzero()[0])
         rows = TextRows(ids, made.words) if words else PassageRows(ids, _hashes(list(itertools.compress(texts, spoken))))
-        return rows, int(made.cuts[spoken].sum()), {i: EMPTY.format('"text"') for i in (~spoken).nonzero()[0].tolist()}
+        return rows, made.cuts[spoken], {i: EMPTY.format('"text"') for i in (~spoken).nonzero()[0].tolist()}
 
-    def _groups(self, records: list[dict[str, Any]]) -> tuple[GroupRows, int, dict[int, str]]:
+    def _groups(self, records: list[dict[str, Any]]) -> tuple[GroupRows, np.ndarray, dict[int, str]]:
         """As `_texts`, of groups that hold texts. Passages that an earlier block of the segment had are sent as hashes."""
         passages = (text for record in records for name in ("pos", "neg") for text in record[name])
         keys = {text: xxhash.xxh3_128_digest(text.encode()) for text in passages}
@@ -149,7 +149,7 @@ class Worker:
             self.seen.clear()
         return rows, cuts, reasons
 
-    def _groups_by_id(self, records: list[dict[str, Any]]) -> tuple[GroupRows, int, dict[int, str]]:
+    def _groups_by_id(self, records: list[dict[str, Any]]) -> tuple[GroupRows, np.ndarray, dict[int, str]]:
         """As `_groups`, of groups that name passages of the corpus."""
 
         def refs(record: dict[str, Any]) -> list[np.ndarray]:
@@ -163,7 +163,7 @@ class Worker:
 
         return self._with_queries(records, refs)
 
-    def _with_queries(self, records: list[dict[str, Any]], refs: Callable) -> tuple[GroupRows, int, dict[int, str]]:
+    def _with_queries(self, records: list[dict[str, Any]], refs: Callable) -> tuple[GroupRows, np.ndarray, dict[int, str]]:
         """Groups; refs: a record -> numbers of its positives and negatives, or a ValueError."""
         length, default = self.settings.query_max_len, self.settings.query_instruction_for_retrieval
         before = [default if record.get("prompt") is None else record["prompt"] for record in records]
@@ -180,7 +180,7 @@ class Worker:
             except ValueError as error:
                 reasons[i] = str(error)
         columns = list(zip(*groups, strict=True)) or [()] * 6
-        return GroupRows(self._ids(queries, np.array(good, np.int64)), columns), int(queries.cuts[good].sum()), reasons
+        return GroupRows(self._ids(queries, np.array(good, np.int64)), columns), queries.cuts[good], reasons
 
     def _ids(self, made: validate.TokenizedTexts, texts: np.ndarray) -> RaggedArrays:
         """The ids of some of the texts, in the shards' type."""
