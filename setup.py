@@ -72,6 +72,7 @@ setup(
         "tqdm",
         "safetensors",
         "ir-measures",
+        "bm25s",
     ],
     extras_require={
         "chinese": CHINESE,

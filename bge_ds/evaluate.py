@@ -32,7 +32,7 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
     """The model with the settings of the flags; prints what they are and where they come from."""
     from bge_ds.evaluation.embedder import Embedder
 
-    given = {name: value for name, value in vars(args).items() if name not in ("model_name_or_path", "data", "output")}
+    given = {name: value for name, value in vars(args).items() if name not in ("model_name_or_path", "data", "output", "bm25")}
     embedder = Embedder.load(args.model_name_or_path, **given)
     print(f"{args.model_name_or_path} {embedder.describe()}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in embedder.lengths.items()), file=sys.stderr)
@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
         help="prefix of passages (default: the stored prompt)")  # fmt: skip
     add("--sentence_pooling_method", dest="pooling", choices=POOLINGS, help="default: what the model's files say")
     add("--normalize_embeddings", dest="normalize", type=to_bool, metavar="True|False", help="default: likewise")
+    add("--bm25", type=float, metavar="WEIGHT",
+        help="also rank by words (BM25), and by both: similarity + WEIGHT x BM25 / its best score; try 0.25")  # fmt: skip
     add("--cache_dir", help="where models fetched from the hub are kept")
     add("--output", type=Path, metavar="FILE.json", help="also write the figures and settings here")
     add("--use_cpu", action="store_true", help="even where there is a GPU")
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     from bge_ds.data.beir import read_folder
-    from bge_ds.evaluation.retrieval import evaluate_set
+    from bge_ds.evaluation.retrieval import VECTORS, evaluate_with
 
     names = [folder.resolve().name for folder in args.data]
     if args.output is not None and args.output.is_dir():
@@ -86,7 +88,10 @@ def run(args: argparse.Namespace) -> None:
     embedder = load_embedder(args)
     # Two folders of one name (`a/dev`, `b/dev`) are told apart by the path that was given.
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, args.data, strict=True)]
-    results = {label: evaluate_set(data, embedder) for label, data in zip(labels, sets, strict=True)}
+    results: dict[str, dict[str, float]] = {}
+    for label, data in zip(labels, sets, strict=True):
+        for kind, values in evaluate_with(data, embedder, args.bm25).items():
+            results[label if kind == VECTORS else f"{label}, {kind}"] = values
     print(table(list(results.items())))
     for label, values in results.items():
         if values["queries_left_out"]:

@@ -20,7 +20,7 @@ version=${2:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [[ $version =~ ^3\.[0-9]+$ ]] || { echo "error: '$version' is no version of Python; give it as 3.12" >&2; exit 2; }
 
 # Wheels as they are on the index.
-ready=(annotated-types einops ir-measures msgpack ninja orjson psutil py-cpuinfo pydantic pydantic-core pytrec-eval-terrier
+ready=(annotated-types bm25s einops ir-measures msgpack msgspec ninja orjson psutil py-cpuinfo pydantic pydantic-core pytrec-eval-terrier
        typing-inspection xxhash ${WITH:-})
 # Source alone, of Python alone: built here.
 to_build=(deepspeed hjson)

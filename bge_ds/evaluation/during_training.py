@@ -128,7 +128,8 @@ class Evaluator:
         training = model.training
         model.eval()
         found = {
-            name: retrieval.measure(data, retrieval.ranking(data, self.rank(name, model))) for name, data in self.sets.items()
+            name: retrieval.measure(data, retrieval.ranking(data, self.rank(name, model).tolist()))
+            for name, data in self.sets.items()
         }
         model.train(training)
         values = {f"eval_{name}_{measure}": v for name, measures in found.items() for measure, v in measures.items()}

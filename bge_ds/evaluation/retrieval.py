@@ -10,7 +10,7 @@ ties and merges blocks and ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -19,9 +19,11 @@ import torch
 from tqdm import tqdm
 
 from bge_ds.data.beir import RetrievalSet
+from bge_ds.evaluation.bm25 import Candidates
 
 MEASURES = (ir_measures.nDCG @ 10, ir_measures.RR @ 10, ir_measures.R @ 100)
 NAMES = ("nDCG@10", "MRR@10", "Recall@100")
+VECTORS = "vectors"
 KEPT = 100  # the deepest cutoff among the measures
 BLOCK = 16384  # passages encoded and searched at a time
 TILE = 512  # queries scored against a block at a time: 32 MiB of fp32 scores, 64 MiB of keys
@@ -92,13 +94,13 @@ def search(queries_QD: torch.Tensor, blocks_PD: Iterable[torch.Tensor], kept: in
     return from_keys(best_keys(queries_QD, numbered(), kept))
 
 
-def ranking(data: RetrievalSet, found_QK: torch.Tensor) -> dict[str, dict[str, float]]:
+def ranking(data: RetrievalSet, found_QK: Iterable[Sequence[int]]) -> dict[str, dict[str, float]]:
     """query id -> passage id -> score, from each query's best distinct texts (their indices, best first).
 
     The scores are ranks, negated, so that the measures do not reorder equal scores by passage id.
     """
     run = {}
-    for query, found_K in zip(data.queries, found_QK.tolist(), strict=True):
+    for query, found_K in zip(data.queries, found_QK, strict=True):
         rows = (row for index in found_K for row in (data.firsts[index], *data.copies.get(index, ())))
         run[query] = {data.passage_ids[row]: float(-place) for place, row in enumerate(islice(rows, KEPT))}
     return run
@@ -122,8 +124,17 @@ def tokenize(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
 
 def evaluate_set(data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor]) -> dict[str, float]:
     """The measures of a model on one set, with its sizes and seconds. encode(texts, "query" or "passage"): N x D, fp32."""
+    return evaluate_with(data, encode, None)[VECTORS]
+
+
+def evaluate_with(
+    data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor], bm25: float | None
+) -> dict[str, dict[str, float]]:
+    """The same by kind of ranking: by vectors and, where `bm25` is a weight, by BM25 and by both (see `bm25.py`)."""
     started = time.perf_counter()
-    queries_QD = encode(list(data.queries.values()), "query")
+    queries = list(data.queries.values())
+    queries_QD = encode(queries, "query")
+    by_words = None if bm25 is None else Candidates(data.distinct(), queries, KEPT)
     texts = data.distinct()
     with tqdm(total=len(data.firsts), desc=data.name, unit="passages", disable=None) as bar:
 
@@ -132,6 +143,10 @@ def evaluate_set(data: RetrievalSet, encode: Callable[[list[str], str], torch.Te
                 yield encode(block, "passage")
                 bar.update(len(block))
 
-        _, found_QK = search(queries_QD, blocks(), KEPT)
+        products_QK, found_QK = search(queries_QD, by_words.seen(queries_QD, blocks()) if by_words else blocks(), KEPT)
+    found = {VECTORS: found_QK.tolist()}
+    if by_words and bm25 is not None:
+        found |= {"BM25": by_words.ranked(), "hybrid": by_words.fused(found_QK.numpy(), products_QK.numpy(), bm25)}
     sizes = {"queries": len(data.queries), "passages": len(data.passage_ids), "queries_left_out": data.unjudged}
-    return measure(data, ranking(data, found_QK)) | sizes | {"seconds": round(time.perf_counter() - started, 2)}
+    sizes |= {"seconds": round(time.perf_counter() - started, 2)}
+    return {kind: measure(data, ranking(data, rows)) | sizes for kind, rows in found.items()}

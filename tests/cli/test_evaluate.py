@@ -98,7 +98,7 @@ def test_equal_texts_are_encoded_once_and_all_found(tmp_path):
     folder = write_set(tmp_path / "set", passages, {"q": "what purrs"}, "q\te\t1\n")
     data = beir.read_folder(folder)
     assert list(data.distinct()) == ["cats purr", "dogs bark", "fish swim"] and len(list(data.passages())) == 5
-    run = retrieval.ranking(data, torch.tensor([[2, 0, 1]]))
+    run = retrieval.ranking(data, [[2, 0, 1]])
     assert sorted(run["q"], key=run["q"].get, reverse=True) == ["d", "a", "c", "e", "b"]
     vectors = {"cats purr": [1.0], "dogs bark": [0.0], "fish swim": [0.5], "what purrs": [1.0]}
     assert retrieval.evaluate_set(data, fixed_vectors(vectors))["MRR@10"] == pytest.approx(1 / 3, abs=1e-6)

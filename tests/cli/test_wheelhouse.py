@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,10 +37,16 @@ def test_it_is_small_and_for_the_python_asked_for(wheels):
 
 
 def test_the_wheel_of_bge_ds_is_whole(wheels):
-    """Its configs and the start-up line that lets `deepspeed` take -m come along."""
+    """Its configs and the start-up line that lets `deepspeed` take -m come along, and all that it requires."""
     (wheel,) = wheels.glob("bge_ds-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        (metadata,) = [content.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
     assert {"bge_ds/finetune.py", "bge_ds/ds_configs/zero3.json", "bge_ds_startup.pth"} <= set(names)
+    lines = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    required = {re.split(r"[^\w.-]", line.removeprefix("Requires-Dist: "))[0].replace("-", "_") for line in lines}
+    left_out = {"torch", "transformers", "tokenizers", "numpy", "filelock", "tqdm", "safetensors", "datasets", "pyarrow"}
+    assert len(required) > 12 and required - left_out <= {file.name.split("-")[0] for file in wheels.glob("*.whl")}
 
 
 def test_what_it_cannot_do_is_said(tmp_path):
