@@ -12,6 +12,6 @@ def main(folder: str, given: str | None = None) -> None:
     encoder = validate.BatchTokenizer(validate.core(validate.load_tokenizer(folder)))
     before = os.listdir("/proc/self/task")
     encoder.encode(["the quick brown fox"] * 2000, 64)
-    encoder.ids(["the quick brown fox"] * 2000, 64, "query: ")
+    encoder.encode(["the quick brown fox"] * 2000, 64, "query: ", words=True)
     assert os.listdir("/proc/self/task") == before
     assert os.environ.get("TOKENIZERS_PARALLELISM") == given
