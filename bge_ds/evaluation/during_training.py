@@ -123,7 +123,7 @@ class Evaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`eval_<set>_<measure>`, their means over the sets `eval_<measure>`, and `eval_seconds`; the same on every rank."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the rest of the training step is no time of the evaluation
+            torch.cuda.synchronize(self.device)  # so that the training step's kernels are not timed as evaluation
         started = time.perf_counter()
         training = model.training
         model.eval()
