@@ -135,6 +135,13 @@ def make_training_folder(base: Path) -> Path:
     return base
 
 
+def command_flags(folder: Path) -> dict[str, dict]:
+    """What each training command is given of its own, on the files of `make_training_folder`."""
+    groups = {"train_data": str(folder / "groups.jsonl"), "train_group_size": 3, "query_max_len": 16, "passage_max_len": 40}
+    texts = {"train_data": str(folder / "texts.jsonl"), "max_seq_length": 40}
+    return {"finetune": groups | {"negatives_cross_device": True, "temperature": 0.05}, "pretrain": texts}
+
+
 def random_texts(lengths: list[int], vocab_size: int = 200, seed: int = 0, first: int = 2, last: int = 3) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     texts = [rng.integers(5, vocab_size, n).astype(np.int64) for n in lengths]

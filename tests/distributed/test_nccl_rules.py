@@ -43,11 +43,7 @@ def recorded(setting):
         "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "dataloader_num_workers": 0,
         "eval_data": [str(setting / "set")], "include_num_input_tokens_seen": "all",
     }  # fmt: skip
-    own = {
-        "finetune": {"train_data": str(setting / "groups.jsonl"), "train_group_size": 3, "negatives_cross_device": True,
-                     "temperature": 0.05, "query_max_len": 16, "passage_max_len": 40},
-        "pretrain": {"train_data": str(setting / "texts.jsonl"), "max_seq_length": 40},
-    }  # fmt: skip
+    own = helpers.command_flags(setting)
     runs = []
     for stage in range(4):
         for command in own:

@@ -36,11 +36,7 @@ def found(tmp_path_factory):
         "model_name_or_path": str(base / "model"), "cache_dir": str(base / "cache"), "learning_rate": 1e-3, "max_steps": STEPS,
         "logging_steps": STEPS, "per_device_train_batch_size": 2, "save_strategy": "no", "dataloader_num_workers": 1,
     }  # fmt: skip
-    own = {
-        "finetune": {"train_data": str(base / "groups.jsonl"), "train_group_size": 3, "negatives_cross_device": True,
-                     "temperature": 0.05, "query_max_len": 16, "passage_max_len": 40},
-        "pretrain": {"train_data": str(base / "texts.jsonl"), "max_seq_length": 40},
-    }  # fmt: skip
+    own = helpers.command_flags(base)
     runs = [
         (command, common | own[command] | {"deepspeed": f"zero{stage}", "output_dir": str(base / f"{command}{stage}")})
         for command in own
