@@ -146,7 +146,7 @@ def evaluate_with(
         products_QK, found_QK = search(queries_QD, by_words.seen(queries_QD, blocks()) if by_words else blocks(), KEPT)
     found = {VECTORS: found_QK.tolist()}
     if by_words and bm25 is not None:
-        found |= {"BM25": by_words.ranked(), "hybrid": by_words.fused(found_QK.numpy(), products_QK.numpy(), bm25)}
+        found |= {"BM25": by_words.ranked(), "hybrid": by_words.fused(found_QK.cpu().numpy(), products_QK.cpu().numpy(), bm25)}
     sizes = {"queries": len(data.queries), "passages": len(data.passage_ids), "queries_left_out": data.unjudged}
     sizes |= {"seconds": round(time.perf_counter() - started, 2)}
     return {kind: measure(data, ranking(data, rows)) | sizes for kind, rows in found.items()}
