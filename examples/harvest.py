@@ -31,10 +31,10 @@ from pathlib import Path
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "vendor", "_vendored", "site-packages", "idlelib", "lib2to3"}
 SUMMARY_WORDS = (4, 25)
-BODY_WORDS = (25, 200)  # longer ones are cut: a quickstart model reads 128 tokens
+BODY_WORDS = (25, 48)  # longer ones are cut: the quickstart reads 64 tokens
 SHARED_PARAGRAPH = 3  # a paragraph that this many docstrings have says nothing about any of them
 SHINGLE = 6  # words in a row that count as repeated
-NEGATIVES = 7
+NEGATIVES = 3
 DECORATION = re.compile(r"^\s*([-=~^*#.`'\"]{3,}|>>>.*|\.\.\.( .*)?|\.\. .*::.*|\|.*\|)\s*$")
 ROLE = re.compile(r":[a-z:]+:`~?([^`<]+)[^`]*`")  # :func:`~torch.add` -> torch.add
 NO_SENTENCE = re.compile(r"::|\(`|^[^A-Za-z]|^\S+ ?[(:=]|\b(Args|Parameters|Returns|Example)s?:")
@@ -60,15 +60,16 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def source_files() -> list[tuple[str, Path]]:
-    """(package, file) of every module of the standard library and of the installed packages, in a fixed order."""
+def source_files(packages: set[str] | None = None) -> list[tuple[str, Path]]:
+    """(package, file) of every module of the standard library and of the installed packages (or of some), in a fixed order."""
     paths = sysconfig.get_paths()
     found: dict[Path, str] = {}
     for root in dict.fromkeys(Path(paths[key]).resolve() for key in ("stdlib", "purelib", "platlib")):
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).parts
-            if not SKIPPED_FOLDERS.intersection(parts[:-1]):
-                found.setdefault(path, parts[0].removesuffix(".py"))
+            package = parts[0].removesuffix(".py")
+            if not SKIPPED_FOLDERS.intersection(parts[:-1]) and (packages is None or package in packages):
+                found.setdefault(path, package)
     return sorted(((package, path) for path, package in found.items()), key=lambda pair: (pair[0], str(pair[1])))
 
 
@@ -142,9 +143,10 @@ def chance(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / (1 << 56)
 
 
-def collect(processes: int) -> list[Docstring]:
+def collect(processes: int, packages: set[str] | None = None) -> list[Docstring]:
+    """The docstrings of the named packages, by default of all, without copies and what many of them say."""
     with Pool(processes) as pool:
-        per_file = pool.map(docstrings_of, source_files(), chunksize=64)
+        per_file = pool.map(docstrings_of, source_files(packages), chunksize=64)
     docstrings = [d for found in per_file for d in found]
     drop_shared_paragraphs(docstrings)
     return drop_repeats(docstrings)
@@ -200,12 +202,14 @@ def write(docstrings: list[Docstring], folder: Path, test_share: float, max_quer
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes retrieval data from the docstrings of the installed packages.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--test_share", type=float, default=0.2, help="share of the docstrings held out (0.2)")
+    parser.add_argument("--test_share", type=float, default=0.1, help="share of the docstrings held out (0.1)")
     parser.add_argument("--max_queries", type=int, default=1000, help="test queries at most (1000)")
+    parser.add_argument("--packages", nargs="+", help="read the docstrings of these packages alone (default: of all)")
     parser.add_argument("--num_proc", type=int, default=2, help="processes that read sources (2)")
     args = parser.parse_args()
     try:
-        counts = write(collect(args.num_proc), args.output, args.test_share, args.max_queries)
+        docstrings = collect(args.num_proc, set(args.packages) if args.packages else None)
+        counts = write(docstrings, args.output, args.test_share, args.max_queries)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print("harvested " + ", ".join(f"{count} lines of {name}" for name, count in counts.items()))

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertTokenizerFast
 
-VOCAB_SIZE = 8192
+VOCAB_SIZE = 4096
 MODEL_LENGTH = 512
 
 

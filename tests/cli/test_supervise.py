@@ -137,7 +137,10 @@ def test_a_launcher_that_died_is_no_end(tmp_path):
 def test_the_end_of_the_terminal_stops_the_run(tmp_path):
     """SIGHUP, which closing the terminal sends to the supervisor, reaches the ranks as SIGTERM: they save, nobody trains on."""
     text = "export RANK=0; exec bash -c \"trap 'echo got > got; exit 75' TERM; touch up; while :; do sleep 0.1; done\""
-    process = subprocess.Popen([SUPERVISE, script(tmp_path, text)], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [SUPERVISE, script(tmp_path, text)], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # tests that nohup started would pass on its SIG_IGN
+    )  # fmt: skip
     try:
         while not (tmp_path / "up").exists():
             assert process.poll() is None
