@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import PretrainArguments
-from bge_ds.config.run_config import fill_from_shards
+from bge_ds.config.run_config import fill_from_scratch, fill_from_shards
 from bge_ds.data import collate, diagnosis
 from bge_ds.data.beir import RetrievalSet
 from bge_ds.data.preprocess import validate
@@ -48,6 +48,8 @@ class RetroMAEObjective(Objective):
         )
         self.args: PretrainArguments = fill_from_shards(args, self.data.manifest, ("max_seq_length",))
         self.model_config = load_config(args.model_name_or_path or args.config_name, cache_dir=args.cache_dir)
+        if not args.model_name_or_path:
+            self.args = fill_from_scratch(self.args, self.model_config.hidden_size)
         check_can_pretrain(self.model_config)
         check_lengths(self.model_config, max_seq_length=self.args.max_seq_length)
         check_vocabulary(self.model_config, self.tokenizer)

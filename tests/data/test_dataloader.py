@@ -200,3 +200,24 @@ def test_a_failed_run_ends_although_it_has_workers(folder):
     command = helpers.program("loader_workers", "failing", folder)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=helpers.environment())
     assert done.returncode == 1 and "the step failed" in done.stderr
+
+
+def test_workers_that_hang_in_their_fork_are_replaced(folder):
+    """A lock that another thread held at the fork stops a worker before its first line: without a remedy the run would wait."""
+    if isinstance(shard_reader.open_folders([folder]), shard_reader.FinetuneShards):
+        pytest.skip("the program collates texts; one kind is enough")
+    outputs = []
+    for times in (0, 1, 4):  # of two workers: none, one of the first two, all of the first two attempts
+        done = subprocess.run(
+            helpers.program("loader_workers", "hanging", folder, times), capture_output=True, text=True, timeout=200,
+            env=helpers.environment(PYTHONPATH=helpers.PYTHONPATH),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("did not start") == {0: 0, 1: 1, 4: 2}[times]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0].endswith(" 2\n")
+    done = subprocess.run(
+        helpers.program("loader_workers", "hanging", folder, 100), capture_output=True, text=True, timeout=200,
+        env=helpers.environment(PYTHONPATH=helpers.PYTHONPATH),
+    )  # fmt: skip
+    assert done.returncode == 1 and "workers do not start" in done.stderr

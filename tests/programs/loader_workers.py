@@ -1,6 +1,16 @@
-"""A process with loader workers that waits to be killed ("orphan"), or whose step fails ("failing" and a folder of shards)."""
+"""A process with loader workers. The kind of it and a folder of shards:
 
+- "orphan" (no folder): waits to be killed.
+- "failing": its step fails.
+- "hanging" N: all workers of the first N forks hang in the fork; prints the rows of the first step.
+"""
+
+import mmap
+import multiprocessing
+import os
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +29,22 @@ class Large(torch.utils.data.Dataset):
         return b"x" * (1 << 22)  # more than the pipe holds
 
 
-def main(kind: str, folder: str = "") -> None:
+def hang_in_fork(times: int) -> None:
+    """The next `times` children of this process never come back from their fork."""
+    forks = mmap.mmap(-1, 1)  # shared with the children
+
+    def in_child() -> None:
+        forks[0] += 1
+        if forks[0] <= times:
+            time.sleep(1000)
+
+    os.register_at_fork(after_in_child=in_child)
+
+
+def main(kind: str, folder: str = "", times: str = "0") -> None:
     if kind == "orphan":
-        batches = iter(DataLoader(Large(), batch_size=None, num_workers=1, worker_init_fn=_follow_rank, prefetch_factor=8))
+        start = partial(_follow_rank, multiprocessing.Semaphore(0))
+        batches = iter(DataLoader(Large(), batch_size=None, num_workers=1, worker_init_fn=start, prefetch_factor=8))
         next(batches)
         print(batches._workers[0].pid, flush=True)
         sys.stdin.read()
@@ -31,5 +54,11 @@ def main(kind: str, folder: str = "") -> None:
         [Path(folder)], order, collate.collate_texts, first_step=0, end_step=50, accumulation=1, rank=0, world=1, workers=2,
         pin_memory=False, seed=3, max_seq_length=12, encoder_share=0.3,
     )  # fmt: skip
+    if kind == "hanging":
+        dataloader.PATIENCE_S = (2.0, 2.0, 10.0)
+        hang_in_fork(int(times))
+        batches = iter(steps)
+        print(next(batches)[0].texts.ids_T.tolist(), len(multiprocessing.active_children()), flush=True)
+        return
     next(iter(steps))
     raise RuntimeError("the step failed")
