@@ -202,8 +202,8 @@ def write(docstrings: list[Docstring], folder: Path, test_share: float, max_quer
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes retrieval data from the docstrings of the installed packages.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--test_share", type=float, default=0.1, help="share of the docstrings held out (0.1)")
-    parser.add_argument("--max_queries", type=int, default=1000, help="test queries at most (1000)")
+    parser.add_argument("--test_share", type=float, default=0.06, help="share of the docstrings held out (0.06)")
+    parser.add_argument("--max_queries", type=int, default=500, help="test queries at most (500)")
     parser.add_argument("--packages", nargs="+", help="read the docstrings of these packages alone (default: of all)")
     parser.add_argument("--num_proc", type=int, default=2, help="processes that read sources (2)")
     args = parser.parse_args()
