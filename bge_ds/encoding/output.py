@@ -21,8 +21,8 @@ import pyarrow as pa
 import xxhash
 
 from bge_ds import __version__
-from bge_ds.checkpoint import filesystem
 from bge_ds.data.files import PARTIAL, write_whole
+from bge_ds.data.shards import digests
 from bge_ds.data.shards.manifest_file import MANIFEST
 from bge_ds.encoding import manifest as files
 from bge_ds.encoding.inputs import ShardInput, TextInput
@@ -34,13 +34,14 @@ _WRITER = f".{socket.gethostname()}-{os.getpid()}"
 
 
 def take_up(
-    output: Path, settings: Settings, texts: TextInput | ShardInput, block_texts: int, *, overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    output: Path, settings: Settings, texts: TextInput | ShardInput, block_texts: int, *, known: Path,
+    overwrite: bool = False, say: Callable[[str], None] = print,
 ) -> Job | Manifest:  # fmt: skip
     """The job of the folder `output`: a new one, or that of a killed run, or the manifest where all is done and undamaged.
 
-    The input is read and checked where it is new or has been touched. Raises ValueError for an output that holds something
-    else, and for one of another job unless `overwrite` removes that.
+    Every rank calls it. The input is read and checked where it is new or has been touched. A block whose files are not as its
+    record says loses that. known: folder where hashes of files are remembered. Raises ValueError for an output that holds
+    something else, and for one of another job unless `overwrite` removes that.
     """
     check_output(output)
     with _locked(output):
@@ -52,13 +53,18 @@ def take_up(
                     "--overwrite, which removes them"
                 )
             held, differs = None, True
-        if isinstance(held, Manifest):
-            if not (problems := _damaged(output, held)):
+        if held is not None:
+            records = held.blocks if isinstance(held, Manifest) else [_record(output, k) for k in range(held.num_blocks)]
+            damaged = _damaged(output, records, known)
+            for problem in damaged.values():
+                say(f"{problem}: its block is encoded again")
+            if isinstance(held, Manifest) and not damaged:
                 _clean(output)
                 return held
-            for problem in problems:
-                say(f"{problem}: its block is encoded again")
-            held = _reopen(output, held)
+            if isinstance(held, Manifest):
+                held = _reopen(output, held)
+            for block in damaged:
+                _record_path(output, block).unlink()
         if held is None or held.input.identity != texts.identity():
             block_texts = held.block_texts if held else block_texts
             scanned = texts.scan(block_texts)
@@ -84,18 +90,9 @@ def check_output(output: Path) -> None:
         raise ValueError(f"--output {output} holds {whole[0]} without {JOB}: name another folder, or empty it")
 
 
-def unfinished(output: Path, job: Job, blocks: range, say: Callable[[str], None] = print) -> list[int]:
-    """Those of `blocks` that have no record, or whose files are not as it says, which are named."""
-    found = []
-    for block in blocks:
-        record = _record(output, block)
-        problems = [problem for entry in record.files if (problem := _damage(output, entry))] if record else []
-        for problem in problems:
-            say(f"{problem}: its block is encoded again")
-        if record is None or problems:
-            _record_path(output, block).unlink(missing_ok=True)
-            found.append(block)
-    return found
+def unfinished(output: Path, blocks: range) -> list[int]:
+    """Those of `blocks` that have no record."""
+    return [block for block in blocks if not _record_path(output, block).exists()]
 
 
 def write_block(output: Path, job: Job, block: int, vectors_ND: np.ndarray, ids: list[str] | None, tokens: int) -> None:
@@ -104,7 +101,7 @@ def write_block(output: Path, job: Job, block: int, vectors_ND: np.ndarray, ids:
         row = job.rows(block)[int(np.argmin(finite_N))]
         raise ValueError(f"the vector of text {row} (counted from 0) is not finite: check the model, and try without --bf16")
     if _held(output, False)[0] != job:
-        raise ValueError(f"--output {output}: another run has taken the folder over: wait for its end, or name another folder")
+        raise ValueError(f"--output {output}: another run has replaced or finished what is there: give each its own folder")
     stored_ND, scales_N = to_stored(vectors_ND, job.settings.dtype)
     made = [_write(output / f"vectors-{block:06d}.npy", _as_npy(stored_ND))]
     if ids is not None:
@@ -177,12 +174,21 @@ def _clean(output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _damaged(output: Path, held: Manifest) -> list[str]:
-    return [problem for block in held.blocks for entry in block.files if (problem := _damage(output, entry))]
-
-
-def _damage(output: Path, entry: FileEntry) -> str | None:
-    return filesystem.damage(output / entry.file, entry.bytes, entry.hash)
+def _damaged(output: Path, records: list[BlockEntry | None], known: Path) -> dict[int, str]:
+    """block -> what is wrong with a file of it, in words. Hashes of files that have not changed are remembered in `known`."""
+    found, left = {}, []
+    for block, record in enumerate(records):
+        for entry in record.files if record else []:
+            path = output / entry.file
+            if path.is_file() and path.stat().st_size == entry.bytes:
+                left.append((block, path, entry.hash))
+            else:
+                found[block] = f"{path} is missing or has not the {entry.bytes:,} bytes that were written"
+    hashes = digests.of_files([path for _, path, _ in left], known) if left else []
+    for (block, path, written), here in zip(left, hashes, strict=True):
+        if here != written:
+            found[block] = f"{path} has the hash {here}, {written} was written"
+    return found
 
 
 def _remove(output: Path) -> None:

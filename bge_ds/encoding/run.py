@@ -90,14 +90,15 @@ def encode(options: Options) -> Manifest | None:
     output.check_output(options.output)
     texts = open_input(options.input, options.columns, options.allow_empty, options.side)
     settings = settings_of(options, texts)
-    job = output.take_up(options.output, settings, texts, BLOCK, overwrite=options.overwrite, say=say)
+    known = cache_folder(options.cache_dir)
+    job = output.take_up(options.output, settings, texts, BLOCK, known=known, overwrite=options.overwrite, say=say)
     if isinstance(job, Manifest):
         say(f"{options.output} is whole and undamaged: nothing to do")
         return job
     if job.input.empty:
         say(f"warning: {job.input.empty:,} of {job.input.texts:,} texts are empty")
     own = range(rank, job.num_blocks, world)
-    missing = output.unfinished(options.output, job, own, say)
+    missing = output.unfinished(options.output, own)
     if len(missing) < len(own):
         say(f"going on: {len(own) - len(missing)} of {len(own)} blocks are finished")
     if missing:

@@ -252,12 +252,13 @@ def test_empty_texts_where_they_are_wanted(tmp_path, capsys, tiny_bert_path):
 # ------------------------------------------------------------------------------------- ranks, kills, and what is kept
 
 
-def start(folder: Path, moment: object, *words: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def start(folder: Path, moment: object, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, which may kill itself."""
     with open(folder / "printed", "w+") as printed:
         process = helpers.start_program(
             "encode_command", [str(BLOCK), str(moment), *words],
-            helpers.environment(PYTHONPATH=helpers.PYTHONPATH, BGE_DS_CACHE=str(folder / "cache")), printed, printed,
+            helpers.environment(PYTHONPATH=helpers.PYTHONPATH, BGE_DS_CACHE=str(folder / "cache"), **variables),
+            printed, printed,
         )  # fmt: skip
         status = process.wait(120)
         printed.seek(0)
@@ -348,6 +349,21 @@ def test_damage_is_found_and_mended(tmp_path, capsys, tiny_bert_path):
     assert content(folder) == wanted
 
 
+def test_no_rank_vouches_for_anothers_damaged_block(tmp_path, tiny_bert_path):
+    """All blocks of a killed run are recorded, and one that rank 1 owns is damaged: rank 0, which is done at once, must not
+    write a manifest for it. Whoever comes last does."""
+    words = flags(tiny_bert_path, write_lines(tmp_path / "c.jsonl"), tmp_path / "out")
+    assert start(tmp_path, 13, *words).returncode == -signal.SIGKILL  # in the middle of the manifest
+    wanted = (tmp_path / "out/vectors-000001.npy").read_bytes()
+    (tmp_path / "out/vectors-000001.npy").write_bytes(wanted[:-1] + b"\1")
+    first = start(tmp_path, -1, *words, RANK="0", WORLD_SIZE="2")
+    assert first.returncode == 0 and "vectors-000001.npy has the hash" in first.stdout and "wrote" not in first.stdout
+    assert not (tmp_path / "out/manifest.json").exists()
+    last = start(tmp_path, -1, *words, RANK="1", WORLD_SIZE="2")
+    assert last.returncode == 0 and "wrote" in last.stdout
+    assert (tmp_path / "out/vectors-000001.npy").read_bytes() == wanted and open_vectors(tmp_path / "out").verify() == []
+
+
 def test_another_job_is_refused_by_what_differs(tmp_path, capsys, tiny_bert_path):
     """Vectors of other settings, texts or weights are never mixed: the refusal names each difference, --overwrite replaces
     them, and a text file that was merely touched or packed goes on."""
@@ -393,7 +409,7 @@ def test_a_job_that_was_taken_over_stops(tmp_path, monkeypatch, capsys, tiny_ber
 
     monkeypatch.setattr(output, "write_block", taken)
     assert encode.main(flags(tiny_bert_path, source, folder)) == 2
-    assert "another run has taken the folder over" in capsys.readouterr().err
+    assert "another run has replaced or finished what is there" in capsys.readouterr().err
     assert open_vectors(folder).shape == (30, 8) and open_vectors(folder).verify() == []
 
 
