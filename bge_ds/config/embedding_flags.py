@@ -14,7 +14,7 @@ POOLINGS = typing.get_args(typing.get_type_hints(FinetuneArguments)["sentence_po
 def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
     """Adds those that say how texts become vectors. Their names in the result are those that `Embedder.load` takes."""
     add = parser.add_argument
-    add("--batch_size", type=positive_int, default=64, help="full-length texts a batch; of shorter ones, more")
+    add("--batch_size", type=positive_int, help="full-length texts a batch; of shorter ones, more (64, on a CPU 8)")
     add("--query_instruction_for_retrieval", dest="query_prompt", metavar="TEXT",
         help="prefix of queries (default: the model's stored prompt)")  # fmt: skip
     add("--passage_instruction_for_retrieval", dest="passage_prompt", metavar="TEXT",
@@ -23,4 +23,4 @@ def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
     add("--normalize_embeddings", dest="normalize", type=to_bool, metavar="True|False", help="default: likewise")
     add("--cache_dir", help="where models fetched from the hub are kept")
     add("--use_cpu", action="store_true", help="even where there is a GPU")
-    add("--bf16", action="store_true", help="matrix products in bf16; scores stay fp32")
+    add("--bf16", action="store_true", help="matrix products in bf16; vectors and scores stay fp32")

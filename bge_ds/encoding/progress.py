@@ -53,7 +53,8 @@ class Progress:
     def rates(self) -> str:
         """Texts and tokens a second, and the time left, in words."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        words = f"{self.texts / seconds:,.0f} texts/s, {self.tokens / seconds:,.0f} tokens/s"
+        rate = self.texts / seconds
+        words = f"{rate:,.{0 if rate >= 10 else 1}f} texts/s, {self.tokens / seconds:,.0f} tokens/s"
         left = self.total - self.before - self.texts
         if not left or not self.tokens:
             return words

@@ -52,7 +52,7 @@ class Options:
     max_len: int | None = None
     dim: int | None = None
     dtype: DType = "float32"
-    batch_size: int = 64
+    batch_size: int | None = None
     query_prompt: str | None = None
     passage_prompt: str | None = None
     pooling: str | None = None

@@ -90,17 +90,18 @@ class Embedder:
 
     def __init__(
         self, model: encoder.Encoder, tokenizer: PreTrainedTokenizerBase, settings: EmbeddingSettings, *,
-        query_max_len: int | None = None, passage_max_len: int | None = None, batch_size: int = 64, bf16: bool = False,
-        use_cpu: bool = False,
+        query_max_len: int | None = None, passage_max_len: int | None = None, batch_size: int | None = None,
+        bf16: bool = False, use_cpu: bool = False,
     ):  # fmt: skip
-        """query_max_len, passage_max_len: tokens, prompt and special tokens included. batch_size: full-length texts."""
+        """query_max_len, passage_max_len: tokens, prompt and special tokens included. batch_size: full-length texts, by default
+        64, and 8 on a CPU, whose caches hold no more."""
         limit = encoder.longest_text(model.backbone.config)
         given = {"query_max_len": query_max_len, "passage_max_len": passage_max_len}
         self.lengths = {name: given[name] or min(default, limit) for name, default in DEFAULT_LENGTHS.items()}
         encoder.check_lengths(model.backbone.config, **self.lengths)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.model, self.tokenizer, self.settings = model.to(self.device).eval(), tokenizer, settings
-        self.batch_size, self.bf16 = batch_size, bf16
+        self.batch_size, self.bf16 = batch_size or (8 if self.device.type == "cpu" else 64), bf16
 
     @classmethod
     def load(

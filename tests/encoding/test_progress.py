@@ -22,12 +22,12 @@ def test_the_time_left_counts_tokens(clock):
     told.tokenized(100, 2000)
     clock[0] += 20
     told.encoded(10, 1000)
-    assert told.rates() == "0 texts/s, 50 tokens/s, 20 s left"
+    assert told.rates() == "0.5 texts/s, 50 tokens/s, 20 s left"
     resumed = progress.Progress(300, done=100, stream=io.StringIO())
     resumed.tokenized(100, 1000)
     clock[0] += 1000
     resumed.encoded(100, 1000)
-    assert resumed.rates() == "0 texts/s, 1 tokens/s, 17 min left"  # the other 100 texts are taken to be as long
+    assert resumed.rates() == "0.1 texts/s, 1 tokens/s, 17 min left"  # the other 100 texts are taken to be as long
     clock[0] += 1000
     resumed.encoded(100, 1000)
     assert "left" not in resumed.rates()
