@@ -91,7 +91,8 @@ def encode(options: Options) -> Manifest | None:
     texts = open_input(options.input, options.columns, options.allow_empty, options.side)
     settings = settings_of(options, texts)
     known = cache_folder(options.cache_dir)
-    job = output.take_up(options.output, settings, texts, BLOCK, known=known, overwrite=options.overwrite, say=say)
+    # Damage is named by whichever rank sees it first.
+    job = output.take_up(options.output, settings, texts, BLOCK, known=known, overwrite=options.overwrite, say=_say)
     if isinstance(job, Manifest):
         say(f"{options.output} is whole and undamaged: nothing to do")
         return job
