@@ -1,4 +1,4 @@
-"""bge_ds from Python: train on Python objects, embed texts, evaluate. The commands do the same with files.
+"""bge_ds from Python: train on Python objects, embed texts, encode a corpus, evaluate. The commands do the same with files.
 
 In a notebook one process trains, on one GPU or the CPU. A script that calls these functions runs on several ranks when it is
 started by `deepspeed --num_gpus N script.py`; every rank calls them alike.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 
 if TYPE_CHECKING:
+    from bge_ds.encoding.vectors import Vectors
     from bge_ds.evaluation.embedder import Embedder
 
 Rows = Iterable[Mapping[str, Any]]
@@ -49,6 +50,21 @@ def load(model_name_or_path: str | Path, **how: Any) -> Embedder:
     return Embedder.load(model_name_or_path, **how)
 
 
+def encode(texts: TrainData, *, model_name_or_path: str | Path, output: str | Path, **flags: Any) -> Vectors:
+    """Encodes texts into a folder, and opens it: any number of vectors, mapped from the disk.
+
+    texts: rows with `text`, and `title` and `_id` where there are such, or what `--input` takes. flags: those of
+    `bge_ds.encode`, with the prompts as `query_prompt` and `passage_prompt`. In a script with several ranks, the last one to
+    finish can open the folder: open it after all have ended. Raises ValueError for what cannot serve, with what is wrong.
+    """
+    from bge_ds.encoding import run
+    from bge_ds.encoding.vectors import open_vectors
+
+    inputs = _as_paths(texts, flags.get("cache_dir"), "texts")
+    run.encode(run.Options(str(model_name_or_path), inputs, Path(output), **flags))
+    return open_vectors(output)
+
+
 def evaluate(model: Embedder | str | Path, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:
     """The measures (nDCG@10, MRR@10, Recall@100 ...) of a model on folders in BEIR's form, by the path that was given.
 
@@ -76,7 +92,7 @@ def _train(
     return Path(output_dir)
 
 
-def _as_paths(train_data: TrainData, cache_dir: str | None) -> list[str]:
+def _as_paths(train_data: TrainData, cache_dir: str | None, name: str = "train_data") -> list[str]:
     """Paths as they are; rows are written as JSON lines into the cache, under a name that their content decides."""
     if isinstance(train_data, str | Path):
         return [str(train_data)]
@@ -84,4 +100,4 @@ def _as_paths(train_data: TrainData, cache_dir: str | None) -> list[str]:
         return [str(entry) for entry in train_data]
     from bge_ds.data.preprocess.prepare import cache_folder, keep_rows
 
-    return [str(keep_rows(cast(Rows, train_data), cache_folder(cache_dir)))]
+    return [str(keep_rows(cast(Rows, train_data), cache_folder(cache_dir), name))]

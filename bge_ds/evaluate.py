@@ -17,15 +17,13 @@ import sys
 import typing
 from pathlib import Path
 
-from bge_ds.config.arguments import FinetuneArguments
-from bge_ds.config.parser import positive_int, to_bool
+from bge_ds.config.embedding_flags import add_embedding_flags
+from bge_ds.config.parser import positive_int
 from bge_ds.data.files import write_whole
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
 if typing.TYPE_CHECKING:
     from bge_ds.evaluation.embedder import Embedder
-
-POOLINGS = typing.get_args(typing.get_type_hints(FinetuneArguments)["sentence_pooling_method"])
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
@@ -61,19 +59,10 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, nargs="+", type=Path, metavar="FOLDER", help="folders in BEIR's form")
     for name, default in DEFAULT_LENGTHS.items():
         add(f"--{name}", type=positive_int, help=f"tokens, prompt and special tokens included ({default})")
-    add("--batch_size", type=positive_int, default=64, help="full-length texts a batch; of shorter ones, more")
-    add("--query_instruction_for_retrieval", dest="query_prompt", metavar="TEXT",
-        help="prefix of queries (default: the model's stored prompt)")  # fmt: skip
-    add("--passage_instruction_for_retrieval", dest="passage_prompt", metavar="TEXT",
-        help="prefix of passages (default: the stored prompt)")  # fmt: skip
-    add("--sentence_pooling_method", dest="pooling", choices=POOLINGS, help="default: what the model's files say")
-    add("--normalize_embeddings", dest="normalize", type=to_bool, metavar="True|False", help="default: likewise")
+    add_embedding_flags(p)
     add("--bm25", type=float, metavar="WEIGHT",
         help="also rank by words (BM25), and by both: similarity + WEIGHT x BM25 / its best score; try 0.25")  # fmt: skip
-    add("--cache_dir", help="where models fetched from the hub are kept")
     add("--output", type=Path, metavar="FILE.json", help="also write the figures and settings here")
-    add("--use_cpu", action="store_true", help="even where there is a GPU")
-    add("--bf16", action="store_true", help="matrix products in bf16; scores stay fp32")
     return p
 
 

@@ -60,3 +60,18 @@ def test_mistakes_name_the_row(tmp_path, setting):
     with pytest.raises(ValueError, match="no rows"):
         api.finetune(iter([]), output_dir=tmp_path / "o", **flags_of(setting))
     assert not [path for path in (setting / "cache").rglob("rows-*")] and not (tmp_path / "o").exists()
+
+
+def test_rows_are_encoded_as_their_file(tmp_path, setting):
+    """Rows and their JSON lines give the same vectors, those of the loaded model; a row that cannot serve is named."""
+    rows = [{"text": f"text {i}"} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"model_name_or_path": setting / "model", "cache_dir": str(setting / "cache"), "use_cpu": True, "max_len": 9}
+    found = api.encode(rows, output=tmp_path / "a", **flags)
+    same = api.encode(tmp_path / "rows.jsonl", output=tmp_path / "b", **flags)
+    assert found.shape == (5, 32) and found.ids is None
+    model = api.load(setting / "model", use_cpu=True, passage_max_len=9)
+    torch.testing.assert_close(torch.from_numpy(found[:]), model([row["text"] for row in rows], "passage"), rtol=0, atol=1e-6)
+    assert found[:].tolist() == same[:].tolist()
+    with pytest.raises(ValueError, match="texts: row 1 is str"):
+        api.encode([rows[0], "plain"], output=tmp_path / "c", **flags)

@@ -19,14 +19,19 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, content: bytes, sync: bool = True) -> None:
+def write_whole(path: Path, content: bytes | memoryview, sync: bool = True, writer: str = "") -> None:
     """Replaces a file atomically: after a kill it holds either the old content or all of the new.
 
-    With `sync` the same holds after a power cut; without it, the file may then be empty."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    With `sync` the same holds after a power cut; without it, the file may then be empty. writer: a name of this process's own
+    where another may write the same file at the same time."""
+    partial = path.with_name(f"{path.name}{writer}{PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:  # a full disk: the half of a file helps nobody
+        partial.unlink(missing_ok=True)
+        raise

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -88,17 +90,18 @@ class Embedder:
 
     def __init__(
         self, model: encoder.Encoder, tokenizer: PreTrainedTokenizerBase, settings: EmbeddingSettings, *,
-        query_max_len: int | None = None, passage_max_len: int | None = None, batch_size: int = 64, bf16: bool = False,
-        use_cpu: bool = False,
+        query_max_len: int | None = None, passage_max_len: int | None = None, batch_size: int | None = None,
+        bf16: bool = False, use_cpu: bool = False,
     ):  # fmt: skip
-        """query_max_len, passage_max_len: tokens, prompt and special tokens included. batch_size: full-length texts."""
+        """query_max_len, passage_max_len: tokens, prompt and special tokens included. batch_size: full-length texts, by default
+        64, and 8 on a CPU, whose caches hold no more."""
         limit = encoder.longest_text(model.backbone.config)
         given = {"query_max_len": query_max_len, "passage_max_len": passage_max_len}
         self.lengths = {name: given[name] or min(default, limit) for name, default in DEFAULT_LENGTHS.items()}
         encoder.check_lengths(model.backbone.config, **self.lengths)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.model, self.tokenizer, self.settings = model.to(self.device).eval(), tokenizer, settings
-        self.batch_size, self.bf16 = batch_size, bf16
+        self.batch_size, self.bf16 = batch_size or (8 if self.device.type == "cpu" else 64), bf16
 
     @classmethod
     def load(
@@ -123,13 +126,20 @@ class Embedder:
 
     def __call__(self, texts: list[str], side: Side) -> torch.Tensor:
         """Vectors (N x D, fp32, on the model's device) of texts with the side's prompt, cut to the side's length."""
+        return self.encode_ids(self.tokenize(texts, side), side).to(self.device)
+
+    def tokenize(self, texts: list[str], side: Side) -> list[list[int]]:
+        """Token ids of texts with the side's prompt, special tokens included, cut to the side's length."""
         prompt = self.settings.query_prompt if side == "query" else self.settings.passage_prompt
-        length = self.lengths[f"{side}_max_len"]
-        ids = retrieval.tokenize(self.tokenizer, [prompt + text for text in texts], length)
+        return retrieval.tokenize(self.tokenizer, [prompt + text for text in texts], self.lengths[f"{side}_max_len"])
+
+    def encode_ids(
+        self, ids: Sequence[Sequence[int] | np.ndarray], side: Side, tell: Callable[[int, int], None] | None = None
+    ) -> torch.Tensor:
+        """Vectors (N x D, fp32, on the CPU) of what `tokenize` gave. tell: is told the texts and tokens of each pass."""
         half = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with half:
-            vectors_ND = self.model.encode_ids(ids, batch_tokens=self.batch_size * length)
-        return torch.as_tensor(vectors_ND, dtype=torch.float32, device=self.device)
+            return self.model.encode_ids(list(ids), self.batch_size * self.lengths[f"{side}_max_len"], tell).float()
 
     def describe(self) -> str:
         """How it computes and where its settings come from."""

@@ -116,7 +116,8 @@ def tokenize(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     """Token ids of texts, cut at max_length; a text without tokens gets one, since it must have a vector."""
     if not texts:
         return []
-    ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    unused = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids = tokenizer(texts, truncation=True, max_length=max_length, **unused)["input_ids"]
     # The call leaves its truncation in the tokenizer, which would be saved with the model.
     tokenizer.backend_tokenizer.no_truncation()
     return [row or [tokenizer.eos_token_id or 0] for row in ids]

@@ -14,6 +14,7 @@ import copy
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -332,14 +333,22 @@ class Encoder(nn.Module):
         return vectors[texts.place_N]
 
     @torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that a later backward uses
-    def encode_ids(self, ids: list, batch_tokens: int = 16384) -> torch.Tensor:
-        """Vectors (len(ids) x D, fp32, on the CPU) of texts given as token ids, at most batch_tokens tokens at a time."""
+    def encode_ids(self, ids: list, batch_tokens: int = 16384, tell: Callable[[int, int], None] | None = None) -> torch.Tensor:
+        """Vectors (len(ids) x D, fp32, on the CPU) of texts given as token ids, at most batch_tokens tokens at a time.
+
+        The longest texts are first, so that a lack of memory shows at once. tell: is told the texts and tokens of each pass.
+        """
         training = self.training
         self.eval()
         device = next(self.parameters()).device
         texts, _ = pack(ids)
         pieces = split(texts, chunk_bounds(texts.runs, None, batch_tokens))
-        vectors_ND = torch.cat([self(piece.to(device)) for piece in pieces])
+        vectors = []
+        for piece in reversed(pieces):
+            vectors.append(self(piece.to(device)))
+            if tell is not None:
+                tell(len(vectors[-1]), piece.tokens)
+        vectors_ND = torch.cat(vectors[::-1])
         self.train(training)
         return vectors_ND.cpu()[texts.place_N]  # one copy, since each one waits for the device
 

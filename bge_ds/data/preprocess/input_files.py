@@ -184,6 +184,42 @@ def read_segments(
         yield block
 
 
+class LineReader:
+    """The lines of a file, compressed or not, or of a hub data set, from the offset of any line on.
+
+    Offsets are of unpacked bytes. A compressed file is read through from its beginning, once where the offsets rise."""
+
+    def __init__(self, source: Source, columns: tuple[str, ...] = ()) -> None:
+        self.source, self.columns = source, columns
+        self._at, self._data = sys.maxsize, b""  # the piece of whole lines that was read last, and its offset
+        self._pieces: Iterator[bytes] = iter(())
+
+    def read(self, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+        """(offset, line without its end) of all lines from `offset` on, blank ones too. Raises ValueError for a broken file."""
+        if offset < self._at or not self.source.is_stream:
+            self._at = 0 if self.source.is_stream else offset
+            self._data, self._pieces = b"", self._open(self._at)
+        while True:
+            if offset < self._at + len(self._data):
+                lines = self._data[offset - self._at :].split(b"\n")
+                for line in lines if lines[-1] else lines[:-1]:
+                    yield offset, line if offset else line.removeprefix(BOM)
+                    offset += len(line) + 1
+            if (data := next(self._pieces, None)) is None:
+                return
+            self._at, self._data = self._at + len(self._data), data
+
+    def _open(self, offset: int) -> Iterator[bytes]:
+        if self.source.hub:
+            yield from table_files.hub_lines(self.source.hub, self.columns, BLOCK_BYTES)
+        elif self.source.is_stream:
+            yield from (data for data, _ in _unpacked(self.source.path, BLOCK_BYTES))
+        else:
+            with open(self.source.path, "rb") as file:
+                file.seek(offset)
+                yield from _whole_lines(file, BLOCK_BYTES)
+
+
 def lines_before(source: Source, segment: int, cut: int, columns: tuple[str, ...] = ()) -> int:
     """How many lines (rows) of a source stand before a segment. Reads what precedes: for an error's line number only."""
     if source.is_table:

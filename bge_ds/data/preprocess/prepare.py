@@ -32,10 +32,11 @@ def cache_folder(cache_dir: str | None) -> Path:
     return base.expanduser()
 
 
-def keep_rows(rows: Iterable[Mapping[str, Any]], base: Path) -> Path:
+def keep_rows(rows: Iterable[Mapping[str, Any]], base: Path, name: str = "train_data") -> Path:
     """A file of JSON lines with these rows, named by its content; every process of a host may write it at the same time.
 
     Raises ValueError, with the row's number from 0, for a row that is not a mapping or cannot be written as JSON.
+    name: what the rows are called in its message.
     """
     base.mkdir(parents=True, exist_ok=True)
     digest, count = xxhash.xxh3_128(), 0
@@ -43,15 +44,15 @@ def keep_rows(rows: Iterable[Mapping[str, Any]], base: Path) -> Path:
         try:
             for count, row in enumerate(rows, start=1):
                 if not isinstance(row, Mapping):
-                    raise ValueError(f"train_data: row {count - 1} is {type(row).__name__}, not a dictionary of columns")
+                    raise ValueError(f"{name}: row {count - 1} is {type(row).__name__}, not a dictionary of columns")
                 try:
                     line = orjson.dumps(dict(row), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
                 except TypeError as error:
-                    raise ValueError(f"train_data: row {count - 1} cannot be written as JSON ({error})") from None
+                    raise ValueError(f"{name}: row {count - 1} cannot be written as JSON ({error})") from None
                 digest.update(line)
                 out.write(line)
             if not count:
-                raise ValueError("train_data holds no rows")
+                raise ValueError(f"{name} holds no rows")
         except BaseException:
             Path(out.name).unlink()
             raise

@@ -26,6 +26,7 @@ KEYS = {
     "finetune": ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type"),
     "by_id": ("query", "pos_ids", "neg_ids", "pos_scores", "neg_scores", "prompt", "type"),  # texts are in a corpus
     "corpus": ("_id", "title", "text"),
+    "texts": ("_id", "title", "text"),  # the same, with or without an _id; the text may be empty
 }
 
 
@@ -152,8 +153,8 @@ def check(record: dict[str, Any], kind: str, columns: tuple[tuple[str, str], ...
     if kind == "pretrain":
         _check_text(record.get("text"), '"text"', record)
         return record
-    if kind == "corpus":
-        return _check_entry(record)
+    if kind in ("corpus", "texts"):
+        return _check_entry(record, kind)
     _check_text(record.get("query"), '"query"', record)
     if kind == "by_id" and "pos" in record and "pos_ids" not in record:
         raise ValueError('"pos" holds texts: with --corpus a line names its passages by "pos_ids" and "neg_ids"')
@@ -193,15 +194,17 @@ def _check_list(record: dict[str, Any], key: str, by_id: bool) -> None:
         raise ValueError(f'"{key}" is empty: a query needs at least one positive')
 
 
-def _check_entry(record: dict[str, Any]) -> dict[str, Any]:
-    """One line of a corpus; `text` becomes the passage, see `with_title`."""
-    record["_id"] = _identity(record.get("_id"), '"_id"', record)
+def _check_entry(record: dict[str, Any], kind: str) -> dict[str, Any]:
+    """One line of a corpus or of texts; `text` becomes the passage, see `with_title`."""
+    if kind == "corpus" or record.get("_id") is not None:
+        record["_id"] = _identity(record.get("_id"), '"_id"', record)
     title = record["title"] = record.get("title") or ""
     for key in ("title", "text"):
         if not isinstance(record.get(key), str):
             raise ValueError(_wrong(f'"{key}"', record.get(key), "a string", record))
     record["text"] = with_title(title, record["text"])
-    _check_text(record["text"], '"text"', record)
+    if kind == "corpus":
+        _check_text(record["text"], '"text"', record)
     return record
 
 

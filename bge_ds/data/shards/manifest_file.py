@@ -20,6 +20,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
 PART = "part.json"  # in place of the manifest, in a part that waits to be merged
+VECTORS = "vectors"  # the kind of the manifest that `bge_ds.encode` writes
 TABLES = {"pretrain": ("texts",), "finetune": ("passages", "groups")}
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -189,6 +190,8 @@ def _read_json(path: Path) -> Any:
         content = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}): {_REMEDY}") from error
+    if isinstance(content, dict) and content.get("kind") == VECTORS:
+        raise ValueError(f"{path} is that of vectors that bge_ds.encode wrote, not of shards: give the folder that was encoded")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema version {version}; this bge_ds reads {SCHEMA_VERSION}: preprocess again")

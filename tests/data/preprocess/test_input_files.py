@@ -226,3 +226,40 @@ def test_hub_sets_are_streamed_shard_by_shard(hub):
         input_files.find_sources([f"{hub}@dev"])
     with pytest.raises(ValueError, match=r"hf://.*nowhere: datasets cannot load it: .* the form is"):
         input_files.find_sources([f"{hub}/nowhere"])
+
+
+@given(st.lists(st.text(alphabet=string.ascii_letters, max_size=30), min_size=1, max_size=30), st.randoms(), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_lines_from_any_offset(tmp_path_factory, lines, random, mark):
+    """From the offset of any line on, in any order, plain and compressed files give the same lines: none lost or doubled."""
+    text = (b"\xef\xbb\xbf" if mark else b"") + "\n".join(lines).encode()
+    folder, at, wanted = tmp_path_factory.mktemp("lines"), 0, []
+    for line in text.split(b"\n"):
+        wanted.append((at, line.removeprefix(b"\xef\xbb\xbf")))
+        at += len(line) + 1
+    if not text.split(b"\n")[-1]:
+        wanted.pop()  # what follows the last end of a line
+    for ending in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
+        (folder / f"a{ending}").write_bytes(pack(ending, text))
+        reader = input_files.LineReader(input_files.Source(folder / f"a{ending}"))
+        assert list(reader.read()) == wanted
+        for _ in range(4):
+            if wanted:
+                first, count = random.randrange(len(wanted)), random.randrange(1, 5)
+                found = [line for line, _ in zip(reader.read(wanted[first][0]), range(count), strict=False)]
+                assert found == wanted[first : first + count]
+
+
+def test_lines_from_offsets_in_a_large_stream(tmp_path, monkeypatch):
+    """A stream of many pieces is read once where offsets rise, and again from its beginning where one falls."""
+    monkeypatch.setattr(input_files, "BLOCK_BYTES", 64)
+    lines = [json.dumps({"text": "x" * (n % 90)}).encode() for n in range(200)]
+    offsets = [sum(len(line) + 1 for line in lines[:n]) for n in range(200)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    opened = []
+    unpacked = input_files._unpacked
+    monkeypatch.setattr(input_files, "_unpacked", lambda *args: opened.append(args) or unpacked(*args))
+    reader = input_files.LineReader(input_files.Source(tmp_path / "a.jsonl.gz"))
+    for first, times in ((0, 1), (20, 1), (40, 1), (120, 1), (199, 1), (7, 2)):
+        found = [line for (_, line), _ in zip(reader.read(offsets[first]), range(20), strict=False)]
+        assert found == lines[first : first + 20] and len(opened) == times
