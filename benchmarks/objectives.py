@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent / "examples"
 OBJECTIVES = ("none", "mlm", "retromae", "dupmae")
-KEY = ("model", "objective", "tokens", "pooling", "seed", "finetune_steps", "set")
+KEY = ("model", "objective", "tokens", "step_tokens", "pooling", "seed", "finetune_steps", "set")
 COLUMNS = ("date", *KEY, "nDCG@10")
 
 
@@ -72,7 +72,7 @@ def make_start(args: argparse.Namespace) -> Path:
 
 def pretrained(objective: str, tokens: int, seed: int, start: Path, args: argparse.Namespace) -> Path:
     """The folder of the encoder after its pre-training."""
-    output = args.work / f"{start.name}_{objective}_{tokens}_{seed}"
+    output = args.work / f"{start.name}_{objective}_{tokens}_{args.step_tokens if tokens else 0}_{seed}"
     if objective == "none":
         if not (output / "config.json").exists():
             run([EXAMPLES / "random_model.py", *flags(config=start, output=output, seed=seed)], output.with_suffix(".log"))
@@ -142,12 +142,13 @@ def measure(args: argparse.Namespace) -> None:
     for tokens, objective in points:
         for seed in args.seeds:
             for pooling in args.poolings:
-                key = {"model": model, "objective": objective, "tokens": tokens, "pooling": pooling, "seed": seed}
-                rows = [[str(row[name]) for name in KEY[:6]] for row in read_rows(args.output)]
+                key = {"model": model, "objective": objective, "tokens": tokens}
+                key |= {"step_tokens": args.step_tokens if tokens else 0, "pooling": pooling, "seed": seed}
+                rows = [[str(row[name]) for name in KEY[:7]] for row in read_rows(args.output)]
                 if [*map(str, key.values()), str(args.finetune_steps)] in rows:
                     continue
                 encoder = pretrained(objective, tokens, seed, start, args)
-                name = f"{start.name}_{objective}_{tokens}_{seed}"
+                name = f"{start.name}_{objective}_{tokens}_{key['step_tokens']}_{seed}"
                 tuned = finetuned(name, pooling, seed, encoder, args)
                 for steps, folder in ((0, encoder), (args.finetune_steps, tuned)):
                     found = scores(folder, args.work / f"{name}_{pooling}_{steps}.json", pooling, sets, args)
@@ -156,14 +157,15 @@ def measure(args: argparse.Namespace) -> None:
                         append(args.output, at | {"nDCG@10": f"{value:.4f}"})
 
 
-def plot(source: Path, picture: Path) -> None:
+def plot(args: argparse.Namespace, picture: Path) -> None:
     """A panel for each set and pooling: mean of the seeds and their range, after fine-tuning, against tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in read_rows(source) if row["finetune_steps"] != "0"]
+    wanted = {"finetune_steps": {str(args.finetune_steps)}, "step_tokens": {"0", str(args.step_tokens)}}
+    rows = [row for row in read_rows(args.output) if all(row[name] in values for name, values in wanted.items())]
     sets, poolings = (list(dict.fromkeys(row[name] for row in rows)) for name in ("set", "pooling"))
     figure, panels = plt.subplots(
         len(poolings), len(sets), figsize=(4 * len(sets), 3.2 * len(poolings)), squeeze=False, layout="constrained"
@@ -211,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=128, help="features of the encoder")
     add("--layers", type=int, default=2)
     add("--length", type=int, default=64, help="tokens of a text, in both trainings")
-    add("--step_tokens", type=int, default=2048, help="tokens a step of pre-training")
+    add("--step_tokens", type=int, default=512, help="tokens a step of pre-training")
     add("--learning_rate", type=float, default=2e-3)
     add("--finetune_steps", type=int, default=200)
     add("--finetune_rate", type=float, default=1e-3)
@@ -221,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.plot:
-        plot(args.output, args.plot)
+        plot(args, args.plot)
         return
     if args.data is None:
         parser().error("--data is needed to measure")

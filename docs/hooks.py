@@ -34,7 +34,6 @@ BROUGHT_IN = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "measuring.md",
-    "benchmarks/real_data_losses.png": "pictures/real_data_losses.png",
 }
 GENERATE = re.compile(r"<!-- generate: (\w+) -->")  # a function of this file: what it returns
 INCLUDE = re.compile(r'<!-- include (\S+) "(.+)" -->')  # file, heading: the text of its section

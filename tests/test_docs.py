@@ -252,4 +252,4 @@ def test_the_figures_of_readme_are_those_of_the_pages():
     assert len(bold) >= 6 and [n for n in bold if n not in pages["benchmarks"]] == []
     table = readme.partition("\n## Two commands\n")[2].partition("\n## ")[0]
     lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(lines) == 7 and "\n".join(lines) in pages["quickstart"]
+    assert len(lines) == 8 and "\n".join(lines) in pages["quickstart"]
