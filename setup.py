@@ -102,6 +102,7 @@ setup(
         "console_scripts": [
             "bge-ds-preprocess = bge_ds.preprocess:run",
             "bge-ds-evaluate = bge_ds.evaluate:main",
+            "bge-ds-merge = bge_ds.merge:main",
             "bge-ds-doctor = bge_ds.doctor.__main__:main",
         ]
     },

@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import evaluate, preprocess
+from bge_ds import evaluate, merge, preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
 from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
@@ -30,6 +30,7 @@ COMMANDS = {
         for name in ("pretrain", "finetune", "merge", "inspect", "verify")
     },
     "evaluate": lambda: evaluate.main(["--help"]),
+    "merge": lambda: merge.main(["--help"]),
     "doctor": lambda: doctor.parse(["--help"]),
 }
 # Flags of other programs that the pages show: launchers, mkdocs, and scripts of launch/ and benchmarks/.
