@@ -40,7 +40,7 @@ def save_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, fo
 def write_sentence_transformers(folder: Path, config, pooling: str, normalize: bool, prompts: dict[str, str]) -> None:
     """Write the files that make sentence-transformers apply the trained pooling, normalisation and prompts.
 
-    The prompt `passage` is saved as `document` too: the name that sentence-transformers has now, and the only one that mteb heeds.
+    The prompt `passage` is saved as `document` too: sentence-transformers' name for it now, and the only one that mteb heeds.
     """
     if "passage" in prompts:
         prompts = prompts | {"document": prompts["passage"]}
