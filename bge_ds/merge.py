@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bge_ds import __version__
 from bge_ds.config.parser import positive_int
+from bge_ds.config.validation import check_license
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
 if typing.TYPE_CHECKING:
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--use_cpu", action="store_true", default=None, help="with --examples: even where there is a GPU")
     add("--bf16", action="store_true", default=None, help="with --examples: matrix products in bf16")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights written; sums are in fp32")
+    add("--license", help="licence of the result for its card, by the hub's name, such as apache-2.0")
     add("--overwrite", action="store_true", help="replace --output where it is the result of an earlier merge")
     add("--cache_dir", help="where models fetched from the hub are kept")
     return p
@@ -72,6 +74,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--{vain[0]} has no effect without --examples; add that or drop --{vain[0]}")
     if weights is not None:
         _check_weights(weights, count)
+    check_license(args.license)
     _check_output(args)
 
 
@@ -157,6 +160,7 @@ def write(args: argparse.Namespace, models: list[ModelFiles], weights: list[floa
     from bge_ds.data.files import hash_file
     from bge_ds.data.preprocess import validate
     from bge_ds.merging import average
+    from bge_ds.modeling import model_card
 
     mixed = [
         {"name": model.name, "weight": weight, "left_out": model.left_out,
@@ -170,6 +174,7 @@ def write(args: argparse.Namespace, models: list[ModelFiles], weights: list[floa
         partial.mkdir(parents=True)
         average.write_model(models, weights, partial, args.dtype)
         filesystem.write_json(partial / NOTE, note)
+        (partial / model_card.FILE).write_text(card(args, models, weights, origin), encoding="utf-8")
         average.check_loads(partial, validate.load_tokenizer(partial))
         filesystem.sync(partial)
         filesystem.replace_folder(partial, args.output)
@@ -177,6 +182,33 @@ def write(args: argparse.Namespace, models: list[ModelFiles], weights: list[floa
         raise ValueError(f"--output {args.output} could not be written ({error}); make room, or name another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def card(args: argparse.Namespace, models: list[ModelFiles], weights: list[float], origin: dict) -> str:
+    """The model card of the result."""
+    from bge_ds.evaluation.embedder import PROMPTS, read_prompts
+    from bge_ds.modeling import model_card
+    from bge_ds.modeling.encoder import longest_text, read_pooling
+
+    first = models[0]
+    names = [model_card.shown_name(model.name) for model in models]
+    pooling, normalize = read_pooling(first.folder) or (None, False)
+    head, columns = ["model", "weight"], [names, [f"{weight:.4f}" for weight in weights]]
+    if "examples" in origin:
+        head.append("loss on examples")
+        columns.append([f"{loss:.4f}" for loss in origin["examples"]["losses"]])
+    rows = zip(*columns, strict=True)
+    length = longest_text(first.config)
+    return model_card.page(
+        model_card.front_matter([model.name for model in models], args.license, "merge"),
+        f"{names[0]}, mixed with {', '.join(names[1:])}",
+        "A weighted average of text embedding models (LM-Cocktail, arXiv:2311.13534). "
+        + model_card.describe(first.config.hidden_size, length, pooling, normalize),
+        [
+            ("Use", model_card.usage(model_card.PLACE, pooling, normalize, read_prompts(first.folder / PROMPTS), length)),
+            ("Mixed from", f"{model_card.table(head, rows)}\n\n`{NOTE}` has the exact weights and the hashes of the files."),
+        ],
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,8 @@ from bge_ds.evaluation import DEFAULT_LENGTHS, retrieval
 from bge_ds.modeling import encoder
 
 Side = Literal["query", "passage"]
+PROMPTS = "config_sentence_transformers.json"
+_SETTINGS = ("modules.json", "*/config.json", PROMPTS)
 
 
 @dataclass
@@ -47,7 +49,7 @@ class EmbeddingSettings:
             if value is not None:
                 setattr(settings, name, value)
             settings.sources.append(f"{name} {getattr(settings, name)} ({origin if value is None else 'from the flag'})")
-        prompts = read_prompts(folder / "config_sentence_transformers.json")
+        prompts = read_prompts(folder / PROMPTS)
         sides = (("query", query_prompt, ("query",)), ("passage", passage_prompt, ("passage", "document", "corpus")))
         for side, value, keys in sides:
             prompt = next((prompts[key] for key in keys if prompts.get(key)), "") if value is None else value
@@ -65,9 +67,6 @@ def read_prompts(path: Path) -> dict[str, str]:
         return json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
-
-
-_SETTINGS = ("modules.json", "*/config.json", "config_sentence_transformers.json")
 
 
 def settings_folder(

@@ -18,7 +18,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from bge_ds.data.preprocess import validate
 from bge_ds.data.preprocess.tokenize import TokenizerCore
-from bge_ds.evaluation.embedder import read_prompts, settings_folder
+from bge_ds.evaluation.embedder import PROMPTS, read_prompts, settings_folder
 from bge_ds.modeling.encoder import load_config, read_pooling
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -201,8 +201,7 @@ def _pooling(found: tuple[str, bool]) -> str:
 
 
 def _notes(first: ModelFiles, model: ModelFiles) -> list[str]:
-    file = "config_sentence_transformers.json"
-    left, right = read_prompts(first.folder / file), read_prompts(model.folder / file)
+    left, right = read_prompts(first.folder / PROMPTS), read_prompts(model.folder / PROMPTS)
     if {k: v for k, v in left.items() if v} == {k: v for k, v in right.items() if v}:
         return []
     return [f"the prompts are those of {first.name}; {model.name} has {right or 'none'}"]

@@ -62,6 +62,17 @@ def test_the_result_loads_in_sentence_transformers(base_and_tuned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mix"]
 
 
+def test_the_card_says_what_was_mixed(pair, examples, tmp_path):
+    """Models of the hub are named to it as what this one was merged from; folders only by their last part."""
+    flags = ["--models", *pair, "--examples", str(examples), "--use_cpu", "--license", "mit"]
+    assert merge.main([*flags, "--output", str(tmp_path / "mix")]) == 0
+    text = (tmp_path / "mix/README.md").read_text()
+    note = json.loads((tmp_path / "mix/merge.json").read_text())
+    for name, model, loss in zip("ab", note["models"], note["examples"]["losses"], strict=True):
+        assert f"| {name} | {model['weight']:.4f} | {loss:.4f} |" in text
+    assert "license: mit" in text and "merge.json" in text and str(Path(pair[0]).parent) not in text
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[str]:
     base = tmp_path_factory.mktemp("pair")
@@ -109,6 +120,7 @@ def test_weights_from_examples_are_used_and_noted(pair, examples, tmp_path, caps
         (["--weights", "0.5", "0.5", "--examples", "x.jsonl"], "--weights and --examples exclude each other"),
         (["--temperature", "2"], "--temperature has no effect without --examples"),
         (["--use_cpu"], "--use_cpu has no effect without --examples"),
+        (["--license", "All mine"], "--license All mine is no name of a licence as the hub has them"),
         (["--examples", "none.jsonl"], "--examples none.jsonl: no such file"),
     ],
 )
