@@ -20,6 +20,7 @@ from bge_ds.data.sampling.sampler import mix64
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.evaluation import during_training
+from bge_ds.evaluation.during_training import Evaluation
 from bge_ds.health import failure_detector
 from bge_ds.modeling.encoder import describe_execution
 from bge_ds.training import data_order, hub, resume, setup
@@ -89,12 +90,8 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
             stop_preempted(args, step)
         recorder.begin_step()
 
-    output = Path(args.output_dir)
     save = evaluations.result(partial(objective.save, engine, scores=evaluations.scores_at(plan.total)))
-    difference, files = place_model(objective, save, output)
-    recorder.finish(evaluations.say_result(difference))
-    if args.push_to_hub and collectives.rank() == 0:  # the other ranks need not wait for it
-        log.say(f"uploaded to {hub.push(args, objective.model_folder(output), files)}")
+    finish(objective, save, evaluations, recorder)
 
 
 def train_step(objective: Objective, engine: Engine, step: int, micro_batches: list, counts_R: list) -> tuple[bool, Values]:
@@ -147,6 +144,15 @@ def open_log(args: TrainArguments, engine: Engine, first_step: int, plan: StepPl
         show_bar=not args.disable_tqdm and sys.stderr.isatty(),
         write_events=engine.monitor.write_events,
     )
+
+
+def finish(objective: Objective, save: Callable[[Path], float], evaluations: Evaluation, recorder: Recorder) -> None:
+    """The final model in its place, the last message, the upload. save: writes the model into a folder."""
+    args, output = objective.args, Path(objective.args.output_dir)
+    difference, files = place_model(objective, save, output)
+    recorder.finish(evaluations.say_result(difference))
+    if args.push_to_hub and collectives.rank() == 0:  # the other ranks need not wait for it
+        recorder.log.say(f"uploaded to {hub.push(args, objective.model_folder(output), files)}")
 
 
 def place_model(objective: Objective, save: Callable[[Path], float], output: Path) -> tuple[float, list[str]]:
