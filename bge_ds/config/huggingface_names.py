@@ -16,12 +16,14 @@ ALIASES: dict[str, tuple[str, type]] = {
     "activation_checkpointing_kwargs": ("gradient_checkpointing_kwargs", str),
     "warmup_ratio": ("warmup_steps", float),
     "evaluation_strategy": ("eval_strategy", str),
+    "push_to_hub_model_id": ("hub_model_id", str),
     "per_gpu_eval_batch_size": ("per_device_eval_batch_size", int),
 }
 
 _EVALUATION = "an evaluation searches the folders of --eval_data; it has no loss, predictions or metric functions to set up"
 _ASK_FOR_EVALUATION = "--eval_data FOLDER is what turns evaluation on, and --eval_steps or --eval_strategy says when"
-_HUB = "nothing is uploaded in this version; the finished folder can be pushed with `hf upload REPO FOLDER`"
+_HUB = "the finished model is uploaded once, to the main branch"
+_HUB_TOKEN = "a token on a command line can be read by others; set HF_TOKEN, or run `hf auth login`"
 _TRACKIO = "Trackio is not among the writers; choose from --report_to tensorboard, wandb, csv"
 _FSDP = "the engine is DeepSpeed; --deepspeed zero3 shards the parameters as FSDP does"
 _DDP = "gradients are reduced by DeepSpeed, not by DistributedDataParallel; see --deepspeed"
@@ -41,8 +43,9 @@ _GROUPS: dict[str, str] = {
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
     "include_inputs_for_metrics batch_eval_metrics jit_mode_eval use_legacy_prediction_loop": _EVALUATION,
     "bf16_full_eval fp16_full_eval": _FULL_EVAL,
-    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
-    "push_to_hub_model_id push_to_hub_organization push_to_hub_token": _HUB,
+    "hub_always_push hub_revision": _HUB,
+    "hub_token push_to_hub_token": _HUB_TOKEN,
+    "push_to_hub_organization": "it is a part of the name now: --push_to_hub --hub_model_id ORGANISATION/NAME",
     "project trackio_space_id trackio_bucket_id trackio_static_space_id": _TRACKIO,
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap sharded_ddp": _FSDP,
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph": _DDP,
@@ -95,7 +98,6 @@ REFUSED: dict[str, str] = {name: reason for names, reason in _GROUPS.items() for
 _OFF = (None, False, "")
 ACCEPTED: dict[str, tuple] = {
     "eval_do_concat_batches": (True,),
-    "hub_strategy": ("every_save",),
     "project": ("huggingface",),
     "trackio_space_id": (None, "trackio"),
     "fsdp_min_num_params": (0,),

@@ -16,6 +16,7 @@ from bge_ds.config.validation import (
     check_conflicts,
     check_data,
     check_evaluation,
+    check_hub,
     check_optimizer,
     check_ranges,
     choose,
@@ -143,6 +144,20 @@ class TrainArguments:
         None, "checkpoint-N folder to resume from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
     )
 
+    topic_uploading: ClassVar[str] = "Uploading"
+    push_to_hub: bool = flag(
+        False, "upload the finished model to the Hugging Face hub, with the token of HF_TOKEN or `hf auth login`"
+    )
+    hub_model_id: str | None = flag(
+        None, "with push_to_hub: repository, such as ORGANISATION/NAME; unset: the name of output_dir, under the token's user"
+    )
+    hub_private_repo: bool | None = rare(
+        None, "with push_to_hub: a repository that is made is private; unset: as the hub has it"
+    )
+    hub_strategy: str = rare(
+        "end", "end: the model is uploaded when it is finished; every_save, transformers' default, only without push_to_hub"
+    )
+
     topic_evaluating: ClassVar[str] = "Evaluating"
     eval_data: list[str] = flag([], "folders in BEIR's format to evaluate on while training; the last step is always evaluated")
     eval_strategy: str = flag("no", "no, steps or epoch; unset with eval_data: epoch if save_strategy is epoch, else steps")
@@ -243,6 +258,7 @@ class TrainArguments:
         self.report_to = writers(self.report_to)
         check_optimizer(self)
         check_evaluation(self)
+        check_hub(self)
         check_conflicts(self)
 
 

@@ -7,6 +7,7 @@ the fields of ``TrainArguments``, which imports them.
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,23 @@ def check_evaluation(args: Any) -> None:
     require(
         not args.load_best_model_at_end or args.save_strategy != "no",
         "--load_best_model_at_end chooses among checkpoints, and --save_strategy no writes none; give steps, epoch or best",
+    )
+
+
+def check_hub(args: Any) -> None:
+    """Check what is uploaded when; an empty `hub_model_id` becomes None."""
+    args.hub_model_id = args.hub_model_id or None
+    check_effects(args, ("hub_model_id hub_private_repo", "--push_to_hub", args.push_to_hub))
+    strategies = ("end",) if args.push_to_hub else ("end", "every_save")
+    once = "the finished model is uploaded once; checkpoints stay here"
+    choose(args, "hub_strategy", strategies, dict.fromkeys(("every_save", "checkpoint", "all_checkpoints"), once))
+
+
+def check_license(name: str | None) -> None:
+    """Check that a licence, where one is given, is named as the hub names them."""
+    require(
+        name is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name),
+        f"--license {name} is no name of a licence as the hub has them; give one such as apache-2.0, mit or other",
     )
 
 

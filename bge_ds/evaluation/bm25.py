@@ -58,12 +58,13 @@ class Candidates:
             yield block_PD
             first += len(block_PD)
 
-    def ranked(self) -> list[list[int]]:
-        """Passages of each query by BM25 alone, best first."""
-        return [rows[scores > 0].tolist() for rows, scores in zip(self.rows_QK, self.scores_QK, strict=True)]
+    def ranked(self) -> list[dict[int, float]]:
+        """Of each query, passage -> score by BM25 alone, best first."""
+        pairs = zip(self.rows_QK, self.scores_QK, strict=True)
+        return [dict(zip(rows[scores > 0].tolist(), scores[scores > 0].tolist(), strict=True)) for rows, scores in pairs]
 
-    def fused(self, rows_QK: np.ndarray, products_QK: np.ndarray, weight: float) -> list[list[int]]:
-        """Passages of each query by both, best first; equal scores by row. rows_QK, products_QK: the best by vectors."""
+    def fused(self, rows_QK: np.ndarray, products_QK: np.ndarray, weight: float) -> list[dict[int, float]]:
+        """The same by both; equal scores by row. rows_QK, products_QK: the best by vectors."""
         found = []
         for q, (rows_K, products_K) in enumerate(zip(rows_QK, products_QK, strict=True)):
             scores = dict(zip(rows_K.tolist(), products_K.tolist(), strict=True))
@@ -71,5 +72,5 @@ class Candidates:
             for row, score, product in zip(self.rows_QK[q].tolist(), self.scores_QK[q], self.products_QK[q], strict=True):
                 if score > 0:
                     scores[row] = scores.get(row, float(product)) + weight * float(score) / float(top)
-            found.append(sorted(scores, key=lambda row: (-scores[row], row)))
+            found.append(dict(sorted(scores.items(), key=lambda entry: (-entry[1], entry[0]))))
         return found

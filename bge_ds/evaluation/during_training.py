@@ -188,6 +188,7 @@ class Evaluation:
         self.best: Best | None = None  # step, metric and value of the best checkpoint
         self.best_folder = self.output
         self.latest: tuple[int, float] | None = None
+        self.scores: tuple[int, dict[str, dict[str, float]]] = -1, {}  # step, set -> measure -> value
 
     def resume(self, path: Path) -> None:
         """Restores the best checkpoint as recorded in the one that the run resumes from."""
@@ -215,11 +216,16 @@ class Evaluation:
         """Evaluates and logs; `meter` excludes the time from that of the steps."""
         values = self.evaluator(self.model)
         self.latest = step, values[self.metric]
+        self.scores = step, {of: {m: values[f"eval_{of}_{m}"] for m in retrieval.NAMES} for of in self.evaluator.sets}
         # With one set, its figures are the means.
         means = [f"eval_{measure}" for measure in retrieval.NAMES if len(self.evaluator.sets) == 1]
         self.log.write_evaluation({"step": step, **values}, [k for k in values if k not in (*means, "eval_seconds")])
         if meter is not None:
             meter.leave_out(values["eval_seconds"])
+
+    def scores_at(self, step: int) -> dict[str, dict[str, float]]:
+        """What was measured after just this step, by set and measure; {} where nothing was."""
+        return self.scores[1] if self.scores[0] == step else {}
 
     def _improves(self) -> bool:
         return self.best is None or self.latest[1] > self.best["value"]

@@ -21,6 +21,8 @@ from bge_ds.evaluation import DEFAULT_LENGTHS, retrieval
 from bge_ds.modeling import encoder
 
 Side = Literal["query", "passage"]
+PROMPTS = "config_sentence_transformers.json"
+_SETTINGS = ("modules.json", "*/config.json", PROMPTS)
 
 
 @dataclass
@@ -49,7 +51,7 @@ class EmbeddingSettings:
             if value is not None:
                 setattr(settings, name, value)
             settings.sources.append(f"{name} {getattr(settings, name)} ({origin if value is None else 'from the flag'})")
-        prompts = read_prompts(folder / "config_sentence_transformers.json")
+        prompts = read_prompts(folder / PROMPTS)
         sides = (("query", query_prompt, ("query",)), ("passage", passage_prompt, ("passage", "document", "corpus")))
         for side, value, keys in sides:
             prompt = next((prompts[key] for key in keys if prompts.get(key)), "") if value is None else value
@@ -69,20 +71,22 @@ def read_prompts(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 
-def settings_folder(name_or_path: str, cache_dir: str | None = None) -> Path:
-    """The folder with the sentence-transformers files of a model; those of a hub model are downloaded (a few kB)."""
+def settings_folder(
+    name_or_path: str, cache_dir: str | None = None, wanted: tuple[str, ...] = _SETTINGS, flag: str = "--model_name_or_path"
+) -> Path:
+    """The folder of a model; of a hub model the `wanted` files are downloaded, by default a few kB of sentence-transformers'.
+
+    Raises ValueError, naming the flag, where there is no such model.
+    """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["modules.json", "*/config.json", "config_sentence_transformers.json"]
     try:
-        return Path(snapshot_download(name_or_path, cache_dir=cache_dir, allow_patterns=wanted))
+        return Path(snapshot_download(name_or_path, cache_dir=cache_dir, allow_patterns=list(wanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"--model_name_or_path {name_or_path}: neither a folder here nor a model that the hub gave ({error})"
-        ) from None
+        raise ValueError(f"{flag} {name_or_path}: neither a folder here nor a model that the hub gave ({error})") from None
 
 
 class Embedder:

@@ -10,7 +10,7 @@ ties and merges blocks and ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -94,7 +94,7 @@ def search(queries_QD: torch.Tensor, blocks_PD: Iterable[torch.Tensor], kept: in
     return from_keys(best_keys(queries_QD, numbered(), kept))
 
 
-def ranking(data: RetrievalSet, found_QK: Iterable[Sequence[int]]) -> dict[str, dict[str, float]]:
+def ranking(data: RetrievalSet, found_QK: Iterable[Iterable[int]]) -> dict[str, dict[str, float]]:
     """query id -> passage id -> score, from each query's best distinct texts (their indices, best first).
 
     The scores are ranks, negated, so that the measures do not reorder equal scores by passage id.
@@ -133,6 +133,20 @@ def evaluate_with(
 ) -> dict[str, dict[str, float]]:
     """The same by kind of ranking: by vectors and, where `bm25` is a weight, by BM25 and by both (see `bm25.py`)."""
     started = time.perf_counter()
+    found = rank_with(data, encode, bm25)
+    sizes = sizes_of(data) | {"seconds": round(time.perf_counter() - started, 2)}
+    return {kind: measure(data, ranking(data, found_Q)) | sizes for kind, found_Q in found.items()}
+
+
+def sizes_of(data: RetrievalSet) -> dict[str, float]:
+    """What stands beside the measures."""
+    return {"queries": len(data.queries), "passages": len(data.passage_ids), "queries_left_out": data.unjudged}
+
+
+def rank_with(
+    data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor], bm25: float | None
+) -> dict[str, list[dict[int, float]]]:
+    """By kind of ranking: of each query, index of a distinct text -> score, best first; at most KEPT (of both, more)."""
     queries = list(data.queries.values())
     queries_QD = encode(queries, "query")
     by_words = None if bm25 is None else Candidates(data.distinct(), queries, KEPT)
@@ -145,9 +159,8 @@ def evaluate_with(
                 bar.update(len(block))
 
         products_QK, found_QK = search(queries_QD, by_words.seen(queries_QD, blocks()) if by_words else blocks(), KEPT)
-    found = {VECTORS: found_QK.tolist()}
+    scores = zip(found_QK.tolist(), products_QK.tolist(), strict=True)
+    found = {VECTORS: [dict(zip(found_K, products_K, strict=True)) for found_K, products_K in scores]}
     if by_words and bm25 is not None:
         found |= {"BM25": by_words.ranked(), "hybrid": by_words.fused(found_QK.cpu().numpy(), products_QK.cpu().numpy(), bm25)}
-    sizes = {"queries": len(data.queries), "passages": len(data.passage_ids), "queries_left_out": data.unjudged}
-    sizes |= {"seconds": round(time.perf_counter() - started, 2)}
-    return {kind: measure(data, ranking(data, rows)) | sizes for kind, rows in found.items()}
+    return found

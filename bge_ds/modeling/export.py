@@ -38,7 +38,12 @@ def save_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, fo
 
 
 def write_sentence_transformers(folder: Path, config, pooling: str, normalize: bool, prompts: dict[str, str]) -> None:
-    """Write the files that make sentence-transformers apply the trained pooling, normalisation and prompts."""
+    """Write the files that make sentence-transformers apply the trained pooling, normalisation and prompts.
+
+    The prompt `passage` is saved as `document` too: sentence-transformers' name for it now, and the only one that mteb heeds.
+    """
+    if "passage" in prompts:
+        prompts = prompts | {"document": prompts["passage"]}
     kinds = ["Transformer", "Pooling"] + ["Normalize"] * normalize
     paths = ["" if kind == "Transformer" else f"{i}_{kind}" for i, kind in enumerate(kinds)]
     modules = [

@@ -28,12 +28,12 @@ from bge_ds.distributed import collectives
 from bge_ds.kernels import packed
 from bge_ds.losses import contrastive, grad_cache
 from bge_ds.losses.gather import contrastive_loss
-from bge_ds.modeling import export, lora
+from bge_ds.modeling import export, lora, model_card
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
 from bge_ds.modeling.flops import backbone_flops
-from bge_ds.objectives import diagnosis
+from bge_ds.objectives import card, diagnosis
 from bge_ds.objectives.shards import open_shards
-from bge_ds.training.objective import Objective, Values
+from bge_ds.training.objective import Objective, Scores, Values
 
 
 class ContrastiveObjective(Objective):
@@ -166,7 +166,7 @@ class ContrastiveObjective(Objective):
             passage_prompt=args.passage_instruction_for_retrieval or "",
         )  # fmt: skip
 
-    def save(self, engine, folder: Path) -> float:
+    def save(self, engine, folder: Path, scores: Scores) -> float:
         args, encoder = self.args, engine.module
         weights = engines.full_parameters(engine, lambda name: name.startswith("backbone."))
         suffix = len(self.data.manifest.tokenizer.suffix_ids)
@@ -183,6 +183,8 @@ class ContrastiveObjective(Objective):
             export.save_model(encoder.backbone, own, self.tokenizer, folder)
             prompts = prompts_of(args, self.data)
             export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
+            text = card.of_finetuning(args, self.data, encoder.backbone.config, prompts, scores)
+            (folder / model_card.FILE).write_text(text, encoding="utf-8")
             return export.check_saved(folder, ids, live_ND, pooling, normalize, engines.precision(engine))
 
         return collectives.on_first_rank(write)

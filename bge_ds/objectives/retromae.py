@@ -25,7 +25,7 @@ from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, chec
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 from bge_ds.modeling.vocabulary import check_can_pretrain
 from bge_ds.objectives.shards import open_shards
-from bge_ds.training.objective import Objective, Values
+from bge_ds.training.objective import Objective, Scores, Values
 
 _SUMS = (*(f"{name}_loss" for name in LOSSES), "encoder_correct", "decoder_correct")
 _COUNTS = tuple(f"{name}_targets" for name in LOSSES)
@@ -111,7 +111,7 @@ class RetroMAEObjective(Objective):
         length = self.args.max_seq_length
         return Encoder(model.model.base_model, "cls", normalize=True), dict(query_max_len=length, passage_max_len=length)
 
-    def save(self, engine, folder: Path) -> float:
+    def save(self, engine, folder: Path, scores: Scores) -> float:
         """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors."""
         weights, model = engines.full_parameters(engine), engine.module
         suffix = len(self.data.manifest.tokenizer.suffix_ids)
@@ -132,6 +132,9 @@ class RetroMAEObjective(Objective):
         """`encoder_model/` is replaced as a whole, the decoder beside it."""
         filesystem.replace_folder(written / "encoder_model", output / "encoder_model")
         filesystem.merge_folder(written, output, last=())
+
+    def model_folder(self, output: Path) -> Path:
+        return output / "encoder_model"
 
     def result(self) -> str:
         return f"the encoder is in {Path(self.args.output_dir) / 'encoder_model'}"

@@ -20,9 +20,10 @@ from bge_ds.data.sampling.sampler import mix64
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
 from bge_ds.evaluation import during_training
+from bge_ds.evaluation.during_training import Evaluation
 from bge_ds.health import failure_detector
 from bge_ds.modeling.encoder import describe_execution
-from bge_ds.training import data_order, resume, setup
+from bge_ds.training import data_order, hub, resume, setup
 from bge_ds.training.command import stop_preempted
 from bge_ds.training.metrics import RunLog
 from bge_ds.training.objective import Engine, Objective, Values
@@ -83,15 +84,14 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
         improved = evaluations.at(step, recorder.meter)
         stops = failure_detector.last_step(step) == step < plan.total
         if plan.saves(step) or improved or (stops and not args.save_only_model):
-            recorder.save(step, evaluations.judge(step))
+            recorder.save(step, evaluations.judge(step), evaluations.scores_at(step))
             engine.train()
         if stops:
             stop_preempted(args, step)
         recorder.begin_step()
 
-    output = Path(args.output_dir)
-    save = evaluations.result(partial(objective.save, engine))
-    recorder.finish(evaluations.say_result(place_model(objective, save, output)))
+    save = evaluations.result(partial(objective.save, engine, scores=evaluations.scores_at(plan.total)))
+    finish(objective, save, evaluations, recorder)
 
 
 def train_step(objective: Objective, engine: Engine, step: int, micro_batches: list, counts_R: list) -> tuple[bool, Values]:
@@ -146,6 +146,25 @@ def open_log(args: TrainArguments, engine: Engine, first_step: int, plan: StepPl
     )
 
 
-def place_model(objective: Objective, save: Callable[[Path], float], output: Path) -> float:
-    """The final model into the output folder: written beside it, checked, then moved. The difference that `save` found."""
-    return checkpoint.write_aside(output, save, lambda aside: objective.place(aside, output))
+def finish(objective: Objective, save: Callable[[Path], float], evaluations: Evaluation, recorder: Recorder) -> None:
+    """The final model in its place, the last message, the upload. save: writes the model into a folder."""
+    args, output = objective.args, Path(objective.args.output_dir)
+    difference, files = place_model(objective, save, output)
+    recorder.finish(evaluations.say_result(difference))
+    if args.push_to_hub and collectives.rank() == 0:  # the other ranks need not wait for it
+        recorder.log.say(f"uploaded to {hub.push(args, objective.model_folder(output), files)}")
+
+
+def place_model(objective: Objective, save: Callable[[Path], float], output: Path) -> tuple[float, list[str]]:
+    """The final model into the output folder: written beside it, checked, then moved.
+
+    Returns the difference that `save` found and, on rank 0, the files of `Objective.model_folder`.
+    """
+    files: list[str] = []
+
+    def place(aside: Path) -> None:
+        folder = objective.model_folder(aside)
+        files.extend(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+        objective.place(aside, output)
+
+    return checkpoint.write_aside(output, save, place), files

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Values = dict[str, torch.Tensor | float]  # of one micro batch or step, by name; tensors are 0-dim
+Scores = dict[str, dict[str, float]]  # name of an evaluation set -> measure -> value; empty where none was made
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed has no types
 
 
@@ -96,13 +97,20 @@ class Objective:
         """(encoder to evaluate, its lengths in tokens and prompts) for evaluation while training."""
         raise ValueError("--eval_data: this objective has no encoder to evaluate")
 
-    def save(self, engine: Engine, folder: Path) -> float:
-        """Write the model into an existing empty folder and load it back; the largest difference found. On every rank."""
+    def save(self, engine: Engine, folder: Path, scores: Scores) -> float:
+        """Write the model into an existing empty folder and load it back; the largest difference found. On every rank.
+
+        scores: what an evaluation of just this model has found, for its card.
+        """
         raise NotImplementedError
 
     def place(self, written: Path, output: Path) -> None:
         """Move a model that `save` wrote beside the output folder into it, replacing the last one; on rank 0."""
         filesystem.merge_folder(written, output, last=())
+
+    def model_folder(self, output: Path) -> Path:
+        """Where in the output folder the model is that others load."""
+        return output
 
     def result(self) -> str:
         """Where the model is, for the last message."""

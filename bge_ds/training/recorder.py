@@ -16,7 +16,7 @@ from bge_ds.distributed.communication_profile import Pace
 from bge_ds.training.diagnosis import Signs
 from bge_ds.training.metrics import Meter, RunLog, peak_memory, peak_rate
 from bge_ds.training.nonfinite import SkippedSteps
-from bge_ds.training.objective import Engine, Objective, Values, count_tokens
+from bge_ds.training.objective import Engine, Objective, Scores, Values, count_tokens
 from bge_ds.training.resume import Saver, restore_meter
 
 
@@ -91,9 +91,9 @@ class Recorder:
             record["num_input_tokens_seen"] = sum(collectives.gather_counts(self.tokens_seen, self.device))
         return record
 
-    def save(self, step: int, best: Best | None) -> None:
-        """Write checkpoint-`step`. best: of `Evaluation.judge`."""
-        self.saver.save(step, self.tokens_seen, best)
+    def save(self, step: int, best: Best | None, scores: Scores) -> None:
+        """Write checkpoint-`step`. best: of `Evaluation.judge`. scores: of `Evaluation.scores_at`."""
+        self.saver.save(step, self.tokens_seen, best, scores)
 
     def finish(self, result: str) -> None:
         """The last message. result: what became of the model."""

@@ -18,7 +18,7 @@ from bge_ds.training.nonfinite import SkippedSteps
 
 if TYPE_CHECKING:
     from bge_ds.checkpoint.state_file import Best
-    from bge_ds.training.objective import Engine, Objective
+    from bge_ds.training.objective import Engine, Objective, Scores
     from bge_ds.training.step_plan import StepPlan
 
 
@@ -144,12 +144,12 @@ class Saver:
         self.seconds = self.unwritten = 0.0
         self.saves = 0
 
-    def save(self, step: int, tokens_seen: int, best: Best | None) -> Path:
+    def save(self, step: int, tokens_seen: int, best: Best | None, scores: Scores) -> Path:
         """Write checkpoint-`step`, on every rank; its time is not that of the steps."""
         began = time.perf_counter()
         saved = checkpoint.save(
             self.engine, Path(self.args.output_dir), step, tokens_seen, self.agreement,
-            partial(self.objective.save, self.engine),
+            partial(self.objective.save, self.engine, scores=scores),
             keep=self.args.save_total_limit, only_model=self.args.save_only_model, best=best, asked=self.asked,
             meter=self.meter.keep() | {"skipped": self.nonfinite.keep()},
         )  # fmt: skip

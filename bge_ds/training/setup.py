@@ -18,6 +18,7 @@ from bge_ds.distributed import collectives
 from bge_ds.kernels import triton_support
 from bge_ds.modeling import compilation
 from bge_ds.modeling.encoder import can_run_unpadded, unpadded_families
+from bge_ds.training import hub
 from bge_ds.training.objective import Engine
 from bge_ds.training.step_plan import StepPlan
 
@@ -57,6 +58,7 @@ def set_up(args: TrainArguments) -> None:
             f"--output_dir {output} is not empty (it holds {shown}); give another folder, --overwrite_output_dir to train "
             "into it all the same, or --resume_from_checkpoint auto to go on"
         )
+    hub.check(args)
 
 
 def _only_a_start(held: list[str], args: TrainArguments) -> bool:

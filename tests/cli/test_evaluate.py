@@ -230,3 +230,19 @@ def test_the_command_writes_a_table_and_json(tmp_path, capsys, minilm_path):
     assert written["settings"]["pooling"] == "mean"
     assert printed.count("1.0000") == 6
     assert list(output.parent.iterdir()) == [output]  # no temporary file stays
+
+
+def test_the_command_writes_its_rankings(tmp_path, minilm_path):
+    """One TREC run for each kind of ranking, which evaluates to the figures that the command wrote."""
+    folder = write_set(tmp_path / "dev")
+    flags = ["--data", str(folder), "--output", str(tmp_path / "scores.json")]
+    model = ["--model_name_or_path", str(minilm_path), "--use_cpu", "--bm25", "0.25", "--run_output", str(tmp_path / "runs")]
+    assert evaluate.main([*flags, *model]) == 0
+    own = json.loads((tmp_path / "scores.json").read_text())["results"]
+    files = {f"{name}.trec" for name in own}
+    assert files == {"dev.trec", "dev, BM25.trec", "dev, hybrid.trec"} == {path.name for path in (tmp_path / "runs").iterdir()}
+    assert (tmp_path / "runs/dev.trec").read_text().split()[:4] == ["q1", "Q0", "p1", "1"]  # cats purr
+    for name, values in own.items():
+        assert evaluate.main([*flags, "--search_results", str(tmp_path / f"runs/{name}.trec")]) == 0
+        again = json.loads((tmp_path / "scores.json").read_text())["results"]["dev"]
+        assert {key: values[key] for key in again} == again

@@ -171,7 +171,7 @@ def test_sets_with_instructions_of_their_own(setting):
     said = launch(["python", "-m", "bge_ds.finetune"], *flags, "--mixing_temperature", 2)
     assert "warning: sets have different instructions" in said
     prompts = json.loads((setting / "instructed" / "config_sentence_transformers.json").read_text())["prompts"]
-    assert prompts == {"query": "", "query_first": "the first: ", "query_second": "the second: ", "passage": ""}
+    assert prompts == {"query": "", "query_first": "the first: ", "query_second": "the second: ", "passage": "", "document": ""}
 
 
 def test_a_run_without_negatives_of_its_own(setting):

@@ -216,7 +216,14 @@ def test_negations_of_refused_switches_are_refused_too(capsys):
         (["--model_name_or_path", ""], ["--model_name_or_path"]),
         (["--kernels", "fused"], ["--kernels fused: fine-tuning takes fused kernels wherever they run", "use auto, or torch"]),
         (["--trust_remote_code", "True"], ["--trust_remote_code is refused"]),
-        (["--push_to_hub", "--do_eval", "True"], ["--push_to_hub is refused", "--do_eval is refused"]),
+        (["--hub_revision", "v1", "--do_eval", "True"], ["--hub_revision is refused", "--do_eval is refused"]),
+        (["--hub_token", "secret"], ["--hub_token is refused", "set HF_TOKEN"]),
+        (["--push_to_hub_organization", "us"], ["--hub_model_id ORGANISATION/NAME"]),
+        (["--hub_model_id", "us/model"], ["--hub_model_id us/model has no effect without --push_to_hub"]),
+        (["--hub_private_repo"], ["--hub_private_repo True has no effect without --push_to_hub"]),
+        (["--push_to_hub", "--hub_strategy", "every_save"], ["--hub_strategy every_save is refused", "uploaded once"]),
+        (["--hub_strategy", "checkpoint"], ["--hub_strategy checkpoint is refused", "checkpoints stay here"]),
+        (["--license", "My Own"], ["--license My Own is no name of a licence", "apache-2.0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )  # fmt: skip
@@ -331,7 +338,7 @@ def test_a_json_file_says_the_same_as_flags(tmp_path):
         "output_dir": "out", "train-data": "data", "model_name_or_path": "", "config_name": "c", "tokenizer_name": "t",
         "bf16": True, "learning_rate": 1e-4, "max_steps": 10, "report_to": ["csv"], "lr_scheduler_type": "polynomial",
         "lr_scheduler_kwargs": {"power": 2}, "resume_from_checkpoint": None, "no_cuda": True, "do_eval": False,
-        "push_to_hub": False, "fsdp_config": None, "include_for_metrics": [], "disable_tqdm": None, "warmup_ratio": 0.1,
+        "hub_token": None, "fsdp_config": None, "include_for_metrics": [], "disable_tqdm": None, "warmup_ratio": 0.1,
     }  # fmt: skip
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(settings))
@@ -391,7 +398,7 @@ def test_help_explains_every_flag(cls, capsys):
         shown.append(capsys.readouterr().out)
     text, short = shown
     assert all(f"--{name} " in text for name in fields_of(cls))
-    assert "push_to_hub" not in text and argparse.SUPPRESS not in text
+    assert "hub_token" not in text and argparse.SUPPRESS not in text
     # One spelling each, required flags first; the short help leaves the rare ones out and says so.
     assert "--output-dir" not in text and "--normlized" not in text and short.index("Required:") < short.index("--seed")
     rare = [name for name, f in fields_of(cls).items() if f.metadata.get("rare")]

@@ -15,12 +15,12 @@ from programs.train import train
 def main(folder: str, given: str) -> None:
     flags, write = json.loads(given), ContrastiveObjective.save
 
-    def write_and_note(self, engine, out):
+    def write_and_note(self, engine, out, scores):
         ids = [self.data.passage(row) for row in range(6)]
         live = engine.module.encode_ids(ids).numpy()
         if collectives.rank() == 0:
             np.save(f"{folder}/live.npy", live)
-        return write(self, engine, out)
+        return write(self, engine, out, scores)
 
     ContrastiveObjective.save = write_and_note
     for command in ("finetune", "pretrain"):

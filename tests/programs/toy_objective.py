@@ -53,7 +53,7 @@ class ToyObjective(Objective):
         engine.backward(engines.all_or_nothing(loss))
         return {"loss": loss.detach()}
 
-    def save(self, engine, folder):
+    def save(self, engine, folder, scores):
         weights, file = engines.full_parameters(engine), folder / "model.safetensors"
 
         def write():

@@ -1,0 +1,91 @@
+"""The model card of a fine-tuned model: training data by name and count, settings, measures, how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.data.preprocess.table_files import HUB
+from bge_ds.data.shards.shard_reader import FinetuneShards
+from bge_ds.distributed import collectives
+from bge_ds.modeling import model_card
+from bge_ds.modeling.encoder import longest_text
+from bge_ds.training.data_order import sets_of
+
+_SHOWN = 30  # sets in the table
+
+
+def of_finetuning(
+    args: FinetuneArguments, data: FinetuneShards, config: PretrainedConfig, prompts: dict[str, str],
+    scores: dict[str, dict[str, float]],
+) -> str:  # fmt: skip
+    """The card's text. prompts: by the names that they are saved by. scores: measures of this very model by set, or none.
+
+    It says only what a run that goes on from a checkpoint, on any number of ranks, says as well.
+    """
+    base = model_card.shown_name(args.model_name_or_path)
+    pooling, normalize = args.sentence_pooling_method, args.normalize_embeddings
+    length = longest_text(config)
+    intro = model_card.describe(config.hidden_size, length, pooling, normalize)
+    return model_card.page(
+        model_card.front_matter([args.model_name_or_path], args.license, "finetune"),
+        args.hub_model_id or f"{base}, fine-tuned",
+        f"A text embedding model for search: {base}, fine-tuned on queries with relevant passages. {intro}",
+        [
+            ("Use", model_card.usage(args.hub_model_id or model_card.PLACE, pooling, normalize, prompts, length)),
+            ("Measures", model_card.scores(scores)),
+            ("Training data", _sets(args, data)),
+            ("Training", model_card.table(("setting", "value"), _settings(args, base))),
+        ],
+    )  # fmt: skip
+
+
+def _sets(args: FinetuneArguments, data: FinetuneShards) -> str:
+    sets = sets_of(args, data)
+    names = [of.name if of.name.startswith(HUB) else Path(of.name).name for of in sets]
+    head, rows = ["data", "groups"], [[name, f"{of.kept:,}"] for name, of in zip(names, sets, strict=True)]
+    if shares := sum(of.share or 0 for of in sets):
+        head.append("share")
+        rows = [[*row, f"{(of.share or 0) / shares:.1%}"] for row, of in zip(rows, sets, strict=True)]
+    if len(sets) > _SHOWN:
+        rest = sum(of.kept for of in sets[_SHOWN:])
+        rows = [*rows[:_SHOWN], [f"{len(sets) - _SHOWN} more", f"{rest:,}", *[""] * (len(head) - 2)]]
+    return "Groups of a query, its positives and its negatives.\n\n" + model_card.table(head, rows)
+
+
+def _settings(args: FinetuneArguments, base: str) -> list[tuple[str, str]]:
+    queries = args.per_device_train_batch_size * args.gradient_accumulation_steps * collectives.world_size()
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    warmup = f", warm-up {args.warmup_steps:g}{' of all steps' if 0 < args.warmup_steps < 1 else ' steps'}"
+    rows = [
+        ("base model", base),
+        ("loss", _loss(args)),
+        ("temperature", f"{args.temperature:g}" + ", learned from there" * args.learnable_temperature),
+        ("queries a step", str(queries)),
+        ("passages of a query", str(args.train_group_size)),
+        ("negatives", _negatives(args)),
+        ("tokens", f"queries to {args.query_max_len}, passages to {args.passage_max_len}"),
+        ("length", length),
+        ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type}{warmup * bool(args.warmup_steps)}"),
+        ("weight decay", f"{args.weight_decay:g}" if args.weight_decay else ""),
+        ("precision", "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"),
+        ("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, merged" if args.use_lora else ""),
+        ("seed", str(args.seed)),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _loss(args: FinetuneArguments) -> str:
+    words = "InfoNCE" + ", both directions" * args.bidirectional
+    if args.knowledge_distillation:
+        words = args.kd_loss_type if args.kd_loss_type == "m3_kd_loss" else f"{words} and {args.kd_loss_type}"
+        words += ", distilled from a teacher's scores"
+    return words + (f", at {', '.join(map(str, args.mrl_dims))} features (Matryoshka)" if args.use_mrl else "")
+
+
+def _negatives(args: FinetuneArguments) -> str:
+    if not args.use_inbatch_neg:
+        return "of the own group only"
+    return "of the own group, and all passages of " + ("all ranks" if args.negatives_cross_device else "the rank")
