@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/quickstart}
 for seed in 1 2 3; do
-    SEED=$seed MODEL_STEPS=1 ./launch/quickstart.sh "$out/$seed"
+    SEED=$seed PARTS=a ./launch/quickstart.sh "$out/$seed"
     .venv/bin/python examples/report.py --csv benchmarks/quickstart.csv --data "$out/$seed/data/test" "${@:2}" \
         "random weights, seed $seed=$out/$seed/random" "fine-tuned only, seed $seed=$out/$seed/a_finetuned_only" \
         "pre-trained, seed $seed=$out/$seed/a_pretrained/encoder_model" \

