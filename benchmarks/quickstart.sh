@@ -9,8 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/quickstart}
 for seed in 1 2 3; do
     SEED=$seed PARTS=a ./launch/quickstart.sh "$out/$seed"
-    .venv/bin/python examples/report.py --csv benchmarks/quickstart.csv --data "$out/$seed/data/test" "${@:2}" \
-        "random weights, seed $seed=$out/$seed/random" "fine-tuned only, seed $seed=$out/$seed/a_finetuned_only" \
+    .venv/bin/python examples/report.py "random weights, seed $seed=$out/$seed/random" \
+        "fine-tuned only, seed $seed=$out/$seed/a_finetuned_only" \
         "pre-trained, seed $seed=$out/$seed/a_pretrained/encoder_model" \
-        "pre-trained + fine-tuned, seed $seed=$out/$seed/a_finetuned"
+        "pre-trained + fine-tuned, seed $seed=$out/$seed/a_finetuned" \
+        --csv benchmarks/quickstart.csv --data "$out/$seed/data/test" "${@:2}"
 done
