@@ -32,7 +32,7 @@ def fill_from_shards(args: _Arguments, manifest: object, names: tuple[str, ...])
 
 
 # The peak learning rate of random weights with so many features. It falls in proportion to the width, as Adam's steps should
-# (Yang et al., arXiv:2203.03466); the value itself is measured (docs/pretraining.md).
+# (Yang et al., arXiv:2203.03466); the value itself is measured at this width (docs/pretraining.md).
 SCRATCH_RATE, SCRATCH_WIDTH, SCRATCH_WARMUP = 2e-3, 128, 0.1
 
 
