@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 
 from bge_ds.config.embedding_flags import add_embedding_flags
-from bge_ds.config.parser import CommandParser, positive_int
+from bge_ds.config.parser import CommandParser, exit_status, positive_int
 from bge_ds.encoding.manifest import DType
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
@@ -51,15 +51,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 2 after a one-line message about a mistake of the user."""
     args = parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted: the same command goes on with the blocks that are finished", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(args), "the same command continues from the blocks that are finished")
 
 
 if __name__ == "__main__":

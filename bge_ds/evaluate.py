@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bge_ds.config.embedding_flags import add_embedding_flags
-from bge_ds.config.parser import positive_int
+from bge_ds.config.parser import exit_status, positive_int
 from bge_ds.data.files import write_whole
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
@@ -168,12 +168,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 2 after a one-line message about a mistake of the user."""
     args = parser().parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

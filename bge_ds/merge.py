@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 
 from bge_ds import __version__
-from bge_ds.config.parser import positive_int
+from bge_ds.config.parser import exit_status, positive_int
 from bge_ds.config.validation import check_license
 from bge_ds.evaluation import DEFAULT_LENGTHS
 
@@ -214,12 +214,7 @@ def card(args: argparse.Namespace, models: list[ModelFiles], weights: list[float
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 2 after a one-line message about a mistake of the user."""
     args = parser().parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bge_ds.config.parser import exit_status
 from bge_ds.data.preprocess import input_files, inspection, merge, output_folder, table_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import Share, build, tell
 from bge_ds.data.preprocess.prepare import make_settings
@@ -126,25 +127,21 @@ def main(argv: list[str] | None = None, alone: bool = False) -> int:
     """The command. alone: the process loads no model after it, see `validate.load_tokenizer`.
 
     Returns the exit status: 0, or 2 after one line `error: ...` on stderr."""
-    try:
-        args = _parser().parse_args(argv)
-        if args.command == "inspect":
-            inspection.inspect(args.folder, args.sample, args.histogram)
-        elif args.command == "verify":
-            if problems := integrity.verify_folder(args.folder):
-                raise ValueError("; ".join(problems))
-            print(f"{args.folder}: every shard is as it was written")
-        elif args.command == "merge":
-            _merge(args)
-        else:
-            _make(args, alone)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted: the same command goes on with the segments that are finished", file=sys.stderr)
-        return 130
-    return 0
+    again = "the same command continues from the segments that are finished"
+    return exit_status(lambda: _run(_parser().parse_args(argv), alone), again)
+
+
+def _run(args: argparse.Namespace, alone: bool) -> None:
+    if args.command == "inspect":
+        inspection.inspect(args.folder, args.sample, args.histogram)
+    elif args.command == "verify":
+        if problems := integrity.verify_folder(args.folder):
+            raise ValueError("; ".join(problems))
+        print(f"{args.folder}: every shard is as it was written")
+    elif args.command == "merge":
+        _merge(args)
+    else:
+        _make(args, alone)
 
 
 def run() -> int:

@@ -15,6 +15,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -273,3 +274,19 @@ def _as_flags(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> li
             raise ValueError(f"{name} is a list of {value!r}; it must hold plain values")
         return [f"--{name}", *map(str, value)] if value else [f"--{name}="] if name not in fields else []
     return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def exit_status(run: Callable[[], None], when_interrupted: str = "") -> int:
+    """Runs a command: 0, or after one line `error: ...` on stderr 2 (ValueError, OSError) or 130 (Ctrl-C).
+
+    when_interrupted: what starting it again does, for that line.
+    """
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"error: interrupted{': ' if when_interrupted else ''}{when_interrupted}", file=sys.stderr)
+        return 130
+    return 0

@@ -212,7 +212,7 @@ def check_license(name: str | None) -> None:
     """Check that a licence, where one is given, is named as the hub names them."""
     require(
         name is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name),
-        f"--license {name} is no name of a licence as the hub has them; give one such as apache-2.0, mit or other",
+        f"--license {name} is not a licence identifier of the Hugging Face hub; give one such as apache-2.0, mit or other",
     )
 
 

@@ -84,7 +84,7 @@ def check_output(output: Path) -> None:
         raise ValueError(f"--output {output} is a file: name a folder")
     held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     if foreign := [name for name in held if not _OURS.fullmatch(name)]:
-        raise ValueError(f"--output {output} holds {foreign[0]}, which is no part of vectors: name another folder")
+        raise ValueError(f"--output {output} contains {foreign[0]}, which bge_ds.encode did not write: give another folder")
     whole = [name for name in held if not name.endswith(PARTIAL)]
     if whole and not {MANIFEST, JOB} & set(whole):
         raise ValueError(f"--output {output} holds {whole[0]} without {JOB}: name another folder, or empty it")

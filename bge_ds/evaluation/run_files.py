@@ -29,7 +29,7 @@ _FORMS = 'TREC\'s lines "query Q0 passage rank score run" or a JSON object {quer
 def read_run(path: Path, data: RetrievalSet) -> tuple[Run, int]:
     """(the ranking of `data`'s queries, how many other queries the file has).
 
-    Raises ValueError, naming file and line (in JSON, query and passage), for what is no ranking of passages of `data`.
+    Raises ValueError where the file does not rank passages of `data`; it names the file and the line (JSON: query and passage).
     """
     if not path.is_file():
         raise ValueError(f"--search_results {path}: no such file; give {_FORMS}")

@@ -201,7 +201,7 @@ def test_other_mistakes_are_named(tmp_path, capsys, tiny_bert_path):
     vectors = encoded(tiny_bert_path, source, tmp_path / "vectors").folder
     assert "is that of vectors that bge_ds.encode wrote" in refused(capsys, tiny_bert_path, vectors, tmp_path / "out")
     assert "--output" in refused(capsys, tiny_bert_path, source, source)
-    assert "notes.txt, which is no part of vectors" in refused(
+    assert "notes.txt, which bge_ds.encode did not write" in refused(
         capsys, tiny_bert_path, source, tmp_path / "foreign", "--overwrite"
     )
     assert "--model_name_or_path" in refused(capsys, tmp_path / "no model", source, tmp_path / "out")

@@ -87,7 +87,7 @@ def test_pretrain_from_scratch_then_finetune(setting):
     arguments = {
         "output_dir": str(out), "model_name_or_path": "", "config_name": str(setting / "model"),
         "tokenizer_name": str(setting / "model"), "train_data": str(setting / "texts.jsonl"), "use_cpu": True,
-        "cache_dir": str(setting / "cache"), "max_seq_length": 40, "num_train_epochs": 2, "learning_rate": 1e-3,
+        "cache_dir": str(setting / "cache"), "max_seq_length": 40, "num_train_epochs": 2,
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "logging_steps": 1, "save_total_limit": 1,
         "dataloader_num_workers": 2,
     }  # fmt: skip
@@ -97,6 +97,7 @@ def test_pretrain_from_scratch_then_finetune(setting):
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]  # 40 texts twice, 16 a step
     assert all(abs(r["loss"] - r["encoder_loss"] - r["decoder_loss"]) < 1e-6 for r in records)
     assert records[-1]["loss"] < records[0]["loss"]
+    assert 1e-3 < max(r["learning_rate"] for r in records) <= 2e-3  # the recipe for 32 random features, not 5e-5
     assert [p.name for p in sorted(out.glob("checkpoint-*"))] == ["checkpoint-5"]
     assert {"encoder_model", "decoder.safetensors", "decoder.json", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
     tokenizer = AutoTokenizer.from_pretrained(out / "encoder_model")

@@ -223,7 +223,7 @@ def test_negations_of_refused_switches_are_refused_too(capsys):
         (["--hub_private_repo"], ["--hub_private_repo True has no effect without --push_to_hub"]),
         (["--push_to_hub", "--hub_strategy", "every_save"], ["--hub_strategy every_save is refused", "uploaded once"]),
         (["--hub_strategy", "checkpoint"], ["--hub_strategy checkpoint is refused", "checkpoints stay here"]),
-        (["--license", "My Own"], ["--license My Own is no name of a licence", "apache-2.0"]),
+        (["--license", "My Own"], ["--license My Own is not a licence identifier", "apache-2.0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )  # fmt: skip
