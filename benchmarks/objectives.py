@@ -133,7 +133,7 @@ def append(path: Path, row: dict[str, object]) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Every point that has no row yet: before fine-tuning (finetune_steps 0) and after it."""
+    """Every point that has no row yet, after fine-tuning; with --raw, before it too (finetune_steps 0)."""
     start, sets = make_start(args), make_sets(args)
     model = f"BERT {args.layers} x {args.width}, {args.vocabulary} words, {args.length} tokens"
     points = [(tokens, objective) for tokens in args.tokens for objective in args.objectives if objective != "none"]
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace) -> None:
                 encoder = pretrained(objective, tokens, seed, start, args)
                 name = f"{start.name}_{objective}_{tokens}_{key['step_tokens']}_{seed}"
                 tuned = finetuned(name, pooling, seed, encoder, args)
-                for steps, folder in ((0, encoder), (args.finetune_steps, tuned)):
+                for steps, folder in [(0, encoder)] * args.raw + [(args.finetune_steps, tuned)]:
                     found = scores(folder, args.work / f"{name}_{pooling}_{steps}.json", pooling, sets, args)
                     for where, value in found.items():
                         at = {"date": datetime.date.today().isoformat(), **key, "finetune_steps": steps, "set": where}
@@ -213,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=128, help="features of the encoder")
     add("--layers", type=int, default=2)
     add("--length", type=int, default=64, help="tokens of a text, in both trainings")
+    add("--raw", action="store_true", help="score the encoders before fine-tuning, too")
     add("--step_tokens", type=int, default=512, help="tokens a step of pre-training")
     add("--learning_rate", type=float, default=2e-3)
     add("--finetune_steps", type=int, default=200)

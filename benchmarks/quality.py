@@ -46,25 +46,20 @@ def train(side: str, args: argparse.Namespace, data: Path, seed: int, output: Pa
         run([python, "-m", "FlagEmbedding.finetune.embedder.encoder_only.base", *words], output.with_suffix(".log"))
 
 
-def score(model: Path, args: argparse.Namespace, output: Path) -> float:
-    words = ["--sentence_pooling_method", "mean", "--normalize_embeddings", "True", "--output", output, "--use_cpu"]
-    words += [
-        "--query_max_len",
-        args.query_max_len,
-        "--passage_max_len",
-        args.passage_max_len,
-        *(["--bf16"] if args.bf16 else []),
-    ]
-    command = [sys.executable, "-m", "bge_ds.evaluate", "--model_name_or_path", model, "--data", args.eval_data, *words]
+def score(model: Path, args: argparse.Namespace, output: Path) -> dict[str, float]:
+    """nDCG@10 of each folder of --eval_data."""
+    words: list[object] = ["--sentence_pooling_method", "mean", "--normalize_embeddings", "True", "--output", output, "--use_cpu"]
+    words += ["--query_max_len", args.query_max_len, "--passage_max_len", args.passage_max_len]
+    words += ["--bf16"] if args.bf16 else []
+    command = [sys.executable, "-m", "bge_ds.evaluate", "--model_name_or_path", model, *words, "--data", *args.eval_data]
     run(command, output.with_suffix(".log"))
-    (values,) = json.loads(output.read_text())["results"].values()
-    return values["nDCG@10"]
+    return {name: values["nDCG@10"] for name, values in json.loads(output.read_text())["results"].items()}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--data", type=Path, required=True, help="JSON lines of groups, may be .gz")
-    p.add_argument("--eval_data", type=Path, required=True, help="folder in BEIR's form")
+    p.add_argument("--eval_data", type=Path, nargs="+", required=True, help="folders in BEIR's form")
     p.add_argument("--model", type=Path, required=True, help="folder of the encoder, mean pooling")
     p.add_argument("--envs", type=Path, default=HERE.parent / ".bench", help="folder that make_environments.sh filled")
     p.add_argument("--work", type=Path, default=HERE.parent / ".bench" / "quality")
@@ -82,7 +77,7 @@ def main() -> None:
     p.add_argument("--groups", type=int, default=20000, help="lines of --data that are used")
     p.add_argument("--learning_rate", type=float, default=2e-5)
     args = p.parse_args()
-    args.data, args.eval_data, args.model = args.data.resolve(), args.eval_data.resolve(), args.model.resolve()
+    args.data, args.model, args.eval_data = args.data.resolve(), args.model.resolve(), [p.resolve() for p in args.eval_data]
     args.envs, args.work = args.envs.resolve(), args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
 
@@ -90,30 +85,32 @@ def main() -> None:
     opener = gzip.open if args.data.suffix == ".gz" else open
     with opener(args.data, "rt", encoding="utf-8") as source:
         data.write_text("".join(islice(source, args.groups)), encoding="utf-8")
-    found: dict[str, list[float]] = {"before": [score(args.model, args, args.work / "before.json")]}
-    print(f"before training: {found['before'][0]:.4f}", flush=True)
+    found = {"before": [score(args.model, args, args.work / "before.json")]}
+    print(f"before training: {found['before'][0]}", flush=True)
     for seed in range(1, args.seeds + 1):
         for side in ("bge_ds", "FlagEmbedding"):
             output = args.work / f"{side}_{seed}"
             train(side, args, data, seed, output)
             found.setdefault(side, []).append(score(output, args, output.with_suffix(".json")))
-            print(f"{side}, seed {seed}: {found[side][-1]:.4f}", flush=True)
+            print(f"{side}, seed {seed}: {found[side][-1]}", flush=True)
+    write(args, found)
+
+
+def write(args: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
+    """A row for each trainer and set. found: of each trainer, the scores of its seeds."""
+    lengths, precision = f"{args.query_max_len}/{args.passage_max_len}", "bf16" if args.bf16 else "fp32"
     new = not args.output.exists()
     with open(args.output, "a", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
+        writer = csv.writer(out, lineterminator="\n")
         if new:
             writer.writerow(["side", "data", "steps", "batch", "group", "lengths", "precision", "nDCG@10", "mean", "deviation"])
-        for side, values in found.items():
-            shape = (
-                args.steps,
-                args.batch,
-                args.group,
-                f"{args.query_max_len}/{args.passage_max_len}",
-                "bf16" if args.bf16 else "fp32",
-            )
-            spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            each = " ".join(f"{v:.4f}" for v in values)
-            writer.writerow([side, args.eval_data.name, *shape, each, f"{statistics.mean(values):.4f}", spread])
+        for name in found["before"][0]:
+            for side, seeds in found.items():
+                values = [scores[name] for scores in seeds]
+                spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+                each = " ".join(f"{v:.4f}" for v in values)
+                settings = (args.steps, args.batch, args.group, lengths, precision)
+                writer.writerow([side, name, *settings, each, f"{statistics.mean(values):.4f}", spread])
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def main() -> None:
             parser().error(f"{entry!r} is not NAME=FOLDER")
         models.append((name, folder))
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         lengths = {"query_max_len": args.query_max_len, "passage_max_len": args.passage_max_len}
         tables = scores(models, args.data, args.bm25, lengths)

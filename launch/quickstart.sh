@@ -25,7 +25,7 @@ name=${name:-$(basename "$MODEL")}
 if [ "$accelerated" = True ]; then
     pretrain_steps=4000 pretrain_batch=256 small_steps=400 small_batch=256 model_steps=200 model_batch=256
 else
-    pretrain_steps=600 pretrain_batch=16 small_steps=100 small_batch=64 model_steps=30 model_batch=32
+    pretrain_steps=600 pretrain_batch=16 small_steps=100 small_batch=64 model_steps=20 model_batch=32
 fi
 pretrain_steps=${PRETRAIN_STEPS:-$pretrain_steps} small_steps=${FINETUNE_STEPS:-$small_steps} model_steps=${MODEL_STEPS:-$model_steps}
 mkdir -p "$out/logs"

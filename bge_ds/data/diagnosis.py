@@ -40,7 +40,7 @@ def of_shards(data: PretrainShards | FinetuneShards) -> list[str]:
     """The findings of opened shards. Reads at most SAMPLED rows, evenly spread."""
     if not len(data):
         return []
-    rows = np.unique(np.linspace(0, len(data) - 1, min(SAMPLED, len(data)), dtype=np.int64))
+    rows = sample(data)
     common = _cut(data.manifest) + _unknown(data.manifest) + _drowned(data.manifest)
     if isinstance(data, PretrainShards):
         texts = _Texts(data.texts(rows)[0], data.manifest)
@@ -48,10 +48,15 @@ def of_shards(data: PretrainShards | FinetuneShards) -> list[str]:
     return common + _of_groups(data, rows)
 
 
+def sample(data: PretrainShards | FinetuneShards, most: int = SAMPLED) -> np.ndarray:
+    """Numbers of at most `most` rows, evenly spread."""
+    return np.unique(np.linspace(0, len(data) - 1, min(most, len(data)), dtype=np.int64))
+
+
 def leaked(data: FinetuneShards, name: str, evaluated: RaggedArrays) -> list[str]:
     """The finding where training queries are (nearly) the queries of an evaluation set, given as token ids; [] where not."""
     asked = _Texts(evaluated, data.manifest)
-    rows = np.unique(np.linspace(0, len(data) - 1, min(SAMPLED_QUERIES, len(data)), dtype=np.int64))
+    rows = sample(data, SAMPLED_QUERIES)
     trained = _Texts(data.queries(rows), data.manifest)
     # Only training queries most of whose shingles the set has are compared with each of its queries.
     hits = np.bincount(trained.owner, np.isin(trained.shingles, asked.shingles), minlength=len(rows))

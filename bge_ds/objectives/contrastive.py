@@ -106,7 +106,7 @@ class ContrastiveObjective(Objective):
         passages = self.args.per_device_train_batch_size * self.args.train_group_size * ranks
         return (passages if self.args.use_inbatch_neg else self.args.train_group_size) - 1
 
-    def warnings(self, eval_sets: Mapping[str, RetrievalSet]) -> list[str]:
+    def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
         found = diagnosis.of_finetuning(self.args, self.data, self.tokenizer, self.negatives(), eval_sets)
         if len(prompts := prompts_of(self.args, self.data)) > 2:
             found.append(f"sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")

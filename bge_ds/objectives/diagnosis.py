@@ -1,4 +1,4 @@
-"""What in a fine-tuning run's data and settings will hurt, said before its first step."""
+"""What in a run's data and settings will hurt, said before its first step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import diagnosis
 from bge_ds.data.beir import RetrievalSet
 from bge_ds.data.diagnosis import PAGE
 from bge_ds.data.ragged import RaggedArrays
-from bge_ds.data.shards.shard_reader import FinetuneShards
+from bge_ds.data.shards.shard_reader import FinetuneShards, PretrainShards
 from bge_ds.evaluation import retrieval
 from bge_ds.evaluation.embedder import EmbeddingSettings
 
 FEWEST_NEGATIVES = 3
+TOKENS_A_PARAMETER = 2  # of pre-training from scratch, below which it cost more than it gained
 SEPARABLE = 0.3  # share of the loss of guessing that must be reachable with orthogonal negatives
 
 
@@ -33,6 +34,22 @@ def of_finetuning(
         texts = [(args.query_instruction_for_retrieval or "") + text for text in of.queries.values()]
         ids = retrieval.tokenize(tokenizer, texts, args.query_max_len)
         found += diagnosis.leaked(data, name, RaggedArrays.of_lists(ids, np.int32))
+    return found
+
+
+def of_pretraining(args: PretrainArguments, data: PretrainShards, parameters: int, epochs: float) -> list[str]:
+    """Findings about shards and length of the run. parameters: of the encoder. epochs: of the whole run."""
+    found = diagnosis.of_shards(data)
+    if args.model_name_or_path:
+        return found
+    rows = diagnosis.sample(data)
+    tokens = epochs * len(data) * float(np.minimum(data.lengths(rows), args.max_seq_length).mean())
+    if tokens < TOKENS_A_PARAMETER * parameters:
+        found.append(
+            f"this run sees {tokens:,.0f} tokens for the {parameters:,} parameters of a random encoder: below {TOKENS_A_PARAMETER} a "
+            f"parameter, fine-tuning without pre-training was better; raise --max_steps or --num_train_epochs, add texts, or "
+            f"take a smaller model ({PAGE}#few-tokens)"
+        )
     return found
 
 

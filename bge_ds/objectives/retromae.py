@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import PretrainArguments
 from bge_ds.config.run_config import fill_from_scratch, fill_from_shards
-from bge_ds.data import collate, diagnosis
+from bge_ds.data import collate
 from bge_ds.data.beir import RetrievalSet
 from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
@@ -24,6 +24,7 @@ from bge_ds.modeling import export
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, check_vocabulary, load_backbone, load_config
 from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
 from bge_ds.modeling.vocabulary import check_can_pretrain
+from bge_ds.objectives import diagnosis
 from bge_ds.objectives.shards import open_shards
 from bge_ds.training.objective import Objective, Scores, Values
 
@@ -74,8 +75,9 @@ class RetroMAEObjective(Objective):
             ("data", f"{len(self.data)} texts to {args.max_seq_length} tokens"),
         ]
 
-    def warnings(self, eval_sets: Mapping[str, RetrievalSet]) -> list[str]:
-        return diagnosis.of_shards(self.data)
+    def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
+        encoder = self.model.model.base_model
+        return diagnosis.of_pretraining(self.args, self.data, engines.count_elements(encoder), epochs)
 
     def collate(self, seed: int) -> tuple[Callable, dict]:
         args = self.args

@@ -56,7 +56,7 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     facts = objective.facts(describe_execution(objective.model_config, device, engines.precision(engine)))
     facts.append(("sets", data_order.table(args, objective.data, order, plan.total)))
     log.say(f"{objective.title}\n{summary(args, plan, order, engine, config, facts)}")
-    for warning in objective.warnings(eval_sets) if collectives.rank() == 0 else []:
+    for warning in objective.warnings(eval_sets, plan.epoch(plan.total)) if collectives.rank() == 0 else []:
         log.say(f"warning: {warning}")
     if taken:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))

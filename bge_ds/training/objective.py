@@ -54,8 +54,8 @@ class Objective:
         """Rows of the summary. runs: how the backbone runs on this device, in words."""
         return [("model", runs), ("data", f"{len(self.data)} rows")]
 
-    def warnings(self, eval_sets: Mapping[str, RetrievalSet]) -> list[str]:
-        """Lines after the summary, about what will hurt. eval_sets: --eval_data. On rank 0."""
+    def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
+        """Lines after the summary, about what will hurt. eval_sets: --eval_data. epochs: of the whole run. On rank 0."""
         return []
 
     def collate(self, seed: int) -> tuple[Callable, dict[str, Any]]:

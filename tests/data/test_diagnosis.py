@@ -9,11 +9,11 @@ import helpers
 import pytest
 
 from bge_ds import preprocess
-from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import beir, diagnosis
 from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
-from bge_ds.objectives.diagnosis import of_finetuning
+from bge_ds.objectives.diagnosis import of_finetuning, of_pretraining
 
 GROUPS = 300
 draw = random.Random(0)
@@ -119,6 +119,26 @@ def test_leakage_drowned_sets_and_a_model_used_otherwise_are_named(tmp_path, tok
     assert len(found) == 1 and "b.jsonl has less than 1% of the rows" in found[0], found
     found = findings(tmp_path / "c", tokenizer_path, {"a.jsonl": rows}, model=model_with_prompts(tmp_path / "model"))
     assert [line.rsplit("#", 1)[1] for line in found] == ["pooling)", "instructions)"], found
+
+
+def test_pre_training_that_is_too_short_is_named(tmp_path, tokenizer_path):
+    """Tokens are counted as the run cuts them, over all epochs; a trained model may go on with any number of them."""
+    write(tmp_path / "a.jsonl", [{"text": text(30)} for _ in range(GROUPS)])
+    words = ["pretrain", "--input", tmp_path / "a.jsonl", "--output", tmp_path / "s", "--tokenizer", tokenizer_path]
+    assert preprocess.main([str(word) for word in words]) == 0
+    data = shard_reader.open_folder(tmp_path / "s")
+    common = {"train_data": [str(tmp_path / "s")], "output_dir": str(tmp_path / "out"), "max_seq_length": 32}
+
+    def found(parameters: int, epochs: float, model: str = "") -> list[str]:
+        start = {"config_name": str(tokenizer_path), "tokenizer_name": str(tokenizer_path)} if not model else {}
+        args = PretrainArguments.build(**common, **start, model_name_or_path=model)
+        return of_pretraining(args, data, parameters, epochs)
+
+    tokens = 32 * GROUPS  # every text is longer than 32 bytes
+    assert found(tokens, epochs=2) == []
+    (line,) = found(tokens, epochs=1.9)
+    assert line.startswith(f"this run sees {1.9 * tokens:,.0f} tokens for the {tokens:,} parameters") and "#few-tokens" in line
+    assert found(tokens, epochs=0.1, model=str(tokenizer_path)) == []
 
 
 def test_clean_groups_are_left_in_peace(tmp_path, tokenizer_path):
