@@ -48,8 +48,8 @@ def train(side: str, args: argparse.Namespace, data: Path, seed: int, output: Pa
 
 def score(model: Path, args: argparse.Namespace, output: Path) -> dict[str, float]:
     """nDCG@10 of each folder of --eval_data."""
-    words: list[object] = ["--sentence_pooling_method", "mean", "--normalize_embeddings", "True", "--output", output, "--use_cpu"]
-    words += ["--query_max_len", args.query_max_len, "--passage_max_len", args.passage_max_len]
+    words: list[object] = ["--sentence_pooling_method", "mean", "--normalize_embeddings", "True"]
+    words += ["--output", output, "--use_cpu", "--query_max_len", args.query_max_len, "--passage_max_len", args.passage_max_len]
     words += ["--bf16"] if args.bf16 else []
     command = [sys.executable, "-m", "bge_ds.evaluate", "--model_name_or_path", model, *words, "--data", *args.eval_data]
     run(command, output.with_suffix(".log"))

@@ -46,9 +46,9 @@ def of_pretraining(args: PretrainArguments, data: PretrainShards, parameters: in
     tokens = epochs * len(data) * float(np.minimum(data.lengths(rows), args.max_seq_length).mean())
     if tokens < TOKENS_A_PARAMETER * parameters:
         found.append(
-            f"this run sees {tokens:,.0f} tokens for the {parameters:,} parameters of a random encoder: below {TOKENS_A_PARAMETER} a "
-            f"parameter, fine-tuning without pre-training was better; raise --max_steps or --num_train_epochs, add texts, or "
-            f"take a smaller model ({PAGE}#few-tokens)"
+            f"this run sees {tokens:,.0f} tokens for the {parameters:,} parameters of a random encoder: with fewer than "
+            f"{TOKENS_A_PARAMETER} for each, fine-tuning without pre-training was better; raise --max_steps or --num_train_epochs, "
+            f"add texts, or take a smaller model ({PAGE}#few-tokens)"
         )
     return found
 
