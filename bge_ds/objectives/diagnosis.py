@@ -47,8 +47,8 @@ def of_pretraining(args: PretrainArguments, data: PretrainShards, parameters: in
     if tokens < TOKENS_A_PARAMETER * parameters:
         found.append(
             f"this run sees {tokens:,.0f} tokens for the {parameters:,} parameters of a random encoder: with fewer than "
-            f"{TOKENS_A_PARAMETER} for each, fine-tuning without pre-training was better; raise --max_steps or --num_train_epochs, "
-            f"add texts, or take a smaller model ({PAGE}#few-tokens)"
+            f"{TOKENS_A_PARAMETER} for each, fine-tuning without pre-training was better; raise --max_steps or "
+            f"--num_train_epochs, add texts, or take a smaller model ({PAGE}#few-tokens)"
         )
     return found
 
