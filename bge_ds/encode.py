@@ -1,6 +1,6 @@
 """Texts to vectors on disk: `python -m bge_ds.encode --model_name_or_path M --input corpus.jsonl --output vectors`.
 
-Under `deepspeed` or `torchrun` the ranks share the work. Killed and started again, it goes on. The vectors are opened by
+Under `deepspeed` or `torchrun` the ranks share the work. Killed and started again, it continues. The vectors are opened by
 `bge_ds.encoding.vectors.open_vectors`, or as the `.npy` files that they are.
 """
 

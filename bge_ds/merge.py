@@ -129,7 +129,7 @@ def find_weights(args: argparse.Namespace, models: list[ModelFiles]) -> tuple[li
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare, weigh, average, check, and put the result in its place. Raises ValueError for what the user can mend."""
+    """Compare, weigh, average, check, and put the result in its place. Raises ValueError for what the user can fix."""
     check(args)
     from bge_ds.merging import example_losses, model_files
 

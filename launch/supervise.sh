@@ -8,7 +8,7 @@
 # RESTART_DELAY (10) seconds pass before each. Not started again: a run that is done (0), a user's mistake (2), a run stopped by
 # a signal (75) or diverged (77), and a command that is not there (126, 127). The exit status is the command's last, and 75 after
 # a signal that came before there was anything to save, or that the run did not answer to as it should.
-# --overwrite_output_dir counts only where the folder has no checkpoint to go on from.
+# --overwrite_output_dir counts only where the folder has no checkpoint to resume from.
 # SIGTERM and SIGUSR1 go to the ranks on this machine, which save and end with 75, and so does the end of the terminal (nohup
 # and tmux keep a run beyond it); Ctrl-C goes to all processes of the run.
 # Ranks that pdsh started are not among them, not even this machine's: signal one of those (any one) itself.

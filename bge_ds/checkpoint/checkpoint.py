@@ -1,4 +1,4 @@
-"""Saving what a run needs to go on, resuming it, and swapping finished folders into place.
+"""Saving what a run needs to resume, restoring it, and swapping finished folders into place.
 
 A checkpoint is `checkpoint-N/`: `resume/` (what the ranks have learned, `optimizer_files.py`), `state.json` (step, what a run
 must share to resume, the size and hash of every file) and the model as it was then, ready to load. It is written as
@@ -132,7 +132,7 @@ def _state_or_damage(path: Path) -> State | str:
 
 
 def check_agreement(point: ResumePoint, expected: dict) -> None:
-    """Refuse to go on with other settings. expected: what this run would write; differences are named.
+    """Refuse to resume with other settings. expected: what this run would write; differences are named.
 
     What a checkpoint does not hold was off there, as it must be here.
     """
@@ -219,7 +219,7 @@ def save(
     size = collectives.broadcast_object(_write(finish, explain, first_only=True))
     _write(drop_others, lambda failure: (
         f"{final} is written and whole, but best.json could not be brought up to date or older checkpoints not be removed "
-        f"({failure}); see to it that {output_dir} can be written to, then go on with --resume_from_checkpoint auto"
+        f"({failure}); make {output_dir} writable, then resume with --resume_from_checkpoint auto"
     ), first_only=True)  # fmt: skip
     return Saved(final, time.perf_counter() - began, size)
 
@@ -273,8 +273,7 @@ def _clear_and_explain(output_dir: Path, unfinished: Path, what: str, needed: in
     need = f"it needs about {needed / 2**20:,.1f} MiB, and " if needed else ""
     return (
         f"{what} could not be written to {output_dir} ({failure}): {need}{free / 2**20:,.1f} MiB are free; {good}. Make room "
-        "(--save_total_limit keeps fewer) or see to it that the folder can be written to, then go on with "
-        "--resume_from_checkpoint auto"
+        "(--save_total_limit keeps fewer) or make the folder writable, then resume with --resume_from_checkpoint auto"
     )
 
 

@@ -119,7 +119,7 @@ def lock(output_dir: Path, patience_s: float = 10.0) -> None:
             break
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                logger.warning("%s: its file system has no locks; see to it that no second run writes there", output_dir)
+                logger.warning("%s: its file system has no locks; make sure that no second run writes there", output_dir)
                 break
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise

@@ -73,8 +73,8 @@ def read(folder: Path) -> State:
     version = content.get("format", 1)
     if version != FORMAT and (intact or not content.keys() & {"checksum", "format"}):  # format 1 had neither
         raise ValueError(
-            f"{folder} was written by another version of bge_ds (format {version}, this one reads {FORMAT}); go on with that "
-            "version, or start a new run from its model"
+            f"{folder} was written by another version of bge_ds (format {version}, this one reads {FORMAT}); use "
+            "that version, or start a new run from its model"
         )
     try:
         state = msgspec.convert(content, State)

@@ -1,6 +1,6 @@
 """What a folder of vectors says of itself: typed, checked when read.
 
-    job.json            while the work goes on: what is encoded, and how
+    job.json            while the work is in progress: what is encoded, and how
     blocks/000000.json  a finished block
     manifest.json       at the end, in place of both: a folder with a manifest is whole
 
@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         unfinished = (Path(folder) / JOB).is_file()
         raise ValueError(
-            f"{folder} is unfinished: give the same command again, which goes on" if unfinished else
+            f"{folder} is unfinished: run the same command again to continue" if unfinished else
             f"{folder} is not a folder of vectors: it has no {MANIFEST}; make one with python -m bge_ds.encode"
         )  # fmt: skip
     manifest = read(path, Manifest)

@@ -223,7 +223,7 @@ def _write(path: Path, content: memoryview) -> FileEntry:
     try:
         write_whole(path, content, writer=_WRITER)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}: mend that, and the same command goes on with what is finished") from error
+        raise ValueError(f"{path}: {error.strerror}: fix that; the same command continues from what is finished") from error
     return FileEntry(file=path.name, bytes=content.nbytes, hash=xxhash.xxh3_128_hexdigest(content))
 
 

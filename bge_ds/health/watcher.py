@@ -38,7 +38,7 @@ STARTUP_GRACE_S = 2.0  # a launcher sends SIGTERM when another rank has died: th
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _DIED = "ended without a word: killed, out of memory, or stopped by its host"
 _SILENT = f"has been silent for {SILENCE_S:g} s: its host or the network to it is gone, or it hangs"
-_GO_ON = "start again with --resume_from_checkpoint auto to go on from the last checkpoint"
+_GO_ON = "start again with --resume_from_checkpoint auto to resume from the last checkpoint"
 
 
 class Watcher:

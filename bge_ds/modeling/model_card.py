@@ -1,7 +1,7 @@
 """The model card, `README.md` of a saved model: what it was made of, how good it is, how to use it.
 
 Written for people, and for the hub, which reads the block at its top. It holds no time, path, rank or host: the same run gives
-the same bytes wherever it goes on.
+the same bytes wherever it resumes.
 """
 
 from __future__ import annotations

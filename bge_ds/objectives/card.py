@@ -23,7 +23,7 @@ def of_finetuning(
 ) -> str:  # fmt: skip
     """The card's text. prompts: by the names that they are saved by. scores: measures of this very model by set, or none.
 
-    It says only what a run that goes on from a checkpoint, on any number of ranks, says as well.
+    It says only what a run that resumes from a checkpoint, on any number of ranks, says as well.
     """
     base = model_card.shown_name(args.model_name_or_path)
     pooling, normalize = args.sentence_pooling_method, args.normalize_embeddings

@@ -57,9 +57,9 @@ def run_command(train: Callable[[TrainArguments], None], args: TrainArguments) -
 def stop_preempted(args: TrainArguments, step: int) -> None:
     """End a run that a signal stops after `step`, where it has saved what it can."""
     if args.save_only_model:
-        then = "nothing to go on from was saved (--save_only_model)"
+        then = "nothing to resume from was saved (--save_only_model)"
     else:
-        then = f"saved {args.output_dir}/checkpoint-{step}; start again with --resume_from_checkpoint auto to go on"
+        then = f"saved {args.output_dir}/checkpoint-{step}; start again with --resume_from_checkpoint auto to resume"
     raise Preempted(f"stopped by {failure_detector.stopper()} after step {step}; {then}")
 
 

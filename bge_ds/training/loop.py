@@ -33,7 +33,7 @@ from bge_ds.training.summary import summary
 
 
 def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArguments) -> None:
-    """Train, log, evaluate, save. Raises ValueError for whatever the user can mend, before the first step where possible."""
+    """Train, log, evaluate, save. Raises ValueError for whatever the user can fix, before the first step where possible."""
     started = time.perf_counter()
     setup.set_up(args)
     objective = make_objective(args)

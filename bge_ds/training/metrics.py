@@ -63,7 +63,7 @@ class Meter:
         self.on_device.clear()
 
     def keep(self) -> dict:
-        """What has been added since the last reading, as plain numbers: for a run that goes on from here."""
+        """What has been added since the last reading, as plain numbers: for a run that resumes from here."""
         self._settle()
         return {"steps": self.steps, "seconds": time.perf_counter() - self.began, "sums": dict(self.on_host)}
 
@@ -177,8 +177,8 @@ class RunLog:
         except OSError as error:
             last = checkpoint.newest(self.path.parent)
             raise ValueError(
-                f"{self.path} could not be written ({error}); the last checkpoint is {last or 'none'}. Make room or see to it "
-                "that the file can be written to, then go on with --resume_from_checkpoint auto"
+                f"{self.path} could not be written ({error}); the last checkpoint is {last or 'none'}. Make room or make "
+                "the file writable, then resume with --resume_from_checkpoint auto"
             ) from error
 
     def advance(self) -> None:

@@ -47,7 +47,7 @@ class SkippedSteps:
             self._stop(step, losses, micro_batches)
 
     def keep(self) -> list[int]:
-        """The counts, for a run that goes on from here."""
+        """The counts, for a run that resumes from here."""
         return [self.in_a_row, self.since_read]
 
     def go_on(self, kept: Sequence[int]) -> None:

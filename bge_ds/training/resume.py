@@ -59,7 +59,7 @@ def fit_batch(args: TrainArguments, point: checkpoint.ResumePoint) -> TrainArgum
     if total is None:
         return args  # of another command or kind of batch, which the agreement will say
     if ranks != before and (reason := args.rank_dependence()):
-        raise ValueError(f"{point.path} was written by {before} ranks and cannot go on exactly on {ranks}: {reason}")
+        raise ValueError(f"{point.path} was written by {before} ranks and cannot resume exactly on {ranks}: {reason}")
     if given * ranks == total:
         return args
     if given != point.state.asked.get(flag):
@@ -78,7 +78,7 @@ def fit_batch(args: TrainArguments, point: checkpoint.ResumePoint) -> TrainArgum
 
 
 def agreement(objective: Objective, plan: StepPlan) -> dict:
-    """What a resumed run must share with the stopped one to go on exactly as if it had not stopped.
+    """What a resumed run must share with the stopped one to continue exactly as if it had not stopped.
 
     The number of ranks and the ZeRO stage are not among it: the batches are the same for any.
     """

@@ -56,7 +56,7 @@ def set_up(args: TrainArguments) -> None:
         shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
         raise ValueError(
             f"--output_dir {output} is not empty (it holds {shown}); give another folder, --overwrite_output_dir to train "
-            "into it all the same, or --resume_from_checkpoint auto to go on"
+            "into it all the same, or --resume_from_checkpoint auto to resume"
         )
     hub.check(args)
 

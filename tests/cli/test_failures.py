@@ -133,11 +133,11 @@ def test_what_a_signal_stopped_goes_on_exactly(tmp_path, setting, undisturbed, c
 
 
 def test_checkpoints_of_the_model_alone_cannot_be_gone_on_from(tmp_path, setting):
-    """With --save_only_model a signal ends the run as well, and it says that nothing was saved to go on from."""
+    """With --save_only_model a signal ends the run as well, and it says that nothing was saved to resume from."""
     more = {"save_strategy": "steps", "save_steps": 500, "save_only_model": True}
     with start(setting, tmp_path, moment="step", victim=1, act="SIGTERM", **more) as run:
         assert run.statuses(150) == [exit_codes.PREEMPTED] * 2, run.everything()
-        assert "nothing to go on from was saved (--save_only_model)" in run.log(0)
+        assert "nothing to resume from was saved (--save_only_model)" in run.log(0)
     assert not list(tmp_path.glob("out/checkpoint-*"))
 
 

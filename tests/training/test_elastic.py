@@ -155,7 +155,7 @@ def test_what_cannot_go_on_exactly_is_refused(monkeypatch):
         fit(monkeypatch, 5, per_device_train_batch_size=6)
     with pytest.raises(ValueError, match=r"8 on 3 ranks makes a global batch of 24, .* written with 12 \(6 on 2 ranks\)"):
         fit(monkeypatch, 3, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match="cannot go on exactly on 3: without --negatives_cross_device"):
+    with pytest.raises(ValueError, match="cannot resume exactly on 3: without --negatives_cross_device"):
         fit(monkeypatch, 3, per_device_train_batch_size=6, negatives_cross_device=False)
     fit(monkeypatch, 3, per_device_train_batch_size=6, negatives_cross_device=False, use_inbatch_neg=False)
     own = {"average_tokens_across_devices": False}

@@ -85,7 +85,7 @@ def assemble(folder: Path, parts: list[Path], part: Part) -> Manifest:
         try:
             counts = total.counts(kind, sources[-1].rows[1])
         except ValueError:
-            shutil.rmtree(folder / output_folder.JOURNAL, ignore_errors=True)  # no way to go on: the input must change
+            shutil.rmtree(folder / output_folder.JOURNAL, ignore_errors=True)  # cannot continue: the input must change
             raise
         if total.skipped:
             os.replace(listed, folder / SKIPPED)

@@ -1,6 +1,6 @@
 """The folder that shards are written to: it gets its name when all is in it, and nothing foreign is ever replaced.
 
-Until then it is a sibling named after the output and the job. A killed run leaves it, and the same job goes on in it;
+Until then it is a sibling named after the output and the job. A killed run leaves it, and the same job continues in it;
 another job has another name. A lock beside it keeps a second run off the output.
 """
 
@@ -69,7 +69,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _finished_segments(partial: Path) -> int:
-    """How many there are to go on with: none where they hold no row."""
+    """How many there are to continue from: none where they hold no row."""
     if not any(partial.glob("*.arrow")):
         return 0
     return sum(1 for path in partial.glob(f"{JOURNAL}/*.json") if re.fullmatch(r"[a-z]+-\d+-\d+", path.stem))

@@ -7,7 +7,7 @@ A folder that is being written holds, beside the Arrow files, a folder `segments
     STAGE-SOURCE.json           how many segments a source has, known at its end
 
 Stages are `corpus` and `rows`. A record says nothing of what came before its segment, so a part that reads some
-segments, or a run that goes on after a kill, writes the same bytes as one that reads all.
+segments, or a run that continues after a kill, writes the same bytes as one that reads all.
 """
 
 import contextlib

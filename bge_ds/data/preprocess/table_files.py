@@ -189,7 +189,7 @@ def hub_lines(shard: HubShard, columns: tuple[str, ...], block_bytes: int) -> It
                 yield bytes(block)
                 block.clear()
     except (OSError, TypeError, pa.ArrowException) as error:
-        raise ValueError(f"{shard}: the stream breaks off: {error}: run the same command again to go on") from error
+        raise ValueError(f"{shard}: the stream breaks off: {error}: run the same command again to continue") from error
     if block:
         yield bytes(block)
 
