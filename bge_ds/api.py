@@ -16,6 +16,7 @@ from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainA
 if TYPE_CHECKING:
     from bge_ds.encoding.vectors import Vectors
     from bge_ds.evaluation.embedder import Embedder
+    from bge_ds.mining.selection import Rules
 
 Rows = Iterable[Mapping[str, Any]]
 TrainData = str | Path | list[str] | Rows
@@ -63,6 +64,22 @@ def encode(texts: TrainData, *, model_name_or_path: str | Path, output: str | Pa
     inputs = _as_paths(texts, flags.get("cache_dir"), "texts")
     run.encode(run.Options(str(model_name_or_path), inputs, Path(output), **flags))
     return open_vectors(output)
+
+
+def mine(
+    groups: TrainData, *, model_name_or_path: str | Path, output: str | Path, rules: Rules | None = None, **flags: Any
+) -> Path:
+    """Hard negatives for groups; the file `output` with their lines and `neg` replaced.
+
+    groups: rows with `query` and `pos`, or what `--input` takes. rules: which passages become negatives, and how many. flags:
+    those of `bge_ds.mine`, with the prompts as `query_prompt` and `passage_prompt`. Raises ValueError for what cannot serve.
+    """
+    from bge_ds.mining import run
+    from bge_ds.mining.selection import Rules
+
+    inputs = _as_paths(groups, flags.get("cache_dir"), "groups")
+    run.mine(run.Options(str(model_name_or_path), inputs, Path(output), rules=rules or Rules(), **flags))
+    return Path(output)
 
 
 def evaluate(model: Embedder | str | Path, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:
