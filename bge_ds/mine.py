@@ -10,12 +10,16 @@ import argparse
 import dataclasses
 import re
 import sys
+import typing
 from pathlib import Path
 
 from bge_ds.config.embedding_flags import add_embedding_flags
 from bge_ds.config.parser import CommandParser, exit_status, positive_int, to_bool
 from bge_ds.evaluation import DEFAULT_LENGTHS
 from bge_ds.mining.selection import Rules
+
+if typing.TYPE_CHECKING:
+    from bge_ds.mining.work import Report
 
 # What FlagEmbedding's hn_mine calls a flag -> its name here.
 ALIASES = {
@@ -33,7 +37,7 @@ REFUSED = {
     "examples_instruction_format": ("{}{}", "models that take examples are not supported"),
     "trust_remote_code": ("False", "code of a model is never executed"),
 }
-RULES = Rules()
+RULES, RULE_NAMES = Rules(), [field.name for field in dataclasses.fields(Rules)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="files of `text`, which become negatives (default: all `pos` and `neg` of the input)")  # fmt: skip
     add("--range_for_sampling", type=_range, default="10-210", metavar="FIRST-LAST",
         help="ranks that negatives come from: the FIRST best passages are skipped, those up to LAST taken")  # fmt: skip
-    add("--negative_number", type=positive_int, default=RULES.number, help="negatives of each query")
+    add("--negative_number", type=positive_int, default=RULES.negative_number, help="negatives of each query")
     add("--sampling", choices=("random", "top"), default=RULES.sampling, help="which of the range: any, or the best")
     add("--absolute_margin", type=float, metavar="X", help="a negative scores at most the lowest positive's score - X")
     add("--relative_margin", type=float, metavar="X",
@@ -98,18 +102,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--use_gpu_for_searching and --use_cpu exclude each other: drop one of them")
 
 
-def rules_of(args: argparse.Namespace) -> Rules:
-    shared = {
-        name: getattr(args, name) for name in ("sampling", "absolute_margin", "relative_margin", "max_score", "min_score")
-    }
-    first, last = args.range_for_sampling
-    seed = RULES.seed if args.seed is None else args.seed
-    return Rules(first, last, args.negative_number, fill=not args.no_fill, seed=seed, **shared)
-
-
 def run(args: argparse.Namespace) -> None:
     check(args)
-    rules = rules_of(args)
+    args.seed = RULES.seed if args.seed is None else args.seed
+    rules = Rules(**{name: getattr(args, name) for name in RULE_NAMES})
     from bge_ds.mining.run import Options, mine  # torch is loaded here: --help needs none of it
 
     if args.use_gpu_for_searching:
@@ -122,20 +118,19 @@ def run(args: argparse.Namespace) -> None:
         print(table(args.output, report, rules))
 
 
-def table(output: Path, report, rules: Rules) -> str:
+def table(output: Path, report: Report, rules: Rules) -> str:
     """What a user is told at the end."""
-    counts = report.counts
-    rows = [f"wrote {output}: {counts['groups']:,} groups, up to {rules.number} negatives each of {counts['pool']:,} passages"]
+    counts, wanted, (first, last) = report.counts, rules.negative_number, rules.range_for_sampling
+    rows = [f"wrote {output}: {counts['groups']:,} groups, up to {wanted} negatives each of {counts['pool']:,} passages"]
     rows += [f"  dropped as {name}: {count:,}" for name, count in report.dropped.items() if count]
     if counts["short"]:
-        ranks = f"{rules.first}-{rules.last}"
-        rows.append(f"  {counts['short']:,} groups had too few in ranks {ranks}; {counts['filled']:,} texts are random")
+        rows.append(f"  {counts['short']:,} groups had too few in ranks {first}-{last}; {counts['filled']:,} texts are random")
     if counts["fewer"]:
-        rows.append(f"  {counts['fewer']:,} groups got fewer than {rules.number}")
+        rows.append(f"  {counts['fewer']:,} groups got fewer than {wanted}")
     if counts["neg_scores_dropped"]:
         rows.append(f"  {counts['neg_scores_dropped']:,} lines lost neg_scores, which were those of the old negatives")
     if report.recall is not None:
-        rows.append(f"  faiss found {report.recall:.1%} of the {rules.last} best passages, measured against exact search")
+        rows.append(f"  faiss found {report.recall:.1%} of the {last} best passages, measured against exact search")
     return "\n".join(rows)
 
 

@@ -91,7 +91,7 @@ def mine(options: Options) -> Report | None:
                 _say(", ".join(f"{count:,} {name}" for name, count in work.counts.items()))
             queries, passages = encode(options)
             exact = ExactSearch(
-                passages, work.counts["pool"], task.rules.last, encoding.own_device(options.use_cpu),
+                passages, work.counts["pool"], task.rules.range_for_sampling[1], encoding.own_device(options.use_cpu),
                 options.search_batch_size or search.TILE,
             )  # fmt: skip
             found = exact if options.index == "exact" else open_faiss(options, exact)
@@ -163,13 +163,13 @@ def mine_block(
     scores_QK, rows_QK = found(queries_QD)
     query_G = made.query[groups.start : groups.stop].tolist()
     lowest_G = lowest_positives(made, query_G, queries_QD, place_G, passages) if rules.has_margin else np.zeros(len(groups))
-    rows_GN = np.full((len(groups), rules.number), -1)
+    rows_GN = np.full((len(groups), rules.negative_number), -1)
     filled_G, dropped_R = np.zeros(len(groups), np.int64), np.zeros(len(selection.REASONS), np.int64)
     for g, (group, query, place) in enumerate(zip(groups, query_G, place_G.tolist(), strict=True)):
         never: dict[str, Any] = {"positives_E": made.positives_of(query), "own": int(made.own[query]), "lowest": lowest_G[g]}
         chosen, dropped = selection.choose(group, rows_QK[place], scores_QK[place], **never, rules=rules)
         dropped_R += dropped
-        if rules.fill and len(chosen) < rules.number:
+        if not rules.no_fill and len(chosen) < rules.negative_number:
             own_1D = queries_QD[place : place + 1]
             more = selection.fill(
                 group, chosen, **never, rules=rules, pool=pool,

@@ -24,24 +24,25 @@ Score = Callable[[np.ndarray], np.ndarray]  # rows of passages -> their scores
 
 @dataclass(frozen=True)
 class Rules:
-    """first, last: the ranks [first, last) of the search, counted from 0. number: negatives wanted. fill: with random texts."""
+    """The flags of `bge_ds.mine` that decide which passages become negatives. range_for_sampling: (first, last), the ranks
+    [first, last) of the search, counted from 0."""
 
-    first: int = 10
-    last: int = 210
-    number: int = 15
+    range_for_sampling: tuple[int, int] = (10, 210)
+    negative_number: int = 15
     sampling: Literal["random", "top"] = "random"
     absolute_margin: float | None = None
     relative_margin: float | None = None
     max_score: float | None = None
     min_score: float | None = None
-    fill: bool = True
+    no_fill: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that exclude each other or are no numbers."""
-        if not 0 <= self.first < self.last:
+        first, last = self.range_for_sampling
+        if not 0 <= first < last:
             raise ValueError(
-                f"--range_for_sampling {self.first}-{self.last}: give FIRST-LAST with FIRST below LAST, such as 10-210, "
+                f"--range_for_sampling {first}-{last}: give FIRST-LAST with FIRST below LAST, such as 10-210, "
                 "which skips the 10 best passages and takes the next 200"
             )
         for name in REASONS[2:]:
@@ -93,15 +94,16 @@ def choose(
 
     group: number of the group in the input. rows_K, scores_K (float64): the ranking, best first; row -1 is no passage.
     """
-    rows_K, scores_K = rows_K[rules.first : rules.last], scores_K[rules.first : rules.last]
+    ranks = slice(*rules.range_for_sampling)
+    rows_K, scores_K = rows_K[ranks], scores_K[ranks]
     found = rows_K >= 0
     rows_K, scores_K = rows_K[found], scores_K[found]
     reasons_K = reasons(rows_K, scores_K, positives_E, own, lowest, rules)
     allowed = rows_K[reasons_K < 0]
-    if rules.sampling == "top" or len(allowed) <= rules.number:
-        chosen = allowed[: rules.number]
+    if rules.sampling == "top" or len(allowed) <= rules.negative_number:
+        chosen = allowed[: rules.negative_number]
     else:
-        drawn = np.random.default_rng((rules.seed, group)).choice(len(allowed), rules.number, replace=False)
+        drawn = np.random.default_rng((rules.seed, group)).choice(len(allowed), rules.negative_number, replace=False)
         chosen = allowed[np.sort(drawn)]
     return chosen, np.bincount(reasons_K[reasons_K >= 0], minlength=len(REASONS))
 
@@ -114,7 +116,7 @@ def fill(
     None is a positive, the query or chosen already, and none scores too high for a negative; too low is none, as random texts
     are easy. score: is called where there are such limits.
     """
-    missing = rules.number - len(chosen)
+    missing = rules.negative_number - len(chosen)
     never = np.concatenate([chosen, positives_E, [own]])
     rng = np.random.default_rng((rules.seed, group, 1))
     drawn = rng.choice(pool, min(pool, len(never) + _FILL_DRAWS * missing), replace=False)

@@ -229,8 +229,8 @@ class Work:
             for block in range(len(self.blocks())):
                 mined = self._read(block)
                 found_G = (mined.rows >= 0).sum(axis=1)
-                counts["short"] += int((found_G - mined.filled < self.task.rules.number).sum())
-                counts["fewer"] += int((found_G < self.task.rules.number).sum())
+                counts["short"] += int((found_G - mined.filled < self.task.rules.negative_number).sum())
+                counts["fewer"] += int((found_G < self.task.rules.negative_number).sum())
                 counts["filled"] += int(mined.filled.sum())
                 dropped_R[...] += mined.dropped
                 for rows_N in mined.rows.tolist():

@@ -184,8 +184,8 @@ def test_files_in_and_out(tmp_path, tiny_bert_path, whole_numbers):
         output = tmp_path / f"packed.jsonl.{ending}"
         assert mine.main(flags(tiny_bert_path, source, output)) == 0
         assert unpacked(output.read_bytes()) == (tmp_path / "mined.jsonl").read_bytes()
-    rules = mine.Rules(1, 15, 4)
-    made = api.mine(listed, model_name_or_path=tiny_bert_path, output=tmp_path / "api.jsonl", rules=rules, use_cpu=True)
+    rules = {"range_for_sampling": (1, 15), "negative_number": 4}
+    made = api.mine(listed, model_name_or_path=tiny_bert_path, output=tmp_path / "api.jsonl", use_cpu=True, **rules)
     assert read_lines(made) == wanted
 
 
