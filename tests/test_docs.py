@@ -126,7 +126,7 @@ def test_the_reference_says_what_help_says(site):
 @pytest.mark.parametrize("path", [path for path in GUIDES if path.name not in PAGES_OF_OTHER_FLAGS], ids=lambda path: path.name)
 def test_the_guides_name_real_flags_only(path, capsys):
     """A flag that is renamed or removed in the code must be so in the guides, too."""
-    known = OF_OTHERS | set(ALIASES) | set(REFUSED)
+    known = OF_OTHERS | set(ALIASES) | set(REFUSED) | set(mine.ALIASES) | set(mine.REFUSED)
     known |= {flag for command in COMMANDS.values() for flag in flags_of_help(command, capsys)}
     named = re.findall(r"(?<![\w-])--([a-z][\w-]*)", path.read_text(encoding="utf-8"))
     assert {flag.replace("-", "_") for flag in named} - known == set()

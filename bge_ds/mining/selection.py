@@ -45,6 +45,8 @@ class Rules:
                 f"--range_for_sampling {first}-{last}: give FIRST-LAST with FIRST below LAST, such as 10-210, "
                 "which skips the 10 best passages and takes the next 200"
             )
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} is below 0: give a whole number from 0 on")
         for name in REASONS[2:]:
             if (value := getattr(self, name)) is not None and not math.isfinite(value):
                 raise ValueError(f"--{name} {value} is not a finite number")

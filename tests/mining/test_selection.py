@@ -81,6 +81,7 @@ def test_filling_takes_any_text_but_positives_the_query_and_what_scores_too_high
     [
         ({"range_for_sampling": (10, 10)}, "--range_for_sampling 10-10"),
         ({"max_score": float("nan")}, "--max_score nan"),
+        ({"seed": -1}, "--seed -1"),
         ({"max_score": 0.1, "min_score": 0.2}, "nothing is between"),
     ],
 )
