@@ -188,8 +188,10 @@ def _action_values(action: argparse.Action) -> str:
         return "switch"
     if action.choices:
         return ", ".join(f"<code>{escape(str(choice))}</code>" for choice in action.choices)
-    kind = type(action.type("1")) if action.type else str
-    value = escape(action.metavar) if isinstance(action.metavar, str) else "integer" if kind is int else "text"
+    if isinstance(action.metavar, str):
+        value = escape(action.metavar)
+    else:
+        value = "integer" if action.type and isinstance(action.type("1"), int) else "text"
     return f"{value} ..." if action.nargs == "+" else value
 
 
