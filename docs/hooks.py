@@ -191,7 +191,7 @@ def _action_values(action: argparse.Action) -> str:
     if isinstance(action.metavar, str):
         value = escape(action.metavar)
     else:
-        value = "integer" if action.type and isinstance(action.type("1"), int) else "text"
+        value = "integer" if action.type and type(action.type("1")) is int else "text"
     return f"{value} ..." if action.nargs == "+" else value
 
 
