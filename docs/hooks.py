@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from bge_ds import encode, evaluate, merge, preprocess
+from bge_ds import encode, evaluate, merge, mine, preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
 from bge_ds.config.parser import groups_of
@@ -108,6 +108,7 @@ def flags() -> str:
     parts += ["## bge_ds.preprocess", *_preprocess()]
     parts += ["## bge_ds.evaluate", _argparse_table(evaluate.parser()._actions, "evaluate")]
     parts += ["## bge_ds.encode", _argparse_table(encode.parser()._actions, "encode")]
+    parts += ["## bge_ds.mine", _argparse_table(mine.parser()._actions, "mine")]
     parts += ["## bge_ds.merge", _argparse_table(merge.parser()._actions, "merge")]
     parts += ["## bge_ds.doctor", f"```text\n{_doctor_help()}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -187,8 +188,10 @@ def _action_values(action: argparse.Action) -> str:
         return "switch"
     if action.choices:
         return ", ".join(f"<code>{escape(str(choice))}</code>" for choice in action.choices)
-    kind = type(action.type("1")) if action.type else str
-    value = escape(action.metavar) if isinstance(action.metavar, str) else "integer" if kind is int else "text"
+    if isinstance(action.metavar, str):
+        value = escape(action.metavar)
+    else:
+        value = "integer" if action.type and type(action.type("1")) is int else "text"
     return f"{value} ..." if action.nargs == "+" else value
 
 

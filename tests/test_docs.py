@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import encode, evaluate, merge, preprocess
+from bge_ds import encode, evaluate, merge, mine, preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
 from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": lambda: evaluate.main(["--help"]),
     "encode": lambda: encode.main(["--help"]),
     "merge": lambda: merge.main(["--help"]),
+    "mine": lambda: mine.main(["--help"]),
     "doctor": lambda: doctor.parse(["--help"]),
 }
 # Flags of other programs that the pages show: launchers, mkdocs, and scripts of launch/ and benchmarks/.
@@ -125,7 +126,7 @@ def test_the_reference_says_what_help_says(site):
 @pytest.mark.parametrize("path", [path for path in GUIDES if path.name not in PAGES_OF_OTHER_FLAGS], ids=lambda path: path.name)
 def test_the_guides_name_real_flags_only(path, capsys):
     """A flag that is renamed or removed in the code must be so in the guides, too."""
-    known = OF_OTHERS | set(ALIASES) | set(REFUSED)
+    known = OF_OTHERS | set(ALIASES) | set(REFUSED) | set(mine.ALIASES) | set(mine.REFUSED)
     known |= {flag for command in COMMANDS.values() for flag in flags_of_help(command, capsys)}
     named = re.findall(r"(?<![\w-])--([a-z][\w-]*)", path.read_text(encoding="utf-8"))
     assert {flag.replace("-", "_") for flag in named} - known == set()

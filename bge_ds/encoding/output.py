@@ -44,7 +44,7 @@ def take_up(
     something else, and for one of another job unless `overwrite` removes that.
     """
     check_output(output)
-    with _locked(output):
+    with locked(output):
         held, differs = _held(output, overwrite)
         if held is not None and (found := _differences(held, settings, texts)):
             if not overwrite:
@@ -113,7 +113,7 @@ def write_block(output: Path, job: Job, block: int, vectors_ND: np.ndarray, ids:
 
 def finish(output: Path, job: Job) -> Manifest | None:
     """Writes the manifest where every block has a record, and removes what it replaces. None: other ranks are at it still."""
-    with _locked(output):
+    with locked(output):
         if not (output / MANIFEST).is_file():
             records = []
             for block in range(job.num_blocks):
@@ -123,6 +123,20 @@ def finish(output: Path, job: Job) -> Manifest | None:
             files.write(output / MANIFEST, files.make_manifest(job, records))
         _clean(output)
         return files.read_manifest(output)
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """One process at a time. The system lets go of a killed process's lock. Where nothing was written, no lock file is left."""
+    from filelock import FileLock
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_lock_path(output)):
+        try:
+            yield
+        finally:
+            if not (output / JOB).exists():
+                _lock_path(output).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- the parts
@@ -243,17 +257,3 @@ def _as_arrow(ids: list[str]) -> memoryview:
 
 def _lock_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.lock")
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """One process at a time. The system lets go of a killed process's lock. Where nothing was written, no lock file is left."""
-    from filelock import FileLock
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_path(output)):
-        try:
-            yield
-        finally:
-            if not (output / JOB).exists():
-                _lock_path(output).unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def encode(options: Options) -> Manifest | None:
     return made
 
 
-def settings_of(options: Options, texts: TextInput | ShardInput) -> Settings:
+def settings_of(options: Options, texts: TextInput | ShardInput | None = None) -> Settings:
     """All that decides the vectors, from the flags, the model's files and the shards. Raises ValueError where they disagree."""
     name, side = options.model_name_or_path, options.side
     folder = settings_folder(name, options.cache_dir)
@@ -152,10 +152,17 @@ def hash_of(folder: Path, name: str, cache_dir: str | None) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps([[path.name for path in paths], hashes]))
 
 
+def own_device(use_cpu: bool) -> torch.device:
+    """This rank's GPU, which becomes the current one, or the CPU where there is none."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda")
+
+
 def load_embedder(options: Options, settings: Settings) -> Embedder:
     """The model, on this rank's GPU where there are GPUs."""
-    if torch.cuda.is_available() and not options.use_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    own_device(options.use_cpu)
     transformers.logging.disable_progress_bar()
     return Embedder.load(
         options.model_name_or_path, cache_dir=options.cache_dir, pooling=options.pooling, normalize=options.normalize,

@@ -52,10 +52,12 @@ def best_of(keys_QP: torch.Tensor, kept: int) -> torch.Tensor:
     return keys_QP.topk(min(kept, keys_QP.shape[1]), dim=1).values
 
 
-def best_keys(queries_QD: torch.Tensor, blocks: Iterable[tuple[int, torch.Tensor]], kept: int = KEPT) -> torch.Tensor:
+def best_keys(
+    queries_QD: torch.Tensor, blocks: Iterable[tuple[int, torch.Tensor]], kept: int = KEPT, tile: int = TILE
+) -> torch.Tensor:
     """Keys of the `kept` best passages of each query (fewer where there are fewer), best first.
 
-    blocks: (row of the first passage, P x D); each is released once it is searched.
+    blocks: (row of the first passage, P x D); each is released once it is searched. tile: queries scored at a time.
     """
     best_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
     for first_row, block_PD in blocks:
@@ -63,7 +65,7 @@ def best_keys(queries_QD: torch.Tensor, blocks: Iterable[tuple[int, torch.Tensor
         with _exact_products():
             best_QK = torch.cat([
                 best_of(torch.cat([best, keys_of(tile_QD @ block_PD.T, first_row)], dim=1), kept)
-                for tile_QD, best in zip(queries_QD.split(TILE), best_QK.split(TILE), strict=True)
+                for tile_QD, best in zip(queries_QD.split(tile), best_QK.split(tile), strict=True)
             ])  # fmt: skip
     return best_QK
 

@@ -6,17 +6,19 @@ Arguments: texts of a block, number of the write from 0 (-1: none) or "clean" (a
 import os
 import signal
 import sys
+from types import ModuleType
 
 from bge_ds import encode
 from bge_ds.encoding import manifest, output, run
 
 
-def main(block: str, moment: str, *words: str) -> None:
-    run.BLOCK = int(block)
-    write_whole, writes = output.write_whole, []
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def kill() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+
+def killed_in_write(moment: str, *modules: ModuleType) -> list:
+    """Has this process die when half of the n-th file that these modules write is on the disk; the list of all so far."""
+    write_whole, writes = modules[0].write_whole, []
 
     def write(path, content, sync=True, writer=""):
         writes.append(path)
@@ -25,7 +27,14 @@ def main(block: str, moment: str, *words: str) -> None:
             kill()
         write_whole(path, content, sync, writer)
 
-    output.write_whole = manifest.write_whole = write
+    for module in modules:
+        module.write_whole = write
+    return writes
+
+
+def main(block: str, moment: str, *words: str) -> None:
+    run.BLOCK = int(block)
+    writes = killed_in_write(moment, output, manifest)
     if moment == "clean":
         output._clean = lambda folder: kill()
     status = encode.main(list(words))

@@ -19,7 +19,7 @@ HUB_SYNTAX = "hf://NAME[:CONFIG][@SPLIT]"
 
 
 class InputTable:
-    """The rows of a Parquet file, an Arrow file or stream, or a folder of `datasets.save_to_disk`.
+    """The rows of a Parquet file, an Arrow file or stream, or a folder of `datasets.save_to_disk`. columns: none is all.
 
     Raises ValueError for a table that cannot be read or has none of the columns asked for."""
 
@@ -30,7 +30,7 @@ class InputTable:
         except Exception as error:  # whatever the libraries make of a broken file
             library = "datasets cannot load this folder" if is_dataset else "cannot be read as a table"
             raise ValueError(f"{path}: {library}: {error}") from error
-        self.columns = [name for name in columns if name in self.names]
+        self.columns = [name for name in columns or self.names if name in self.names]
         if columns and not self.columns:
             wanted, held = ", ".join(columns), ", ".join(self.names)
             raise ValueError(f"{path}: none of the columns {wanted}; it has {held}: name them by --columns field=column")

@@ -1,0 +1,41 @@
+"""The command `python -m bge_ds.mine` with small blocks, which may kill itself at any of its writes to the disk.
+
+Arguments: texts of a block of vectors, groups of a block, number of the write from 0 (-1: none) or "plan" (half of its
+texts are written), "output" (half written), "replace" (report written, output not in its place) or "remove" (of the work
+folder), the command's own.
+"""
+
+import itertools
+import os
+import shutil
+import sys
+
+from bge_ds import mine
+from bge_ds.encoding import manifest, output, run
+from bge_ds.mining import lines, plan, work
+from programs.encode_command import kill, killed_in_write
+
+
+def then_kill(texts):
+    yield from itertools.islice(texts, 10)
+    kill()
+
+
+def main(block: str, groups: str, moment: str, *words: str) -> None:
+    run.BLOCK, work.SMALLEST, work.BLOCKS = int(block), int(groups), 1000
+    writes = killed_in_write(moment, output, manifest, work)
+    if moment == "plan":
+        write_texts = plan._write_texts
+        plan._write_texts = lambda path, texts, count: write_texts(path, then_kill(texts), count)
+    elif moment == "output":
+        groups_of = lines.groups_of
+        lines.groups_of = lambda sources: then_kill(groups_of(sources))
+    elif moment == "replace":
+        replace = os.replace
+        os.replace = lambda old, new: kill() if ".mined.jsonl.partial" in str(old) else replace(old, new)
+    elif moment == "remove":
+        rmtree = shutil.rmtree
+        work.shutil.rmtree = lambda path, **how: kill() if (path / "job.json").exists() else rmtree(path, **how)
+    status = mine.main(list(words))
+    print(len(writes), flush=True)
+    sys.exit(status)
