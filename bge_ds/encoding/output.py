@@ -44,9 +44,9 @@ def take_up(
     something else, and for one of another job unless `overwrite` removes that.
     """
     check_output(output)
-    with _locked(output):
+    with locked(output):
         held, differs = _held(output, overwrite)
-        if held is not None and (found := _differences(held, settings, texts)):
+        if held is not None and (found := differences(held, settings, texts)):
             if not overwrite:
                 raise ValueError(
                     f"--output {output} holds vectors of another job ({'; '.join(found)}): name another folder, or give "
@@ -113,7 +113,7 @@ def write_block(output: Path, job: Job, block: int, vectors_ND: np.ndarray, ids:
 
 def finish(output: Path, job: Job) -> Manifest | None:
     """Writes the manifest where every block has a record, and removes what it replaces. None: other ranks are at it still."""
-    with _locked(output):
+    with locked(output):
         if not (output / MANIFEST).is_file():
             records = []
             for block in range(job.num_blocks):
@@ -140,10 +140,10 @@ def _held(output: Path, overwrite: bool) -> tuple[Job | Manifest | None, bool]:
         return None, True
 
 
-def _differences(held: Job, settings: Settings, texts: TextInput | ShardInput) -> list[str]:
+def differences(held: Job, settings: Settings, texts: TextInput | ShardInput) -> list[str]:
     """How a job differs from what is asked for now, in words. The input is read only where its files have been touched."""
     found = []
-    for name in Settings.__struct_fields__:
+    for name in type(settings).__struct_fields__:
         there, here = getattr(held.settings, name), getattr(settings, name)
         if name == "model_hash" and there != here:
             found.append(f"the files of the model: {held.settings.model} there, {settings.model} here")
@@ -246,7 +246,7 @@ def _lock_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """One process at a time. The system lets go of a killed process's lock. Where nothing was written, no lock file is left."""
     from filelock import FileLock
 

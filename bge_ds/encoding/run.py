@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import orjson
@@ -36,6 +36,7 @@ from bge_ds.evaluation import DEFAULT_LENGTHS
 from bge_ds.evaluation.embedder import Embedder, EmbeddingSettings, Side, settings_folder
 from bge_ds.modeling import encoder
 
+Made = TypeVar("Made")
 BLOCK = 16384  # texts
 TOKENIZED = 512  # texts handed to the tokenizer at a time, whose encodings take 30 times the room of their ids
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model")  # files that may decide a vector
@@ -154,9 +155,7 @@ def hash_of(folder: Path, name: str, cache_dir: str | None) -> str:
 
 def load_embedder(options: Options, settings: Settings) -> Embedder:
     """The model, on this rank's GPU where there are GPUs."""
-    if torch.cuda.is_available() and not options.use_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    transformers.logging.disable_progress_bar()
+    prepare_device(options.use_cpu)
     return Embedder.load(
         options.model_name_or_path, cache_dir=options.cache_dir, pooling=options.pooling, normalize=options.normalize,
         batch_size=options.batch_size, bf16=options.bf16, use_cpu=options.use_cpu, **options.prompts(),
@@ -164,12 +163,19 @@ def load_embedder(options: Options, settings: Settings) -> Embedder:
     )  # fmt: skip
 
 
+def prepare_device(use_cpu: bool) -> None:
+    """Before a model is loaded: this rank's own GPU, and no bar of transformers' beside the progress."""
+    if torch.cuda.is_available() and not use_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    transformers.logging.disable_progress_bar()
+
+
 def encode_blocks(
     folder: Path, job: Job, texts: TextInput | ShardInput, numbers: list[int], embedder: Embedder, progress: Progress
 ) -> None:
     """Writes these blocks."""
     settings = job.settings
-    for block in _read_ahead(job, texts, numbers, embedder):
+    for block in read_ahead(lambda number: _read(job, texts, number, embedder), numbers):
         tokens = int(block.tokens.lengths.sum())
         progress.tokenized(len(block.tokens.lengths), tokens)
         vectors_ND = embedder.encode_ids(block.tokens.split(), settings.side, progress.encoded).numpy()
@@ -177,11 +183,12 @@ def encode_blocks(
         output.write_block(folder, job, block.number, vectors_ND, block.ids, tokens)
 
 
-def _read_ahead(job: Job, texts: TextInput | ShardInput, numbers: list[int], embedder: Embedder) -> Iterator[Block]:
+def read_ahead(read: Callable[[int], Made], numbers: list[int]) -> Iterator[Made]:
+    """What `read` makes of each number, in order; a thread reads the next while one is worked on."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for number in numbers:
-            ahead = pool.submit(_read, job, texts, number, embedder)
+            ahead = pool.submit(read, number)
             if waiting is not None:
                 yield waiting.result()
             waiting = ahead
