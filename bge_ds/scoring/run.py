@@ -26,7 +26,17 @@ from bge_ds.scoring import groups as group_lines
 from bge_ds.scoring import job as jobs
 from bge_ds.scoring.groups import Group, GroupInput
 from bge_ds.scoring.job import Job, Report, Settings
-from bge_ds.scoring.teachers import CrossEncoderTeacher, EmbedderTeacher, PairSettings, Read, Teacher, Tell, detect, layout_of
+from bge_ds.scoring.teachers import (
+    CrossEncoderTeacher,
+    EmbedderTeacher,
+    PairSettings,
+    Read,
+    Teacher,
+    Tell,
+    config_of,
+    detect,
+    layout_of,
+)
 
 BLOCK = 512  # groups
 _FILES = ("config.json", "modules.json", "*/config.json", "config_sentence_transformers.json")
@@ -110,10 +120,7 @@ def settings_of(options: Options) -> Settings:
     """All that decides the scores. Raises ValueError where flags and model disagree, also on flags without effect."""
     name = options.model_name_or_path
     folder = settings_folder(name, options.cache_dir, _FILES)
-    try:
-        config = encoder.load_config(name, cache_dir=options.cache_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from None
+    config = config_of(name, options.cache_dir)
     kind = detect(config, folder)
     if options.teacher is not None:
         kind = "embedder" if options.teacher == "embedder" else cross_encoder.kind_of(config)

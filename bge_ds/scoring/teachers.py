@@ -186,6 +186,14 @@ class EmbedderTeacher:
         return f"embedder, {self.embedder.describe()}"
 
 
+def config_of(name: str, cache_dir: str | None, flag: str = "--model_name_or_path") -> Any:
+    """A model's config. Raises ValueError, naming the flag, where it cannot be read."""
+    try:
+        return encoder.load_config(name, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
+
+
 def detect(config: Any, folder: Path) -> str:
     """A teacher's kind, by the architecture of its config; sentence-transformers' files make a decoder an embedder."""
     kind = cross_encoder.kind_of(config)
