@@ -93,6 +93,7 @@ def score(options: Options) -> Report | None:
     the model is loaded where possible.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    _check_output(options)
     groups = GroupInput(options.input, columns_of(options.columns, group_lines.FIELDS))
     settings = settings_of(options)
     output = options.output
@@ -114,6 +115,14 @@ def score(options: Options) -> Report | None:
     if (made := jobs.finish(output, job)) is None:
         _say("this rank's blocks are finished; the last rank writes the output", rank)
     return made
+
+
+def _check_output(options: Options) -> None:
+    """Raises ValueError for an output that would be read as input, by this run or the next."""
+    output = options.output.resolve()
+    for path in map(Path, options.input):
+        if path.resolve() in (output, *output.parents):
+            raise ValueError(f"--output {options.output} is or lies in --input {path}, which is read: name another place")
 
 
 def settings_of(options: Options) -> Settings:

@@ -242,9 +242,11 @@ def test_other_mistakes_are_named(tmp_path, capsys, teacher, tiny_bert_path):
         (teacher, out, ("--max_len", 20, "--query_max_len", 17), "--query_max_len 17, --max_len 20: a query of 17 tokens"),
         (teacher, tmp_path / "mine.jsonl", (), "bge_ds.score did not write it"),
         (teacher, tmp_path, (), "is a folder"),
+        (teacher, source, ("--overwrite",), "which is read: name another place"),
         (tmp_path / "absent", out, (), "--model_name_or_path"),
     ):
         assert expected in refused(capsys, model, source, output, *more)
+    assert "which is read" in refused(capsys, teacher, tmp_path, tmp_path / "more/out.jsonl")
     assert "no file" in refused(capsys, teacher, tmp_path / "absent.jsonl", out)
     scored(teacher, source, out)
     assert "normalize: False there, True here" in refused(capsys, teacher, source, out, "--normalize")
