@@ -44,9 +44,10 @@ class GroupInput(TextInput):
                     if isinstance(line, Exception):
                         raise line
                     group = _checked(validate.parse_object(line) if isinstance(line, bytes) else line, self.columns)
-                except ValueError as error:
+                    made = orjson.dumps(group).decode()
+                except (ValueError, orjson.JSONEncodeError) as error:  # the latter of columns that JSON has no form for
                     raise ValueError(f"{self._place(place)}: {error}") from None
-                yield place, None, orjson.dumps(group).decode()
+                yield place, None, made
 
     def _open(self, index: int, source: Source) -> LineReader | table_files.InputTable:
         opened = super()._open(index, source)

@@ -144,6 +144,8 @@ def finish(output: Path, job: Job) -> Report | None:
     with locked(parts):
         if not (parts / JOB).is_file():
             return _read(_report_path(output), Report)
+        if _read(parts / JOB, Job) != job:
+            raise ValueError(f"--output {output}: another run has replaced what is there: give each its own file")
         if not all(_block_path(output, block).is_file() for block in range(job.num_blocks)):
             return None
         partial = output.with_name(output.name + PARTIAL)

@@ -65,7 +65,7 @@ def test_the_command_has_rows_before_and_after(tmp_path, capsys, folder, model, 
     for name in names:
         for measure in ("nDCG@10", "MRR@10", "Recall@100"):
             assert both["results"][name][measure] == plain["results"][name][measure]
-        before, after = (list(read_run(runs / f"{label}.trec", data)[0]["q1"]) for label in (name, f"{name}, reranked"))
+        before, after = (list(read_run(runs / f"{label}.trec", data)[0]["q2"]) for label in (name, f"{name}, reranked"))
         assert sorted(before[:4]) == sorted(after[:4]) and before[4:] == after[4:]
     capsys.readouterr()
     again = [
