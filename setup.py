@@ -106,6 +106,7 @@ setup(
             "bge-ds-preprocess = bge_ds.preprocess:run",
             "bge-ds-evaluate = bge_ds.evaluate:main",
             "bge-ds-encode = bge_ds.encode:main",
+            "bge-ds-score = bge_ds.score:main",
             "bge-ds-merge = bge_ds.merge:main",
             "bge-ds-mine = bge_ds.mine:main",
             "bge-ds-doctor = bge_ds.doctor.__main__:main",

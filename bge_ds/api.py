@@ -1,4 +1,4 @@
-"""bge_ds from Python: train on Python objects, mine negatives, embed and encode texts, evaluate. The commands do it with files.
+"""bge_ds from Python: train on Python objects, embed and encode texts, mine negatives, score, evaluate. The commands do it with files.
 
 In a notebook one process trains, on one GPU or the CPU. A script that calls these functions runs on several ranks when it is
 started by `deepspeed --num_gpus N script.py`; every rank calls them alike.
@@ -79,6 +79,20 @@ def mine(groups: TrainData, *, model_name_or_path: str | Path, output: str | Pat
     rules = Rules(**{field.name: flags.pop(field.name) for field in fields(Rules) if field.name in flags})
     run.mine(run.Options(str(model_name_or_path), inputs, Path(output), rules=rules, **flags))
     return Path(output)
+
+
+def score(groups: TrainData, *, model_name_or_path: str | Path, output: str | Path, **flags: Any) -> dict[str, int] | None:
+    """Scores groups by a teacher into a file of JSON lines; counts of what was scored and dropped.
+
+    groups: rows with `query`, `pos` and `neg`, or what `--input` takes. flags: options of `scoring.run.Options`, which are the
+    flags of `bge_ds.score`. In a script with several ranks, None for a rank that is not the last to finish. Raises ValueError
+    for what cannot serve, with what is wrong.
+    """
+    from bge_ds.scoring import run
+
+    inputs = _as_paths(groups, flags.get("cache_dir"), "groups")
+    made = run.score(run.Options(str(model_name_or_path), inputs, Path(output), **flags))
+    return None if made is None else dict(made.counts)
 
 
 def evaluate(model: Embedder | str | Path, data: str | Path | list[str | Path]) -> dict[str, dict[str, float]]:

@@ -29,12 +29,16 @@ if typing.TYPE_CHECKING:
     from bge_ds.data.beir import RetrievalSet
     from bge_ds.evaluation.embedder import Embedder
     from bge_ds.evaluation.run_files import Run
+    from bge_ds.scoring.teachers import Teacher
 
-    Row = tuple[str, dict[str, float], Run, str]  # name, measures and sizes, the ranking best first, name of the run
+    # Name, measures and sizes, the ranking best first, name of the run, what was searched.
+    Row = tuple[str, dict[str, float], Run, str, RetrievalSet]
 
 _OF_MODEL = (
     "batch_size", "query_prompt", "passage_prompt", "pooling", "normalize", "cache_dir", "use_cpu", "bf16", *DEFAULT_LENGTHS
 )  # fmt: skip
+_OF_RERANKER = ("batch_size", "cache_dir", "use_cpu", "bf16")
+RERANK_DEPTH = 100
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
@@ -75,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     add_embedding_flags(p)
     add("--bm25", type=float, metavar="WEIGHT",
         help="also rank by words (BM25), and by both: similarity + WEIGHT x BM25 / its best score; try 0.25")  # fmt: skip
+    add(
+        "--rerank",
+        metavar="MODEL",
+        help="cross-encoder: also a row for each ranking with its first passages in this one's order",
+    )
+    add("--rerank_depth", type=positive_int, help=f"with --rerank: passages of a query that are scored ({RERANK_DEPTH})")
+    add("--rerank_max_len", type=positive_int, help="with --rerank: tokens of a pair (512)")
     add("--output", type=Path, metavar="FILE.json", help="also write the figures and settings here")
     add("--run_output", type=Path, metavar="FOLDER", help="also write each ranking here, as a TREC run")
     return p
@@ -88,12 +99,21 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--run_output {args.run_output} is a file: name a folder, which gets a file for each ranking")
     if len({folder.resolve() for folder in args.data}) < len(args.data):
         raise ValueError(f"--data {' '.join(map(str, args.data))}: the same folder twice; give each once")
+    if args.rerank is None and (
+        vain := [name for name in ("rerank_depth", "rerank_max_len") if getattr(args, name) is not None]
+    ):
+        raise ValueError(f"--{vain[0]} has no effect without --rerank; add that or drop --{vain[0]}")
     if args.search_results is None:
+        if (args.rerank_depth or 0) > RERANK_DEPTH:
+            raise ValueError(
+                f"--rerank_depth {args.rerank_depth}: rankings of a model have {RERANK_DEPTH} passages; give fewer"
+            )
         if args.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing: name a model, or give rankings as --search_results")
         return
     flags = {action.dest: action for action in parser()._actions}
-    for name in ("model_name_or_path", "bm25", *_OF_MODEL):
+    heeded = () if args.rerank is None else _OF_RERANKER
+    for name in (name for name in ("model_name_or_path", "bm25", *_OF_MODEL) if name not in heeded):
         if getattr(args, name) != flags[name].default:
             flag = flags[name].option_strings[0]
             raise ValueError(f"{flag} has no effect with --search_results, whose rankings are made; drop one of them")
@@ -113,7 +133,7 @@ def rankings_of_model(args: argparse.Namespace, embedder: Embedder, sets: dict[s
         for kind, found_Q in found.items():
             values = retrieval.measure(data, retrieval.ranking(data, found_Q)) | sizes
             name = label if kind == retrieval.VECTORS else f"{label}, {kind}"
-            yield name, values, run_files.of_found(data, found_Q), f"{Path(args.model_name_or_path).name}-{kind}"
+            yield name, values, run_files.of_found(data, found_Q), f"{Path(args.model_name_or_path).name}-{kind}", data
 
 
 def rankings_of_files(args: argparse.Namespace, sets: dict[str, RetrievalSet]) -> Iterator[Row]:
@@ -131,7 +151,21 @@ def rankings_of_files(args: argparse.Namespace, sets: dict[str, RetrievalSet]) -
         if missing := len(data.queries) - len(run):
             print(f"{path}: {missing} queries of {label} have no passages and count as 0", file=sys.stderr)
         name = label if len(pairs) == len(sets) else f"{label}, {path.name if len(set(own)) == len(own) else path}"
-        yield name, retrieval.measure(data, run) | retrieval.sizes_of(data), run_files.in_order(run), path.stem
+        yield name, retrieval.measure(data, run) | retrieval.sizes_of(data), run_files.in_order(run), path.stem, data
+
+
+def with_reranked(args: argparse.Namespace, rows: Iterator[Row], teacher: Teacher) -> Iterator[Row]:
+    """Each row, then the same in the order of --rerank's scores."""
+    from bge_ds.evaluation import retrieval
+    from bge_ds.scoring.rerank import rerank
+
+    for name, values, ranked, tag, data in rows:
+        yield name, values, ranked, tag, data
+        started = time.perf_counter()
+        made = rerank(teacher, data, ranked, args.rerank_depth or RERANK_DEPTH)
+        places = {query: {passage: -float(n) for n, passage in enumerate(found)} for query, found in made.items()}
+        sizes = retrieval.sizes_of(data) | {"seconds": round(time.perf_counter() - started, 2)}
+        yield f"{name}, reranked", retrieval.measure(data, places) | sizes, made, f"{tag}-reranked", data
 
 
 def run(args: argparse.Namespace) -> None:
@@ -145,6 +179,13 @@ def run(args: argparse.Namespace) -> None:
     sets = {label: read_folder(folder) for label, folder in zip(labels, args.data, strict=True)}
     for data in sets.values() if args.run_output is not None else ():
         run_files.check_ids(data)
+    teacher = None
+    if args.rerank is not None:
+        from bge_ds.scoring.rerank import load_reranker
+
+        how = {name: getattr(args, name) for name in _OF_RERANKER}
+        teacher = load_reranker(args.rerank, flag="--rerank", max_len=args.rerank_max_len, **how)
+        print(f"{args.rerank}: {teacher.describe()}", file=sys.stderr)
     about: dict = {"search_results": [str(path) for path in args.search_results or ()]}
     if args.search_results is not None:
         rows = rankings_of_files(args, sets)
@@ -152,8 +193,13 @@ def run(args: argparse.Namespace) -> None:
         embedder = load_embedder(args)
         rows = rankings_of_model(args, embedder, sets)
         about = {"model": args.model_name_or_path, "settings": embedder.effective()}
+    if teacher is not None:
+        rows, about = (
+            with_reranked(args, rows, teacher),
+            about | {"rerank": args.rerank, "rerank_settings": vars(teacher.settings)},
+        )
     results: dict[str, dict[str, float]] = {}
-    for name, values, ranked, tag in rows:
+    for name, values, ranked, tag, _ in rows:
         results[name] = values
         if args.run_output is not None:
             run_files.write_run(args.run_output / f"{name.replace('/', '_')}.trec", ranked, tag)

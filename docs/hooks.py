@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from bge_ds import encode, evaluate, merge, mine, preprocess
+from bge_ds import encode, evaluate, merge, mine, preprocess, score
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
 from bge_ds.config.parser import groups_of
@@ -109,6 +109,7 @@ def flags() -> str:
     parts += ["## bge_ds.evaluate", _argparse_table(evaluate.parser()._actions, "evaluate")]
     parts += ["## bge_ds.encode", _argparse_table(encode.parser()._actions, "encode")]
     parts += ["## bge_ds.mine", _argparse_table(mine.parser()._actions, "mine")]
+    parts += ["## bge_ds.score", _argparse_table(score.parser()._actions, "score")]
     parts += ["## bge_ds.merge", _argparse_table(merge.parser()._actions, "merge")]
     parts += ["## bge_ds.doctor", f"```text\n{_doctor_help()}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -173,11 +174,17 @@ def _argparse_table(actions: typing.Iterable[argparse.Action], command: str, onl
     for action in actions:
         if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
             continue
-        name = max(action.option_strings, key=lambda option: "_" in option, default=action.dest)
+        names = [option for option in action.option_strings if "-" not in option.removeprefix("--")] or [action.dest]
+        also = "".join(f"<br>also <code>{escape(alias)}</code>" for alias in names[1:])
         notes = ["<b>required</b>"] * bool(action.required and action.option_strings)
         notes += [f"<code>{escape(str(action.default))}</code>"] if action.nargs != 0 and action.default else []
         notes += [f"{only[action.dest]} only"] if only and action.dest in only else []
-        cells = (f"<code>{escape(name)}</code>", _action_values(action), "<br>".join(notes), _prose(action.help or ""))
+        cells = (
+            f"<code>{escape(names[0])}</code>{also}",
+            _action_values(action),
+            "<br>".join(notes),
+            _prose(action.help or ""),
+        )
         rows.append(f'<tr id="{command}-{action.dest}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>flag</th><th>value</th><th>default</th><th>meaning</th></tr>"
     return f'<table class="flags"><thead>{head}</thead><tbody>\n' + "\n".join(rows) + "\n</tbody></table>"

@@ -40,8 +40,11 @@ SENTENCES = [
 ]
 
 
-def make_tokenizer(kind: str, folder: Path) -> Path:
-    """A tiny tokenizer of one of three kinds: wordpiece (BERT), bytes (RoBERTa), unigram (SentencePiece, XLM-R)."""
+def make_tokenizer(kind: str, folder: Path, types: bool = False) -> Path:
+    """A tiny tokenizer of one of three kinds: wordpiece (BERT), bytes (RoBERTa), unigram (SentencePiece, XLM-R).
+
+    types: it gives token types, as BERT's own does.
+    """
     texts = SENTENCES * 4
     if kind == "wordpiece":
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -73,7 +76,10 @@ def make_tokenizer(kind: str, folder: Path) -> Path:
     if trainer is not None:
         tok.train_from_iterator(texts, trainer)
     pieces = [(t, tok.token_to_id(t)) for t in (first, last)]
-    tok.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=pieces)
+    pair = f"{first} $A {last} $B:1 {last}:1" if kind == "wordpiece" else f"{first} $A {last} {last} $B {last}"
+    tok.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", pair=pair, special_tokens=pieces)
+    if types:
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(folder)
     return folder
 

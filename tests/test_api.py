@@ -75,3 +75,15 @@ def test_rows_are_encoded_as_their_file(tmp_path, setting):
     assert found[:].tolist() == same[:].tolist()
     with pytest.raises(ValueError, match="texts: row 1 is str"):
         api.encode([rows[0], "plain"], output=tmp_path / "c", **flags)
+
+
+def test_rows_are_scored_as_lines_are(tmp_path, monkeypatch):
+    """api.score on Python rows writes what the command writes of their lines, and gives its counts."""
+    from score_runs import GROUPS, make_teacher, read_groups, scored, write_groups
+
+    monkeypatch.setenv("BGE_DS_CACHE", str(tmp_path / "cache"))
+    teacher = make_teacher(tmp_path / "teacher")
+    counts = api.score(iter(GROUPS), model_name_or_path=teacher, output=tmp_path / "rows.jsonl", use_cpu=True)
+    assert counts["groups"] == 10 and counts["pairs"] == sum(len(group["pos"]) + len(group["neg"]) for group in GROUPS)
+    lines = scored(teacher, write_groups(tmp_path / "groups.jsonl"), tmp_path / "lines.jsonl")
+    assert read_groups(tmp_path / "rows.jsonl") == lines

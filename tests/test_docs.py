@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import encode, evaluate, merge, mine, preprocess
+from bge_ds import encode, evaluate, merge, mine, preprocess, score
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
 from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
@@ -31,6 +31,7 @@ COMMANDS = {
     },
     "evaluate": lambda: evaluate.main(["--help"]),
     "encode": lambda: encode.main(["--help"]),
+    "score": lambda: score.main(["--help"]),
     "merge": lambda: merge.main(["--help"]),
     "mine": lambda: mine.main(["--help"]),
     "doctor": lambda: doctor.parse(["--help"]),

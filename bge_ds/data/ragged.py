@@ -54,6 +54,11 @@ class RaggedArrays(NamedTuple):
         lengths_K = self.lengths[order_K]
         return RaggedArrays(stretches(self.values, self.starts[order_K], lengths_K), lengths_K)
 
+    def inner(self, before: int, after: int) -> RaggedArrays:
+        """Each array without its first and last values, special tokens of a text; nothing of one that is no longer."""
+        lengths_K = np.maximum(self.lengths - before - after, 0)
+        return RaggedArrays(stretches(self.values, self.starts + before, lengths_K), lengths_K)
+
     def at(self, array_K: np.ndarray, index_K: np.ndarray) -> np.ndarray:
         """Value number index_K of each of the arrays array_K."""
         return self.values[self.starts[array_K] + index_K]

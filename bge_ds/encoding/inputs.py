@@ -38,13 +38,13 @@ def open_input(paths: list[str], columns: list[str], allow_empty: bool, side: st
     return ShardInput(shards, side)
 
 
-def columns_of(given: list[str]) -> tuple[tuple[str, str], ...]:
+def columns_of(given: list[str], fields: tuple[str, ...] = FIELDS) -> tuple[tuple[str, str], ...]:
     """`--columns text=contents` as pairs."""
     pairs = []
     for text in given:
         field, _, column = text.partition("=")
-        if field not in FIELDS or not column or field in dict(pairs):
-            raise ValueError(f"--columns {text}: give FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}, each once")
+        if field not in fields or not column or field in dict(pairs):
+            raise ValueError(f"--columns {text}: give FIELD=COLUMN, FIELD one of {', '.join(fields)}, each once")
         pairs.append((field, column))
     return tuple(pairs)
 

@@ -46,7 +46,7 @@ def take_up(
     check_output(output)
     with locked(output):
         held, differs = _held(output, overwrite)
-        if held is not None and (found := _differences(held, settings, texts)):
+        if held is not None and (found := differences(held, settings, texts)):
             if not overwrite:
                 raise ValueError(
                     f"--output {output} holds vectors of another job ({'; '.join(found)}): name another folder, or give "
@@ -154,10 +154,10 @@ def _held(output: Path, overwrite: bool) -> tuple[Job | Manifest | None, bool]:
         return None, True
 
 
-def _differences(held: Job, settings: Settings, texts: TextInput | ShardInput) -> list[str]:
+def differences(held: Job, settings: Settings, texts: TextInput | ShardInput) -> list[str]:
     """How a job differs from what is asked for now, in words. The input is read only where its files have been touched."""
     found = []
-    for name in Settings.__struct_fields__:
+    for name in type(settings).__struct_fields__:
         there, here = getattr(held.settings, name), getattr(settings, name)
         if name == "model_hash" and there != here:
             found.append(f"the files of the model: {held.settings.model} there, {settings.model} here")

@@ -18,14 +18,16 @@ class Progress:
     done: texts that an earlier run finished. shows: False for ranks that have nothing to say.
     """
 
-    def __init__(self, total: int, done: int = 0, name: str = "", shows: bool = True, stream: TextIO | None = None):
-        self.total, self.before, self.name, self.shows = total, done, name, shows
+    def __init__(
+        self, total: int, done: int = 0, name: str = "", shows: bool = True, stream: TextIO | None = None, unit: str = "texts"
+    ):
+        self.total, self.before, self.name, self.shows, self.unit = total, done, name, shows, unit
         self.texts = self.tokens = 0  # encoded
         self.known_texts = self.known_tokens = 0  # tokenized
         self._stream = stream or sys.stderr
         self._began = self._said = time.monotonic()
         terminal = shows and self._stream.isatty()
-        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} texts{postfix}"
+        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + unit + "{postfix}"
         self._bar = tqdm(total=total, initial=done, desc=name, bar_format=shape, file=self._stream) if terminal else None
 
     def tokenized(self, texts: int, tokens: int) -> None:
@@ -47,14 +49,14 @@ class Progress:
 
     def _say(self) -> None:
         self._said = time.monotonic()
-        done = f"{self.before + self.texts:,} of {self.total:,} texts"
+        done = f"{self.before + self.texts:,} of {self.total:,} {self.unit}"
         print(f"{self.name}{done}, {self.rates()}", file=self._stream, flush=True)
 
     def rates(self) -> str:
         """Texts and tokens a second, and the time left, in words."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = self.texts / seconds
-        words = f"{rate:,.{0 if rate >= 10 else 1}f} texts/s, {self.tokens / seconds:,.0f} tokens/s"
+        words = f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s, {self.tokens / seconds:,.0f} tokens/s"
         left = self.total - self.before - self.texts
         if not left or not self.tokens:
             return words

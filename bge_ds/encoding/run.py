@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import orjson
@@ -36,6 +36,7 @@ from bge_ds.evaluation import DEFAULT_LENGTHS
 from bge_ds.evaluation.embedder import Embedder, EmbeddingSettings, Side, settings_folder
 from bge_ds.modeling import encoder
 
+Made = TypeVar("Made")
 BLOCK = 16384  # texts
 TOKENIZED = 512  # texts handed to the tokenizer at a time, whose encodings take 30 times the room of their ids
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model")  # files that may decide a vector
@@ -152,18 +153,9 @@ def hash_of(folder: Path, name: str, cache_dir: str | None) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps([[path.name for path in paths], hashes]))
 
 
-def own_device(use_cpu: bool) -> torch.device:
-    """This rank's GPU, which becomes the current one, or the CPU where there is none."""
-    if use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cuda")
-
-
 def load_embedder(options: Options, settings: Settings) -> Embedder:
     """The model, on this rank's GPU where there are GPUs."""
-    own_device(options.use_cpu)
-    transformers.logging.disable_progress_bar()
+    prepare_device(options.use_cpu)
     return Embedder.load(
         options.model_name_or_path, cache_dir=options.cache_dir, pooling=options.pooling, normalize=options.normalize,
         batch_size=options.batch_size, bf16=options.bf16, use_cpu=options.use_cpu, **options.prompts(),
@@ -171,12 +163,21 @@ def load_embedder(options: Options, settings: Settings) -> Embedder:
     )  # fmt: skip
 
 
+def prepare_device(use_cpu: bool) -> torch.device:
+    """Before a model is loaded: this rank's own GPU, or the CPU; and no bar of transformers' beside the progress."""
+    transformers.logging.disable_progress_bar()
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda")
+
+
 def encode_blocks(
     folder: Path, job: Job, texts: TextInput | ShardInput, numbers: list[int], embedder: Embedder, progress: Progress
 ) -> None:
     """Writes these blocks."""
     settings = job.settings
-    for block in _read_ahead(job, texts, numbers, embedder):
+    for block in read_ahead(lambda number: _read(job, texts, number, embedder), numbers):
         tokens = int(block.tokens.lengths.sum())
         progress.tokenized(len(block.tokens.lengths), tokens)
         vectors_ND = embedder.encode_ids(block.tokens.split(), settings.side, progress.encoded).numpy()
@@ -184,11 +185,12 @@ def encode_blocks(
         output.write_block(folder, job, block.number, vectors_ND, block.ids, tokens)
 
 
-def _read_ahead(job: Job, texts: TextInput | ShardInput, numbers: list[int], embedder: Embedder) -> Iterator[Block]:
+def read_ahead(read: Callable[[int], Made], numbers: list[int]) -> Iterator[Made]:
+    """What `read` makes of each number, in order; a thread reads the next while one is worked on."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for number in numbers:
-            ahead = pool.submit(_read, job, texts, number, embedder)
+            ahead = pool.submit(read, number)
             if waiting is not None:
                 yield waiting.result()
             waiting = ahead

@@ -187,3 +187,36 @@ def split(texts: PackedTexts, bounds: list[int]) -> list[PackedTexts]:
         place_N, runs = torch.arange(last - first, device=texts.ids_T.device), runs_of(lengths[first:last])
         pieces.append(PackedTexts(texts.ids_T[row], texts.positions_T[row], cu_seqlens, place_N, runs))
     return pieces
+
+
+@dataclass
+class PackedPairs(Movable):
+    """N pairs of query and passage, each one text of a packed row.
+
+    second_N: int64, in packed order: the position in each pair from which token types are 1; None where no model asks for them.
+    """
+
+    texts: PackedTexts
+    second_N: torch.Tensor | None = None
+
+    @property
+    def types_T(self) -> torch.Tensor | None:
+        """int64 T: the type of each token, 0 or 1."""
+        if self.second_N is None:
+            return None
+        second_T = self.second_N.repeat_interleave(self.texts.cu_seqlens.diff(), output_size=self.texts.tokens)
+        return (self.texts.positions_T >= second_T).long()
+
+    def split(self, bounds: list[int]) -> list[PackedPairs]:
+        """As `split` for texts."""
+        pieces = split(self.texts, bounds)
+        if self.second_N is None:
+            return [PackedPairs(piece) for piece in pieces]
+        ends = [(first, last) if first < last else (0, 1) for first, last in pairwise(bounds)]
+        return [PackedPairs(piece, self.second_N[a:b]) for piece, (a, b) in zip(pieces, ends, strict=True)]
+
+
+def pack_pairs(pairs: Sequence[np.ndarray], second: np.ndarray | None = None) -> PackedPairs:
+    """Pairs packed by length: token ids of each, and the position of each from which types are 1."""
+    texts, order = pack(pairs)
+    return PackedPairs(texts, None if second is None else torch.from_numpy(second[order].astype(np.int64)))

@@ -91,7 +91,7 @@ def mine(options: Options) -> Report | None:
                 _say(", ".join(f"{count:,} {name}" for name, count in work.counts.items()))
             queries, passages = encode(options)
             exact = ExactSearch(
-                passages, work.counts["pool"], task.rules.range_for_sampling[1], encoding.own_device(options.use_cpu),
+                passages, work.counts["pool"], task.rules.range_for_sampling[1], encoding.prepare_device(options.use_cpu),
                 options.search_batch_size or search.TILE,
             )  # fmt: skip
             found = exact if options.index == "exact" else open_faiss(options, exact)

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModel, LlamaConfig, LlamaModel, PretrainedConfig
 
 from bge_ds.kernels.attention import BACKENDS, attention_backend, varlen_attention, why_slow
@@ -151,12 +152,12 @@ def load_config(name_or_path: str, **options) -> PretrainedConfig:
 
 def load_backbone(
     model_class, name_or_path: str, *, config: PretrainedConfig | None = None, attention: str | None = None,
-    bidirectional: bool = False, **options,
+    bidirectional: bool = False, new_head: bool = True, **options,
 ):  # fmt: skip
     """`model_class.from_pretrained` in fp32, with padding-free attention where the family supports it.
 
     bidirectional: let every token of a decoder see the whole text. It is written into the config, so the saved model does so
-    too, here and in transformers; False leaves the config as it is.
+    too, here and in transformers; False leaves the config as it is. new_head: whether a head or pooler may start random.
     """
     # A copy: two models built from one config object would share its attention setting.
     config = copy.deepcopy(config) if config is not None else load_config(name_or_path, **options)
@@ -171,7 +172,8 @@ def load_backbone(
     _restore_buffers(model)
     # A head or pooler may be new. Weights missing from the encoder itself mean a wrong folder, and training would hide it.
     required = {k for k, _ in model.base_model.named_parameters()} - {"pooler.dense.weight", "pooler.dense.bias"}
-    missing = [k for k in sorted(info["missing_keys"]) if k.removeprefix(model.base_model_prefix + ".") in required]
+    names = {k: k.removeprefix(model.base_model_prefix + ".") for k in sorted(info["missing_keys"])}
+    missing = [k for k, name in names.items() if not new_head or name in required]
     if missing or info["mismatched_keys"]:
         what = ", ".join(missing[:3]) or f"shapes of {sorted(info['mismatched_keys'])[:3]}"
         raise ValueError(f"{name_or_path} does not hold a whole {config.model_type} model: wrong or missing {what}")
@@ -251,15 +253,23 @@ def build_backbone(model_class, config: PretrainedConfig) -> nn.Module:
 def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | None = None) -> torch.Tensor:
     """Last hidden states T x D of packed texts; `ids_T` replaces the texts' own ids, for instance by masked ones."""
     ids_T = texts.ids_T if ids_T is None else ids_T
-    config = backbone.config
-    if config._attn_implementation != ATTENTION:
-        return _run_padded(backbone, texts, ids_T)
-    tokens, bucket = texts.tokens, getattr(backbone, "token_bucket", None)
-    if bucket and backbone.training:
+    if backbone.config._attn_implementation == ATTENTION:
+        return backbone(**packed_inputs(backbone, texts, ids_T)).last_hidden_state[0, : texts.tokens]
+    text_T = torch.repeat_interleave(texts.cu_seqlens.diff(), output_size=texts.tokens)
+    return backbone(**padded_inputs(backbone, texts, ids_T)).last_hidden_state[text_T, texts.positions_T]
+
+
+def packed_inputs(
+    model: nn.Module, texts: PackedTexts, ids_T: torch.Tensor, types_T: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """What a padding-free model, with or without a head, is called with."""
+    bucket = getattr(model.base_model, "token_bucket", None)
+    if bucket and model.training:
         texts, ids_T = pad_to_bucket(texts, ids_T, bucket)
-    positions = position_ids(config, texts)[None]
-    out = backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **_no_cache(backbone))
-    return out.last_hidden_state[0, :tokens]
+    inputs = {"input_ids": ids_T[None], "position_ids": position_ids(model.config, texts)[None], "packed": texts}
+    if types_T is not None:
+        inputs["token_type_ids"] = F.pad(types_T, (0, len(ids_T) - len(types_T)))[None]
+    return inputs | _no_cache(model)
 
 
 def _no_cache(backbone: nn.Module) -> dict[str, bool]:
@@ -279,17 +289,18 @@ def position_ids(config: PretrainedConfig, texts: PackedTexts) -> torch.Tensor:
     return texts.positions_T
 
 
-def _run_padded(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor) -> torch.Tensor:
-    lengths = texts.cu_seqlens.diff()
-    text_T = torch.repeat_interleave(lengths, output_size=texts.tokens)
-    shape = (texts.place_N.numel(), texts.max_length)
-    padding = backbone.config.pad_token_id
-    ids_NL = torch.full(shape, 0 if padding is None else padding, dtype=ids_T.dtype, device=ids_T.device)
-    mask_NL = torch.zeros(shape, dtype=torch.int64, device=ids_T.device)
-    ids_NL[text_T, texts.positions_T] = ids_T
-    mask_NL[text_T, texts.positions_T] = 1
-    out = backbone(input_ids=ids_NL, attention_mask=mask_NL, **_no_cache(backbone))
-    return out.last_hidden_state[text_T, texts.positions_T]
+def padded_inputs(
+    model: nn.Module, texts: PackedTexts, ids_T: torch.Tensor, types_T: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """The same for a model that runs padded: texts in packed order."""
+    fills = {"input_ids": model.config.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    values = zip(fills.items(), (ids_T, torch.ones_like(ids_T), types_T), strict=True)
+    lengths = [length for n, length in texts.runs for _ in range(n)]
+    return _no_cache(model) | {
+        name: pad_sequence(list(values_T.split(lengths)), batch_first=True, padding_value=fill)
+        for (name, fill), values_T in values
+        if values_T is not None
+    }
 
 
 def pool(hidden_TD: torch.Tensor, texts: PackedTexts, pooling: str) -> torch.Tensor:

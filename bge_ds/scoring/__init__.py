@@ -1,0 +1,1 @@
+"""A teacher's scores for training groups, by any number of ranks, resumable. Knows no losses and no training."""
