@@ -1,4 +1,4 @@
-"""bge_ds from Python: train on Python objects, embed and encode texts, mine negatives, score, evaluate. The commands do it with files.
+"""bge_ds from Python: train on Python objects, encode texts, mine negatives, score, evaluate. The commands do it with files.
 
 In a notebook one process trains, on one GPU or the CPU. A script that calls these functions runs on several ranks when it is
 started by `deepspeed --num_gpus N script.py`; every rank calls them alike.

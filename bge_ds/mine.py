@@ -1,7 +1,7 @@
 """Hard negatives for training data: `python -m bge_ds.mine --model_name_or_path M --input groups.jsonl --output mined.jsonl`.
 
 The passages most similar to a query are searched exactly; those in a range of ranks that are no positives become its `neg`.
-Under `deepspeed` or `torchrun` the ranks share the work. Killed and started again, it goes on.
+Under `deepspeed` or `torchrun` the ranks share the work. Killed and started again, it continues.
 """
 
 from __future__ import annotations

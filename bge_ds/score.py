@@ -1,7 +1,7 @@
 """A teacher's scores for training groups: `python -m bge_ds.score --model_name_or_path M --input F.jsonl --output G.jsonl`.
 
 Each line gets `pos_scores` and `neg_scores`, for `bge_ds.finetune --knowledge_distillation`; scores can also filter passages.
-Under `deepspeed` or `torchrun` the ranks share the work. Killed and started again, it goes on.
+Under `deepspeed` or `torchrun` the ranks share the work. Killed and started again, it continues.
 """
 
 from __future__ import annotations

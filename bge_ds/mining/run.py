@@ -76,7 +76,7 @@ class Options:
 def mine(options: Options) -> Report | None:
     """Mines this rank's share; the report where the output is there by then, None where other ranks are at it still.
 
-    Rank and number of ranks are the launcher's RANK and WORLD_SIZE. Raises ValueError for whatever the user can mend, before
+    Rank and number of ranks are the launcher's RANK and WORLD_SIZE. Raises ValueError for whatever the user can fix, before
     the model is loaded where possible.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))

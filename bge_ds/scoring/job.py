@@ -1,6 +1,6 @@
 """Scoring shared by any number of ranks through files alone, and after kills, as `encoding/output.py` has it for vectors.
 
-    scored.jsonl.parts/job.json       while the work goes on: what is scored, and how
+    scored.jsonl.parts/job.json       while the work is in progress: what is scored, and how
     scored.jsonl.parts/000000.jsonl   a finished block: a line that tells its counts and hash, then its groups
     scored.jsonl                      at the end, all groups in order
     scored.jsonl.report.json          with it: settings, input, counts, hash; an output with a report is whole

@@ -89,7 +89,7 @@ class Block(NamedTuple):
 def score(options: Options) -> Report | None:
     """Scores this rank's share; the report where all blocks are there by then, None where other ranks are at it still.
 
-    Rank and number of ranks are the launcher's RANK and WORLD_SIZE. Raises ValueError for whatever the user can mend, before
+    Rank and number of ranks are the launcher's RANK and WORLD_SIZE. Raises ValueError for whatever the user can fix, before
     the model is loaded where possible.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
