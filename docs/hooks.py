@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from bge_ds import encode, evaluate, merge, preprocess
+from bge_ds import encode, evaluate, export, merge, preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
 from bge_ds.config.parser import groups_of
@@ -109,6 +109,7 @@ def flags() -> str:
     parts += ["## bge_ds.evaluate", _argparse_table(evaluate.parser()._actions, "evaluate")]
     parts += ["## bge_ds.encode", _argparse_table(encode.parser()._actions, "encode")]
     parts += ["## bge_ds.merge", _argparse_table(merge.parser()._actions, "merge")]
+    parts += ["## bge_ds.export", _argparse_table(export.parser()._actions, "export")]
     parts += ["## bge_ds.doctor", f"```text\n{_doctor_help()}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import encode, evaluate, merge, preprocess
+from bge_ds import encode, evaluate, export, merge, preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
 from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": lambda: evaluate.main(["--help"]),
     "encode": lambda: encode.main(["--help"]),
     "merge": lambda: merge.main(["--help"]),
+    "export": lambda: export.main(["--help"]),
     "doctor": lambda: doctor.parse(["--help"]),
 }
 # Flags of other programs that the pages show: launchers, mkdocs, and scripts of launch/ and benchmarks/.

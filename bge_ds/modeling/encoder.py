@@ -258,12 +258,12 @@ def run_backbone(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor | 
     if bucket and backbone.training:
         texts, ids_T = pad_to_bucket(texts, ids_T, bucket)
     positions = position_ids(config, texts)[None]
-    out = backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **_no_cache(backbone))
+    out = backbone(input_ids=ids_T[None], position_ids=positions, packed=texts, **no_cache(backbone))
     return out.last_hidden_state[0, :tokens]
 
 
-def _no_cache(backbone: nn.Module) -> dict[str, bool]:
-    """Turns off the key-value cache of decoders; not every encoder accepts the argument."""
+def no_cache(backbone: nn.Module) -> dict[str, bool]:
+    """An option of the forward pass that turns off the key-value cache of decoders; not every encoder accepts the argument."""
     return {"use_cache": False} if _knows_use_cache(type(backbone)) else {}
 
 
@@ -288,7 +288,7 @@ def _run_padded(backbone: nn.Module, texts: PackedTexts, ids_T: torch.Tensor) ->
     mask_NL = torch.zeros(shape, dtype=torch.int64, device=ids_T.device)
     ids_NL[text_T, texts.positions_T] = ids_T
     mask_NL[text_T, texts.positions_T] = 1
-    out = backbone(input_ids=ids_NL, attention_mask=mask_NL, **_no_cache(backbone))
+    out = backbone(input_ids=ids_NL, attention_mask=mask_NL, **no_cache(backbone))
     return out.last_hidden_state[text_T, texts.positions_T]
 
 
