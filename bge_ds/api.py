@@ -1,4 +1,4 @@
-"""bge_ds from Python: train on Python objects, encode texts, mine negatives, score, evaluate. The commands do it with files.
+"""bge_ds from Python: train on Python objects, encode, mine, score, evaluate, merge. The commands do it with files.
 
 In a notebook one process trains, on one GPU or the CPU. A script that calls these functions runs on several ranks when it is
 started by `deepspeed --num_gpus N script.py`; every rank calls them alike.
@@ -107,6 +107,20 @@ def evaluate(model: Embedder | str | Path, data: str | Path | list[str | Path]) 
     sets = {str(folder): read_folder(Path(folder)) for folder in folders}
     embedder: Callable[..., Any] = load(model) if isinstance(model, str | Path) else model
     return {name: evaluate_set(found, embedder) for name, found in sets.items()}
+
+
+def merge(models: Iterable[str | Path], *, output: str | Path, **flags: Any) -> Path:
+    """Averages models into a folder, and gives its path. models: folders or hub names, two or more. flags: those of
+    `bge_ds.merge`: `weights=[0.6, 0.4]`, or `examples` with rows of groups or their file, or neither.
+
+    Raises ValueError for models or flags that cannot serve, with what is wrong.
+    """
+    from bge_ds import merge as command
+
+    if (examples := flags.pop("examples", None)) is not None:
+        (flags["examples"],) = map(Path, _as_paths(examples, flags.get("cache_dir"), "examples"))
+    command.run(command.Options([str(model) for model in models], Path(output), **flags))
+    return Path(output)
 
 
 def _train(

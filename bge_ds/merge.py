@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 from bge_ds import __version__
@@ -23,8 +24,30 @@ if typing.TYPE_CHECKING:
     from bge_ds.merging.model_files import ModelFiles
 
 NOTE = "merge.json"
+DTYPES = ("fp32", "bf16", "fp16")
 TEMPERATURE, SIMILARITY_TEMPERATURE = 5.0, 0.02  # LM-Cocktail's; that of bge_ds.finetune
 _OF_EXAMPLES = ("temperature", "similarity_temperature", "batch_size", "use_cpu", "bf16", *DEFAULT_LENGTHS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is merged, how, into what; the flags of the command, see `--help`. None: the default, or no effect."""
+
+    models: list[str]
+    output: Path
+    weights: list[float] | None = None
+    examples: Path | None = None
+    temperature: float | None = None
+    similarity_temperature: float | None = None
+    query_max_len: int | None = None
+    passage_max_len: int | None = None
+    batch_size: int | None = None
+    use_cpu: bool | None = None
+    bf16: bool | None = None
+    dtype: str = "fp32"
+    license: str | None = None
+    overwrite: bool = False
+    cache_dir: str | None = None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,32 +59,22 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", nargs="+", type=float, metavar="X", help="of each model; they must sum to 1 (default: equal weights)")
     add("--examples", type=Path, metavar="FILE",
         help="JSON lines of groups, as for bge_ds.finetune: weights are the softmax of -loss / temperature")  # fmt: skip
-    add("--temperature", type=_positive, help=f"with --examples: a lower one favours the best model ({TEMPERATURE:g})")
-    add("--similarity_temperature", type=_positive,
+    add("--temperature", type=float, help=f"with --examples: a lower one favours the best model ({TEMPERATURE:g})")
+    add("--similarity_temperature", type=float,
         help=f"with --examples: similarities are divided by it in the loss ({SIMILARITY_TEMPERATURE:g})")  # fmt: skip
     for name, default in DEFAULT_LENGTHS.items():
         add(f"--{name}", type=positive_int, help=f"with --examples: tokens, special tokens included ({default})")
     add("--batch_size", type=positive_int, help="with --examples: full-length texts a batch (64)")
     add("--use_cpu", action="store_true", default=None, help="with --examples: even where there is a GPU")
     add("--bf16", action="store_true", default=None, help="with --examples: matrix products in bf16")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights written; sums are in fp32")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights written; sums are in fp32")
     add("--license", help="licence of the result for its card, by the hub's name, such as apache-2.0")
     add("--overwrite", action="store_true", help="replace --output where it is the result of an earlier merge")
     add("--cache_dir", help="where models fetched from the hub are kept")
     return p
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: Options) -> None:
     """Refuse what the flags alone make wrong. Raises ValueError."""
     count, weights = len(args.models), args.weights
     if count < 2:
@@ -72,6 +85,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--weights and --examples exclude each other: weights are given or found; drop one of them")
     if args.examples is None and (vain := [name for name in _OF_EXAMPLES if getattr(args, name) is not None]):
         raise ValueError(f"--{vain[0]} has no effect without --examples; add that or drop --{vain[0]}")
+    for name in ("temperature", "similarity_temperature"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value:g} is not a number above 0")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype} is none of {', '.join(DTYPES)}")
     if weights is not None:
         _check_weights(weights, count)
     check_license(args.license)
@@ -89,7 +108,7 @@ def _check_weights(weights: list[float], count: int) -> None:
         raise ValueError(f"--weights sum to {total:.7g}, not to 1; in these proportions they are {shares}")
 
 
-def _check_output(args: argparse.Namespace) -> None:
+def _check_output(args: Options) -> None:
     output = args.output
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder")
@@ -103,7 +122,7 @@ def _check_output(args: argparse.Namespace) -> None:
             raise ValueError(f"--output {output} holds an earlier result; name another folder, or give --overwrite")
 
 
-def find_weights(args: argparse.Namespace, models: list[ModelFiles]) -> tuple[list[float], dict]:
+def find_weights(args: Options, models: list[ModelFiles]) -> tuple[list[float], dict]:
     """(weight of each model, what the note says of where they come from). One model at a time is in memory."""
     if args.weights is not None:
         total = math.fsum(args.weights)
@@ -128,7 +147,7 @@ def find_weights(args: argparse.Namespace, models: list[ModelFiles]) -> tuple[li
     return example_losses.weights_of(losses, temperature), {"weights_from": "loss on examples", "examples": origin}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Options) -> None:
     """Compare, weigh, average, check, and put the result in its place. Raises ValueError for what the user can fix."""
     check(args)
     from bge_ds.merging import example_losses, model_files
@@ -152,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
-def write(args: argparse.Namespace, models: list[ModelFiles], weights: list[float], origin: dict) -> None:
+def write(args: Options, models: list[ModelFiles], weights: list[float], origin: dict) -> None:
     """The result beside its place, loaded once, then moved. Raises ValueError where it cannot be written."""
     from safetensors import SafetensorError
 
@@ -184,7 +203,7 @@ def write(args: argparse.Namespace, models: list[ModelFiles], weights: list[floa
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def card(args: argparse.Namespace, models: list[ModelFiles], weights: list[float], origin: dict) -> str:
+def card(args: Options, models: list[ModelFiles], weights: list[float], origin: dict) -> str:
     """The model card of the result."""
     from bge_ds.evaluation.embedder import PROMPTS, read_prompts
     from bge_ds.modeling import model_card
@@ -200,7 +219,7 @@ def card(args: argparse.Namespace, models: list[ModelFiles], weights: list[float
     rows = zip(*columns, strict=True)
     length = longest_text(first.config)
     return model_card.page(
-        model_card.front_matter([model.name for model in models], args.license, "merge"),
+        model_card.front_matter([model.name for model in models], args.license, "merge", embeds=pooling is not None),
         f"{names[0]}, mixed with {', '.join(names[1:])}",
         "A weighted average of text embedding models (LM-Cocktail, arXiv:2311.13534). "
         + model_card.describe(first.config.hidden_size, length, pooling, normalize),
@@ -214,7 +233,7 @@ def card(args: argparse.Namespace, models: list[ModelFiles], weights: list[float
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 2 after a one-line message about a mistake of the user."""
     args = parser().parse_args(argv)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: run(Options(**vars(args))))
 
 
 if __name__ == "__main__":

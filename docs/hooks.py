@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from bge_ds import encode, evaluate, merge, mine, preprocess, score
+from bge_ds import encode, evaluate, export, merge, mine, preprocess, score
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
 from bge_ds.config.parser import groups_of
@@ -111,6 +111,7 @@ def flags() -> str:
     parts += ["## bge_ds.mine", _argparse_table(mine.parser()._actions, "mine")]
     parts += ["## bge_ds.score", _argparse_table(score.parser()._actions, "score")]
     parts += ["## bge_ds.merge", _argparse_table(merge.parser()._actions, "merge")]
+    parts += ["## bge_ds.export", _argparse_table(export.parser()._actions, "export")]
     parts += ["## bge_ds.doctor", f"```text\n{_doctor_help()}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertModel
 
 from bge_ds import api
 
@@ -87,3 +89,28 @@ def test_rows_are_scored_as_lines_are(tmp_path, monkeypatch):
     assert counts["groups"] == 10 and counts["pairs"] == sum(len(group["pos"]) + len(group["neg"]) for group in GROUPS)
     lines = scored(teacher, write_groups(tmp_path / "groups.jsonl"), tmp_path / "lines.jsonl")
     assert read_groups(tmp_path / "rows.jsonl") == lines
+
+
+def test_models_are_merged_as_by_the_command(tmp_path, setting):
+    """The folder has the weights asked for, and rows of examples weigh as their file; a mistake names the flag."""
+    shutil.copytree(setting / "model", setting / "other")
+    model = BertModel.from_pretrained(setting / "other")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(setting / "other")
+    models = [setting / "model", setting / "other"]
+    folder = api.merge(models, output=tmp_path / "mix", weights=[0.75, 0.25])
+    a, b, mixed = (BertModel.from_pretrained(path).embeddings.word_embeddings.weight for path in (*models, folder))
+    torch.testing.assert_close(mixed, 0.75 * a + 0.25 * b, rtol=0, atol=1e-6)
+    file = setting / "groups.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for name, examples in (("rows", rows), ("file", file)):
+        api.merge(models, output=tmp_path / name, examples=examples, use_cpu=True, cache_dir=str(setting / "cache"))
+    notes = [json.loads((tmp_path / name / "merge.json").read_text()) for name in ("rows", "file")]
+    assert notes[0]["examples"]["losses"] == notes[1]["examples"]["losses"] and notes[0]["examples"]["groups"] == 9
+    assert [model["weight"] for model in notes[0]["models"]] == [model["weight"] for model in notes[1]["models"]]
+    for flags, said in (({"weights": [1, 1]}, "--weights sum to 2"), ({"dtype": "fp64"}, "--dtype fp64 is none of fp32")):
+        with pytest.raises(ValueError, match=said):
+            api.merge(models, output=tmp_path / "bad", **flags)
+    assert not (tmp_path / "bad").exists()

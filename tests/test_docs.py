@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bge_ds import encode, evaluate, merge, mine, preprocess, score
+from bge_ds import encode, evaluate, export, merge, mine, preprocess, score
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
 from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
@@ -34,6 +34,7 @@ COMMANDS = {
     "score": lambda: score.main(["--help"]),
     "merge": lambda: merge.main(["--help"]),
     "mine": lambda: mine.main(["--help"]),
+    "export": lambda: export.main(["--help"]),
     "doctor": lambda: doctor.parse(["--help"]),
 }
 # Flags of other programs that the pages show: launchers, mkdocs, and scripts of launch/ and benchmarks/.

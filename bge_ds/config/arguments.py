@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from bge_ds.config.parser import parse
 from bge_ds.config.train_arguments import TrainArguments, changed, describe, flag, rare, steps_from
-from bge_ds.config.validation import check_effects, check_license, check_objective, check_token_budget, require
+from bge_ds.config.validation import check_effects, check_objective, check_token_budget, require
 
 __all__ = ["FinetuneArguments", "PretrainArguments", "TrainArguments", "changed", "describe", "parse", "steps_from"]
 
@@ -130,9 +130,6 @@ class FinetuneArguments(TrainArguments):
     sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how token vectors become a text's vector")
     bidirectional_attention: bool = flag(False, "decoder backbones: bidirectional instead of causal attention")
     fix_position_embedding: bool = rare(False, "do not train parameters whose name contains position_embeddings")
-    license: str | None = rare(
-        None, "licence of the model for its card, by the hub's name, such as apache-2.0; unset: none is said"
-    )
 
     topic_lora: ClassVar[str] = "LoRA"
     use_lora: bool = flag(False, "train only low-rank adapters of linear layers; saved merged, and in peft's format")
@@ -158,7 +155,6 @@ class FinetuneArguments(TrainArguments):
         for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
             setattr(self, name, getattr(self, name) or None)
         require(self.model_name_or_path, "--model_name_or_path is empty; give the name or the folder of an encoder")
-        check_license(self.license)
         if not self.normalize_embeddings:
             require(
                 "temperature" not in self.explicit or self.temperature == 1.0,

@@ -19,8 +19,14 @@ def add_embedding_flags(parser: argparse.ArgumentParser) -> None:
         help="prefix of queries (default: the model's stored prompt)")  # fmt: skip
     add("--passage_instruction_for_retrieval", dest="passage_prompt", metavar="TEXT",
         help="prefix of passages (default: the stored prompt)")  # fmt: skip
+    add_model_flags(parser)
+    add("--use_cpu", action="store_true", help="even where there is a GPU")
+    add("--bf16", action="store_true", help="matrix products in bf16; vectors and scores stay fp32")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds those that say how token vectors become a text's, and where the model is kept; named likewise."""
+    add = parser.add_argument
     add("--sentence_pooling_method", dest="pooling", choices=POOLINGS, help="default: what the model's files say")
     add("--normalize_embeddings", dest="normalize", type=to_bool, metavar="True|False", help="default: likewise")
     add("--cache_dir", help="where models fetched from the hub are kept")
-    add("--use_cpu", action="store_true", help="even where there is a GPU")
-    add("--bf16", action="store_true", help="matrix products in bf16; vectors and scores stay fp32")

@@ -17,6 +17,7 @@ from bge_ds.config.validation import (
     check_data,
     check_evaluation,
     check_hub,
+    check_license,
     check_optimizer,
     check_ranges,
     choose,
@@ -144,7 +145,10 @@ class TrainArguments:
         None, "checkpoint-N folder to resume from, or auto: the latest in output_dir, if any", nargs="?", const="auto"
     )
 
-    topic_uploading: ClassVar[str] = "Uploading"
+    topic_uploading: ClassVar[str] = "Model card and uploading"
+    license: str | None = rare(
+        None, "licence of the model for its card, by the hub's name, such as apache-2.0; unset: none is said"
+    )
     push_to_hub: bool = flag(
         False, "upload the finished model to the Hugging Face hub, with the token of HF_TOKEN or `hf auth login`"
     )
@@ -259,6 +263,7 @@ class TrainArguments:
         check_optimizer(self)
         check_evaluation(self)
         check_hub(self)
+        check_license(self.license)
         check_conflicts(self)
 
 

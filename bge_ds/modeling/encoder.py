@@ -269,11 +269,11 @@ def packed_inputs(
     inputs = {"input_ids": ids_T[None], "position_ids": position_ids(model.config, texts)[None], "packed": texts}
     if types_T is not None:
         inputs["token_type_ids"] = F.pad(types_T, (0, len(ids_T) - len(types_T)))[None]
-    return inputs | _no_cache(model)
+    return inputs | no_cache(model)
 
 
-def _no_cache(backbone: nn.Module) -> dict[str, bool]:
-    """Turns off the key-value cache of decoders; not every encoder accepts the argument."""
+def no_cache(backbone: nn.Module) -> dict[str, bool]:
+    """An option of the forward pass that turns off the key-value cache of decoders; not every encoder accepts the argument."""
     return {"use_cache": False} if _knows_use_cache(type(backbone)) else {}
 
 
@@ -296,7 +296,7 @@ def padded_inputs(
     fills = {"input_ids": model.config.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
     values = zip(fills.items(), (ids_T, torch.ones_like(ids_T), types_T), strict=True)
     lengths = [length for n, length in texts.runs for _ in range(n)]
-    return _no_cache(model) | {
+    return no_cache(model) | {
         name: pad_sequence(list(values_T.split(lengths)), batch_first=True, padding_value=fill)
         for (name, fill), values_T in values
         if values_T is not None

@@ -15,7 +15,12 @@ from bge_ds import __version__
 FILE = "README.md"
 PLACE = "path/to/this/folder"  # in the snippets, of a model without a name on the hub
 _NO_LIMIT = 1 << 20  # tokens
-_TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "bge_ds"]
+# What the hub is told of a model that sentence-transformers loads, and of an encoder that names no pooling.
+_EMBEDS = {
+    "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
+    "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "bge_ds"],
+}  # fmt: skip
+_ENCODES = {"library_name": "transformers", "pipeline_tag": "feature-extraction", "tags": ["bge_ds"]}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _POOLED = {
     "cls": "vectors = hidden[:, 0]",
@@ -34,14 +39,17 @@ def on_hub(name_or_path: str) -> bool:
     return not Path(name_or_path).exists() and _HUB_NAME.fullmatch(name_or_path) is not None
 
 
-def front_matter(base_models: list[str], licence: str | None, relation: str | None = None) -> str:
-    """The block that the hub reads. base_models: those that may be on the hub are named. relation: the hub's word for it."""
+def front_matter(base_models: list[str], licence: str | None, relation: str | None = None, embeds: bool = True) -> str:
+    """The block that the hub reads. base_models: those that may be on the hub are named. relation: the hub's word for it.
+
+    embeds: whether the folder names a pooling.
+    """
     from huggingface_hub import ModelCardData
 
     known = [name for name in base_models if on_hub(name)]
     data = ModelCardData(
-        base_model=known[0] if len(known) == 1 else known or None, license=licence, library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity", tags=_TAGS, **({"base_model_relation": relation} if relation and known else {}),
+        base_model=known[0] if len(known) == 1 else known or None, license=licence, **(_EMBEDS if embeds else _ENCODES),
+        **({"base_model_relation": relation} if relation and known else {}),
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -93,12 +101,12 @@ with torch.no_grad():
     return "\n\n".join(parts)
 
 
-def scores(measured: dict[str, dict[str, float]]) -> str:
-    """A table of measures by set. measured: name of the set -> measure -> value; empty for no text."""
+def scores(measured: dict[str, dict[str, float]], vectors: str = "this model") -> str:
+    """A table of measures by set. measured: name of the set -> measure -> value; empty for no text. vectors: what gave them."""
     if not measured:
         return ""
     names = list(next(iter(measured.values())))
-    return "Exact search with this model.\n\n" + table(
+    return f"Exact search with {vectors}.\n\n" + table(
         ("data", *names), [(of, *(f"{values[name]:.4f}" for name in names)) for of, values in measured.items()]
     )
 

@@ -1,4 +1,4 @@
-"""The model card of a fine-tuned model: training data by name and count, settings, measures, how to use it."""
+"""The model card of what a run made: training data by name and count, settings, measures, how to use it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
 from bge_ds.data.preprocess.table_files import HUB
-from bge_ds.data.shards.shard_reader import FinetuneShards
+from bge_ds.data.shards.shard_reader import FinetuneShards, PretrainShards
 from bge_ds.distributed import collectives
 from bge_ds.modeling import model_card
 from bge_ds.modeling.encoder import longest_text
 from bge_ds.training.data_order import sets_of
 
 _SHOWN = 30  # sets in the table
+_OBJECTIVES = {
+    "retromae": "RetroMAE (arXiv:2205.12035)",
+    "dupmae": "DupMAE (arXiv:2211.08769)",
+    "mlm": "masked language modelling",
+}
 
 
 def of_finetuning(
@@ -36,45 +41,95 @@ def of_finetuning(
         [
             ("Use", model_card.usage(args.hub_model_id or model_card.PLACE, pooling, normalize, prompts, length)),
             ("Measures", model_card.scores(scores)),
-            ("Training data", _sets(args, data)),
-            ("Training", model_card.table(("setting", "value"), _settings(args, base))),
+            ("Training data", _sets(args, data, "groups", "Groups of a query, its positives and its negatives.")),
+            ("Training", model_card.table(("setting", "value"), _finetuning(args, base))),
         ],
     )  # fmt: skip
 
 
-def _sets(args: FinetuneArguments, data: FinetuneShards) -> str:
+def of_pretraining(
+    args: PretrainArguments, data: PretrainShards, config: PretrainedConfig, scores: dict[str, dict[str, float]]
+) -> str:
+    """The card's text, as of `of_finetuning`, of an encoder that has still to be fine-tuned."""
+    start = args.model_name_or_path or args.config_name or ""
+    base = model_card.shown_name(start) + ", from scratch" * (not args.model_name_or_path)
+    place = args.hub_model_id or model_card.PLACE
+    intro = model_card.describe(config.hidden_size, longest_text(config), None, False)
+    command = f"python -m bge_ds.finetune --model_name_or_path {place} --train_data groups.jsonl --output_dir out"
+    use = f"{model_card.usage(place, None, False, {}, 0)}\n\nFine-tuning it:\n\n```bash\n{command}\n```"
+    return model_card.page(
+        model_card.front_matter([args.model_name_or_path], args.license, "finetune", embeds=False),
+        args.hub_model_id or f"{base}, pre-trained",
+        f"An encoder to be fine-tuned for search: {base}, pre-trained on plain texts by {_OBJECTIVES[args.objective]}. {intro}",
+        [
+            ("Use", use),
+            ("Measures", model_card.scores(scores, "its normalised [CLS] vectors, before fine-tuning")),
+            ("Training data", _sets(args, data, "texts", "Plain texts.")),
+            ("Training", model_card.table(("setting", "value"), _pretraining(args, base))),
+        ],
+    )
+
+
+def _sets(args: TrainArguments, data: FinetuneShards | PretrainShards, rows_are: str, words: str) -> str:
     sets = sets_of(args, data)
     names = [of.name if of.name.startswith(HUB) else Path(of.name).name for of in sets]
-    head, rows = ["data", "groups"], [[name, f"{of.kept:,}"] for name, of in zip(names, sets, strict=True)]
+    head, rows = ["data", rows_are], [[name, f"{of.kept:,}"] for name, of in zip(names, sets, strict=True)]
     if shares := sum(of.share or 0 for of in sets):
         head.append("share")
         rows = [[*row, f"{(of.share or 0) / shares:.1%}"] for row, of in zip(rows, sets, strict=True)]
     if len(sets) > _SHOWN:
         rest = sum(of.kept for of in sets[_SHOWN:])
         rows = [*rows[:_SHOWN], [f"{len(sets) - _SHOWN} more", f"{rest:,}", *[""] * (len(head) - 2)]]
-    return "Groups of a query, its positives and its negatives.\n\n" + model_card.table(head, rows)
+    return f"{words}\n\n{model_card.table(head, rows)}"
 
 
-def _settings(args: FinetuneArguments, base: str) -> list[tuple[str, str]]:
-    queries = args.per_device_train_batch_size * args.gradient_accumulation_steps * collectives.world_size()
-    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    warmup = f", warm-up {args.warmup_steps:g}{' of all steps' if 0 < args.warmup_steps < 1 else ' steps'}"
+def _finetuning(args: FinetuneArguments, base: str) -> list[tuple[str, str]]:
     rows = [
         ("base model", base),
         ("loss", _loss(args)),
         ("temperature", f"{args.temperature:g}" + ", learned from there" * args.learnable_temperature),
-        ("queries a step", str(queries)),
+        ("queries a step", _a_step(args, args.per_device_train_batch_size)),
         ("passages of a query", str(args.train_group_size)),
         ("negatives", _negatives(args)),
         ("tokens", f"queries to {args.query_max_len}, passages to {args.passage_max_len}"),
+        ("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, merged" if args.use_lora else ""),
+        *_shared(args),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _pretraining(args: PretrainArguments, base: str) -> list[tuple[str, str]]:
+    decoder, budget = args.objective != "mlm", args.per_device_train_tokens
+    rows = [
+        ("base model", base),
+        ("objective", _OBJECTIVES[args.objective]),
+        ("masked", f"{args.encoder_mlm_probability:.0%} of the words"),
+        ("hidden from the decoder", f"{args.decoder_mlm_probability:.0%} of the words" if decoder else ""),
+        ("weight of the bag-of-words loss", f"{args.bow_loss_weight:g}" if args.objective == "dupmae" else ""),
+        ("tokens a step, at most", _a_step(args, budget) if budget else ""),
+        ("texts a step", _a_step(args, args.per_device_train_batch_size) if not budget else ""),
+        ("tokens", f"texts to {args.max_seq_length}"),
+        ("words of Chinese", args.word_segmenter if args.word_segmenter != "none" else ""),
+        *_shared(args),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _a_step(args: TrainArguments, of_a_rank: int) -> str:
+    return f"{of_a_rank * args.gradient_accumulation_steps * collectives.world_size()}"
+
+
+def _shared(args: TrainArguments) -> list[tuple[str, str]]:
+    """Rows of every objective."""
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    warmup = f", warm-up {args.warmup_steps:g}{' of all steps' if 0 < args.warmup_steps < 1 else ' steps'}"
+    return [
         ("length", length),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type}{warmup * bool(args.warmup_steps)}"),
         ("weight decay", f"{args.weight_decay:g}" if args.weight_decay else ""),
         ("precision", "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"),
-        ("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, merged" if args.use_lora else ""),
         ("seed", str(args.seed)),
     ]
-    return [row for row in rows if row[1]]
 
 
 def _loss(args: FinetuneArguments) -> str:

@@ -119,6 +119,7 @@ def test_weights_from_examples_are_used_and_noted(pair, examples, tmp_path, caps
         (["--weights", "0", "1"], "leave out a model that is not to count"),
         (["--weights", "0.5", "0.5", "--examples", "x.jsonl"], "--weights and --examples exclude each other"),
         (["--temperature", "2"], "--temperature has no effect without --examples"),
+        (["--examples", "x.jsonl", "--temperature", "0"], "--temperature 0 is not a number above 0"),
         (["--use_cpu"], "--use_cpu has no effect without --examples"),
         (["--license", "All mine"], "--license All mine is not a licence identifier of the Hugging Face hub"),
         (["--examples", "none.jsonl"], "--examples none.jsonl: no such file"),

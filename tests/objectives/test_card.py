@@ -1,4 +1,4 @@
-"""The card of a fine-tuned model: what it was trained on, by which settings, and what was measured of just this model."""
+"""The card of what a run made: what it was trained on, by which settings, and what was measured of just this model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import helpers
 import pytest
 from huggingface_hub import ModelCard
 
-from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data.shards import shard_reader
 from bge_ds.objectives import card
 from bge_ds.objectives.shards import open_shards
@@ -25,6 +25,12 @@ def setting(tmp_path_factory) -> Path:
         (data / f"{name}.jsonl").write_text("".join(json.dumps({"_id": i, "text": f"text {i}"}) + "\n" for i in ids))
     (data / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp1\t1\nq2\tp2\t1\n")
     return base
+
+
+def pretraining_flags(setting: Path, output: Path, **more) -> dict:
+    names = ("model_name_or_path", "cache_dir", "max_steps", "dataloader_num_workers", "learning_rate")
+    given = {name: value for name, value in flags_of(setting, output).items() if name in names}
+    return helpers.command_flags(setting)["pretrain"] | given | {"output_dir": str(output)} | more
 
 
 def flags_of(setting: Path, output: Path, **more) -> dict:
@@ -109,3 +115,44 @@ def test_sets_are_listed_with_their_shares(setting, tmp_path, monkeypatch):
     assert "| groups.jsonl | 9 | 75.0% |\n| other.jsonl | 4 | 25.0% |" in weighted
     monkeypatch.setattr(card, "_SHOWN", 1)
     assert "| groups.jsonl | 9 |\n| 1 more | 4 |" in card_of(setting, tmp_path, train_data=files, **none)
+
+
+def test_a_pretraining_run_writes_its_card(tmp_path, setting):
+    """With the encoder and in each checkpoint, with the measures of just that one; the hub learns that it is an encoder that
+    transformers loads, and the licence."""
+    more = {"license": "mit", "eval_data": [str(setting / "set")], "save_strategy": "steps", "save_steps": 1, "eval_steps": 2}
+    flags = pretraining_flags(setting, tmp_path / "out", per_device_train_batch_size=2, **more)
+    helpers.run_ranks("train", 1, json.dumps([["pretrain", flags]]))
+    found = ModelCard.load(tmp_path / "out/encoder_model/README.md")
+    assert (found.data.license, found.data.library_name, found.data.base_model) == ("mit", "transformers", None)
+    assert str(setting) not in found.text and str(tmp_path) not in found.text
+    for row in ("# model, pre-trained", "| texts.jsonl | 9 |", "| objective | RetroMAE (arXiv:2205.12035) |",
+                "| masked | 30% of the words |", "| hidden from the decoder | 50% of the words |", "| texts a step | 2 |",
+                "| tokens | texts to 40 |", "| length | 4 steps |", "| learning rate | 0.001, linear |", "| seed | 42 |",
+                "bge_ds.finetune --model_name_or_path path/to/this/folder"):  # fmt: skip
+        assert row in found.text, row
+    cards = [(tmp_path / f"out/checkpoint-{step}/encoder_model/README.md").read_text() for step in (1, 2)]
+    assert "| set |" in found.text and ["| set |" in text for text in cards] == [False, True]
+
+
+def test_objectives_of_pretraining_are_told_as_they_are(setting, tmp_path):
+    """What another objective, a budget of tokens or a start from scratch changes is said, and nothing that has no effect."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer, config = AutoTokenizer.from_pretrained(setting / "model"), AutoConfig.from_pretrained(setting / "model")
+
+    def card_of_pretraining(**flags) -> str:
+        args = PretrainArguments.build(**pretraining_flags(setting, tmp_path / "none", **flags))
+        data = open_shards("pretrain", args, tokenizer, max_seq_length=40, word_segmenter="none")
+        assert isinstance(data, shard_reader.PretrainShards)
+        return card.of_pretraining(args, data, config, {})
+
+    scratch = {"model_name_or_path": "", "config_name": str(setting / "model"), "tokenizer_name": str(setting / "model")}
+    text = card_of_pretraining(objective="dupmae", bow_loss_weight=0.2, per_device_train_tokens=512, **scratch)
+    for words in ("DupMAE (arXiv:2211.08769)", "| weight of the bag-of-words loss | 0.2 |", "| tokens a step, at most | 512 |",
+                  "| base model | model, from scratch |"):  # fmt: skip
+        assert words in text, words
+    assert "texts a step" not in text and "Exact search" not in text
+    text = card_of_pretraining(objective="mlm", hub_model_id="us/encoder", push_to_hub=True)
+    assert "masked language modelling" in text and "decoder" not in text
+    assert 'AutoModel.from_pretrained("us/encoder")' in text and text.count("bag-of-words") == 0

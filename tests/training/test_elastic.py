@@ -95,8 +95,13 @@ def test_ranks_and_stages_change_on_the_way(tmp_path, setting):
             assert sorted(found) == list(range(2 * k + 1, 9))
             assert all(alike(found[step], expected[step]) for step in found), (command, leg)
         assert abs(expected[8][0] - expected[3][0]) > 1e-2  # it did learn
-    cards = {leg: (tmp_path / leg / "finetune/README.md").read_text() for leg, *_ in legs}
-    assert len(set(cards.values())) == 1 and "| queries a step | 6 |" in cards["a"]
+    for card, row in (
+        ("finetune/README.md", "| queries a step | 6 |"),
+        ("pretrain/encoder_model/README.md", "| texts a step | 12 |"),
+        ("tokens/encoder_model/README.md", "| tokens a step, at most | 360 |"),
+    ):
+        cards = {(tmp_path / leg / card).read_text() for leg, *_ in legs}
+        assert len(cards) == 1 and row in cards.pop()
 
 
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
