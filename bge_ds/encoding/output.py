@@ -91,8 +91,11 @@ def check_output(output: Path) -> None:
 
 
 def unfinished(output: Path, blocks: range) -> list[int]:
-    """Those of `blocks` that have no record."""
-    return [block for block in blocks if not _record_path(output, block).exists()]
+    """Those of `blocks` that have no record. Once other ranks have written the manifest, in which all records are: none."""
+    with locked(output):
+        if (output / MANIFEST).is_file():
+            return []
+        return [block for block in blocks if not _record_path(output, block).exists()]
 
 
 def write_block(output: Path, job: Job, block: int, vectors_ND: np.ndarray, ids: list[str] | None, tokens: int) -> None:

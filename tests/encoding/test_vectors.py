@@ -103,3 +103,9 @@ def test_a_vector_that_is_not_finite_is_named(tmp_path):
     bad[2, 1] = np.nan
     with pytest.raises(ValueError, match="the vector of text 10 "):
         output.write_block(tmp_path / "v", job, 2, bad, None, 3)
+
+
+def test_a_rank_that_lists_its_blocks_late_has_none_left(tmp_path):
+    """The manifest takes the place of the blocks' records: a rank that looks for them after it must not encode again."""
+    made(tmp_path / "v")
+    assert not list((tmp_path / "v").glob("blocks/*")) and output.unfinished(tmp_path / "v", range(6)) == []
