@@ -86,11 +86,14 @@ def show(figure: float) -> str:
     return f"{figure:.0f}" if figure >= 1000 else f"{figure:.3g}"
 
 
-def in_turn(sides: dict[str, Callable[[Side], None]], repeats: int, what: str) -> list[Side]:
-    """All sides, `repeats` times; each adds a figure. One that fails is said and left without figures."""
+def in_turn(sides: dict[str, Callable[[Side], None]], repeats: int, what: str, alternate: bool = False) -> list[Side]:
+    """All sides, `repeats` times; each adds a figure. One that fails is said and left without figures.
+
+    alternate: every second turn in reverse order, so that a machine that slows down weighs on all alike.
+    """
     results = {name: Side(name) for name in sides}
     for turn in range(repeats):
-        for name, work in sides.items():
+        for name, work in list(sides.items())[:: -1 if alternate and turn % 2 else 1]:
             if results[name].note == "failed":
                 continue
             say(f"{what}: {name}, turn {turn + 1} of {repeats}")
