@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export, compare, put the file in its place. Raises ValueError for what the user can mend."""
+    """Export, compare, put the file in its place. Raises ValueError for what the user can fix."""
     output = check(args)
     import transformers  # torch is loaded from here on: --help needs none of it
 

@@ -104,7 +104,7 @@ def mine(options: Options) -> Report | None:
             return work.finish(made, lambda: None if found is exact else search.recall(found, exact, queries))
     except OSError as error:
         place = error.filename or work.folder
-        raise ValueError(f"{place}: {error.strerror or error}: mend that, and the same command goes on") from error
+        raise ValueError(f"{place}: {error.strerror or error}: fix that; the same command continues") from error
 
 
 def task_of(options: Options) -> Task:

@@ -135,7 +135,7 @@ def write_block(output: Path, job: Job, block: int, groups: list[Group], counts:
     body = b"".join(orjson.dumps(group, option=orjson.OPT_APPEND_NEWLINE) for group in groups)
     head = {"counts": counts, "hash": xxhash.xxh3_128_hexdigest(body)}
     content = orjson.dumps(head, option=orjson.OPT_APPEND_NEWLINE) + body
-    _mended(lambda: write_whole(_block_path(output, block), content, writer=f".{os.getpid()}"), output)
+    _explained(lambda: write_whole(_block_path(output, block), content, writer=f".{os.getpid()}"), output)
 
 
 def finish(output: Path, job: Job) -> Report | None:
@@ -149,7 +149,7 @@ def finish(output: Path, job: Job) -> Report | None:
         if not all(_block_path(output, block).is_file() for block in range(job.num_blocks)):
             return None
         partial = output.with_name(output.name + PARTIAL)
-        counts = _mended(lambda: _join(output, job, partial), output)
+        counts = _explained(lambda: _join(output, job, partial), output)
         made = Report(
             **msgspec.structs.asdict(job), counts=counts, bytes=partial.stat().st_size, hash=hash_file(partial)
         )  # fmt: skip
@@ -204,11 +204,11 @@ def _block(path: Path) -> tuple[dict[str, int], bytes] | None:
     return (told["counts"], body) if told["hash"] == xxhash.xxh3_128_hexdigest(body) else None
 
 
-def _mended(write: Callable[[], Made], output: Path) -> Made:
+def _explained(write: Callable[[], Made], output: Path) -> Made:
     try:
         return write()
     except OSError as error:
-        raise ValueError(f"--output {output}: {error.strerror}: mend that, and the same command goes on") from error
+        raise ValueError(f"--output {output}: {error.strerror}: fix that; the same command continues") from error
 
 
 def _parts(output: Path) -> Path:

@@ -164,7 +164,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path, capsys, tiny_bert_path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(work.Work, "write", fill_up)
-            assert "No space left on device: mend that, and the same command goes on" in refused(capsys, words)
+            assert "No space left on device: fix that; the same command continues" in refused(capsys, words)
         assert not list(disk.rglob("*.npz*"))
         (disk / "filler").unlink()
         assert mine.main(words) == 0 and left(disk) == [".mined.jsonl.report.json", "mined.jsonl"]

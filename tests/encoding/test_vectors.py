@@ -81,7 +81,7 @@ def test_what_is_no_folder_of_vectors_is_refused(tmp_path):
     made(tmp_path / "v")
     manifest = json.loads((tmp_path / "v/manifest.json").read_text())
     for name, content, expected in (
-        ("job.json", manifest, "is unfinished: give the same command again"),
+        ("job.json", manifest, "is unfinished: run the same command again"),
         ("other.json", {}, "is not a folder of vectors: it has no manifest.json"),
         ("manifest.json", {"kind": "finetune", "schema_version": 2}, "is not that of vectors"),
         ("manifest.json", manifest | {"schema_version": 7}, "schema version 7; this bge_ds reads 1"),
