@@ -16,6 +16,7 @@ FILE = "README.md"
 PLACE = "path/to/this/folder"  # in the snippets, of a model without a name on the hub
 _NO_LIMIT = 1 << 20  # tokens
 _TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "bge_ds"]
+_RERANKER_TAGS = ["sentence-transformers", "cross-encoder", "reranker", "bge_ds"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _POOLED = {
     "cls": "vectors = hidden[:, 0]",
@@ -34,14 +35,15 @@ def on_hub(name_or_path: str) -> bool:
     return not Path(name_or_path).exists() and _HUB_NAME.fullmatch(name_or_path) is not None
 
 
-def front_matter(base_models: list[str], licence: str | None, relation: str | None = None) -> str:
+def front_matter(base_models: list[str], licence: str | None, relation: str | None = None, reranker: bool = False) -> str:
     """The block that the hub reads. base_models: those that may be on the hub are named. relation: the hub's word for it."""
     from huggingface_hub import ModelCardData
 
     known = [name for name in base_models if on_hub(name)]
     data = ModelCardData(
         base_model=known[0] if len(known) == 1 else known or None, license=licence, library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity", tags=_TAGS, **({"base_model_relation": relation} if relation and known else {}),
+        pipeline_tag="text-ranking" if reranker else "sentence-similarity", tags=_RERANKER_TAGS if reranker else _TAGS,
+        **({"base_model_relation": relation} if relation and known else {}),
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -91,6 +93,21 @@ with torch.no_grad():
     if given:
         parts.append("Prompts, which stand before a text:\n\n" + table(("name", "prompt"), given))
     return "\n\n".join(parts)
+
+
+def reranker_usage(name: str, decoder: bool, prefixes: dict[str, str]) -> str:
+    """Snippets that give the scores of training. prefixes: what stands before each query and passage."""
+    pair = '[["what is a shard", "A shard is a part of a data set."]]'
+    instructions = "".join(f", {of}_instruction_for_rerank={prefix!r}" for of, prefix in prefixes.items() if prefix or decoder)
+    kind = "FlagLLMReranker" if decoder else "FlagReranker"
+    flag = f'from FlagEmbedding import {kind}\n\nmodel = {kind}("{name}"{instructions})\nprint(model.compute_score({pair}))'
+    ours = f"python -m bge_ds.score --model_name_or_path {name} --input groups.jsonl --output scored.jsonl"
+    parts = [("FlagEmbedding", f"python\n{flag}"), ("bge_ds", f"bash\n{ours}")]
+    if not decoder:
+        texts = tuple(prefixes[of] + text for of, text in (("query", "what is a shard"), ("passage", "A shard is a part.")))
+        code = f'from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder("{name}")\n'
+        parts.insert(0, ("sentence-transformers", f"python\n{code}print(model.predict([{texts!r}]))"))
+    return "\n\n".join(f"With {of}:\n\n```{code}\n```" for of, code in parts)
 
 
 def scores(measured: dict[str, dict[str, float]]) -> str:

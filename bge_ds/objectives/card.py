@@ -1,4 +1,4 @@
-"""The model card of a fine-tuned model: training data by name and count, settings, measures, how to use it."""
+"""The model card of a fine-tuned embedder or reranker: training data by name and count, settings, measures, how to use it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from bge_ds.config.arguments import FinetuneArguments
+from bge_ds.config.arguments import FinetuneArguments, GroupArguments, RerankArguments
 from bge_ds.data.preprocess.table_files import HUB
 from bge_ds.data.shards.shard_reader import FinetuneShards
 from bge_ds.distributed import collectives
@@ -37,12 +37,37 @@ def of_finetuning(
             ("Use", model_card.usage(args.hub_model_id or model_card.PLACE, pooling, normalize, prompts, length)),
             ("Measures", model_card.scores(scores)),
             ("Training data", _sets(args, data)),
-            ("Training", model_card.table(("setting", "value"), _settings(args, base))),
+            ("Training", model_card.table(("setting", "value"), _settings(args, base, _of_contrast(args)))),
         ],
     )  # fmt: skip
 
 
-def _sets(args: FinetuneArguments, data: FinetuneShards) -> str:
+def of_reranking(args: RerankArguments, data: FinetuneShards, decoder: bool, prefixes: dict[str, str]) -> str:
+    """The card's text. prefixes: what stands before each query and passage."""
+    base, cuts = model_card.shown_name(args.model_name_or_path), args.cuts
+    score = "the logit of the token Yes" if decoder else "a logit"
+    loss = [] if args.loss == "none" else [args.loss.replace("_", " ")]
+    loss += [f"{args.kd_loss_type}, distilled from a teacher's scores"] if args.knowledge_distillation else []
+    rows = [
+        ("loss", " and ".join(loss)),
+        ("label smoothing", f"{args.label_smoothing:g}" if args.label_smoothing else ""),
+        ("tokens", f"pairs to {cuts['max_len']}, queries in them to {cuts['query_max_len']}"),
+        *((f"before a {of}", f"`{prefix!r}`") for of, prefix in prefixes.items() if prefix),
+    ]
+    return model_card.page(
+        model_card.front_matter([args.model_name_or_path], args.license, "finetune", reranker=True),
+        args.hub_model_id or f"{base}, a reranker",
+        f"A reranker for search: {base}, trained to score a query and a passage together. The score is {score}; higher is more "
+        f"relevant. Made with bge_ds {model_card.__version__}.",
+        [
+            ("Use", model_card.reranker_usage(args.hub_model_id or model_card.PLACE, decoder, prefixes)),
+            ("Training data", _sets(args, data)),
+            ("Training", model_card.table(("setting", "value"), _settings(args, base, rows))),
+        ],
+    )  # fmt: skip
+
+
+def _sets(args: GroupArguments, data: FinetuneShards) -> str:
     sets = sets_of(args, data)
     names = [of.name if of.name.startswith(HUB) else Path(of.name).name for of in sets]
     head, rows = ["data", "groups"], [[name, f"{of.kept:,}"] for name, of in zip(names, sets, strict=True)]
@@ -55,18 +80,16 @@ def _sets(args: FinetuneArguments, data: FinetuneShards) -> str:
     return "Groups of a query, its positives and its negatives.\n\n" + model_card.table(head, rows)
 
 
-def _settings(args: FinetuneArguments, base: str) -> list[tuple[str, str]]:
+def _settings(args: GroupArguments, base: str, own: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """own: rows of the objective; those without a value are left out."""
     queries = args.per_device_train_batch_size * args.gradient_accumulation_steps * collectives.world_size()
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     warmup = f", warm-up {args.warmup_steps:g}{' of all steps' if 0 < args.warmup_steps < 1 else ' steps'}"
     rows = [
         ("base model", base),
-        ("loss", _loss(args)),
-        ("temperature", f"{args.temperature:g}" + ", learned from there" * args.learnable_temperature),
+        *own,
         ("queries a step", str(queries)),
         ("passages of a query", str(args.train_group_size)),
-        ("negatives", _negatives(args)),
-        ("tokens", f"queries to {args.query_max_len}, passages to {args.passage_max_len}"),
         ("length", length),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type}{warmup * bool(args.warmup_steps)}"),
         ("weight decay", f"{args.weight_decay:g}" if args.weight_decay else ""),
@@ -75,6 +98,15 @@ def _settings(args: FinetuneArguments, base: str) -> list[tuple[str, str]]:
         ("seed", str(args.seed)),
     ]
     return [row for row in rows if row[1]]
+
+
+def _of_contrast(args: FinetuneArguments) -> list[tuple[str, str]]:
+    return [
+        ("loss", _loss(args)),
+        ("temperature", f"{args.temperature:g}" + ", learned from there" * args.learnable_temperature),
+        ("negatives", _negatives(args)),
+        ("tokens", f"queries to {args.query_max_len}, passages to {args.passage_max_len}"),
+    ]
 
 
 def _loss(args: FinetuneArguments) -> str:
