@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, RerankArguments, TrainArguments
 
 if TYPE_CHECKING:
     from bge_ds.encoding.vectors import Vectors
@@ -32,6 +32,13 @@ def finetune(train_data: TrainData, *, model_name_or_path: str, output_dir: str 
     from bge_ds import finetune as command
 
     return _train(command.train, FinetuneArguments, train_data, output_dir, model_name_or_path=model_name_or_path, **flags)
+
+
+def train_reranker(train_data: TrainData, *, model_name_or_path: str, output_dir: str | Path, **flags: Any) -> Path:
+    """A cross-encoder trained on groups; its folder. Arguments as for `finetune`, flags those of `bge_ds.rerank`."""
+    from bge_ds import rerank as command
+
+    return _train(command.train, RerankArguments, train_data, output_dir, model_name_or_path=model_name_or_path, **flags)
 
 
 def pretrain(train_data: TrainData, *, output_dir: str | Path, **flags: Any) -> Path:

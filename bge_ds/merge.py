@@ -219,7 +219,7 @@ def card(args: Options, models: list[ModelFiles], weights: list[float], origin: 
     rows = zip(*columns, strict=True)
     length = longest_text(first.config)
     return model_card.page(
-        model_card.front_matter([model.name for model in models], args.license, "merge", embeds=pooling is not None),
+        model_card.front_matter([model.name for model in models], args.license, "merge", "embedder" if pooling else "encoder"),
         f"{names[0]}, mixed with {', '.join(names[1:])}",
         "A weighted average of text embedding models (LM-Cocktail, arXiv:2311.13534). "
         + model_card.describe(first.config.hidden_size, length, pooling, normalize),

@@ -21,7 +21,13 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 from bge_ds import encode, evaluate, export, merge, mine, preprocess, score
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
+from bge_ds.config.arguments import (
+    FinetuneArguments,
+    GroupArguments,
+    PretrainArguments,
+    RerankArguments,
+    TrainArguments,
+)
 from bge_ds.config.huggingface_names import ALIASES, REFUSED, accepted
 from bge_ds.config.parser import groups_of
 from bge_ds.doctor import __main__ as doctor
@@ -98,11 +104,11 @@ def links_of_site(markdown: str, source: str, name: str) -> str:
 def flags() -> str:
     shared = groups_of(TrainArguments, own=True)
     parts = [
-        "## bge_ds.pretrain and bge_ds.finetune",
+        "## bge_ds.pretrain, bge_ds.finetune and bge_ds.rerank",
         *(part for title, names in shared for part in (f"### {title}", _table(TrainArguments, names))),
     ]
-    for kind in (PretrainArguments, FinetuneArguments):
-        parts.append(f"## {kind.command} only")
+    for kind in (GroupArguments, PretrainArguments, FinetuneArguments, RerankArguments):
+        parts.append("## bge_ds.finetune and bge_ds.rerank" if kind is GroupArguments else f"## {kind.command} only")
         for title, names in groups_of(kind, own=True):
             parts += [f"### {title}"] * bool(title) + [_table(kind, names)]
     parts += ["## bge_ds.preprocess", *_preprocess()]
@@ -134,7 +140,8 @@ def _table(kind: type, names: list[str]) -> str:
 
 
 def _anchor(kind: type, name: str) -> str:
-    redefined = kind is not TrainArguments and name in TrainArguments.__annotations__
+    before = FinetuneArguments if kind is RerankArguments else TrainArguments
+    redefined = kind is not before and name in before.__annotations__
     return f"{kind.command.removeprefix('bge_ds.')}-{name}" if redefined else name
 
 
@@ -227,7 +234,7 @@ def _doctor_help() -> str:
 def refused() -> str:
     from transformers import TrainingArguments
 
-    ours = {f.name for kind in (PretrainArguments, FinetuneArguments) for f in dataclasses.fields(kind)}
+    ours = {f.name for kind in (PretrainArguments, FinetuneArguments, RerankArguments) for f in dataclasses.fields(kind)}
     theirs = [f.name for f in dataclasses.fields(TrainingArguments)]
     honoured = ", ".join(f"[`{name}`](flags.md#{name})" for name in theirs if name in ours)
     aliases = "\n".join(f"| `--{alias}` | [`--{name}`](flags.md#{name}) |" for alias, (name, _) in ALIASES.items())

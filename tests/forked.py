@@ -98,8 +98,8 @@ def serve(path: str) -> tuple[dict, list[int]]:
     import deepspeed  # noqa: F401
     import sentence_transformers  # noqa: F401
 
-    from bge_ds import evaluate, finetune, pretrain  # noqa: F401
-    from bge_ds.objectives import contrastive, retromae  # noqa: F401
+    from bge_ds import evaluate, finetune, pretrain, rerank  # noqa: F401
+    from bge_ds.objectives import contrastive, reranking, retromae  # noqa: F401
     from bge_ds.training import command, loop  # noqa: F401
 
     # DeepSpeed asks for the processor each time it makes a CPUAdam, which takes a second in a process of its own.

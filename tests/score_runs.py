@@ -30,6 +30,20 @@ def make_teacher(folder: Path, family: str = "bert", **changes) -> Path:
     return helpers.make_tokenizer("wordpiece" if family == "bert" else "unigram", folder, types=family == "bert")
 
 
+def make_decoder(folder: Path) -> Path:
+    """A tiny decoder whose tokenizer has a token for Yes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    known = AutoTokenizer.from_pretrained(helpers.make_tokenizer("bytes", folder))
+    known.add_tokens(["Yes"])
+    known.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = helpers.tiny_config("qwen3", vocab_size=len(known), max_position_embeddings=1100)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def write_groups(path: Path, groups=GROUPS) -> Path:
     data = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)

@@ -14,7 +14,7 @@ import helpers
 import pytest
 
 from bge_ds import encode, evaluate, export, merge, mine, preprocess, score
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, parse
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, RerankArguments, parse
 from bge_ds.config.huggingface_names import ALIASES, REFUSED
 from bge_ds.doctor import __main__ as doctor
 
@@ -25,6 +25,7 @@ WRITTEN = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md
 COMMANDS = {
     "pretrain": lambda: parse(PretrainArguments, ["--help", "all"]),
     "finetune": lambda: parse(FinetuneArguments, ["--help", "all"]),
+    "rerank": lambda: parse(RerankArguments, ["--help", "all"]),
     **{
         f"preprocess {name}": lambda name=name: preprocess._parser().parse_args([name, "--help"])
         for name in ("pretrain", "finetune", "merge", "inspect", "verify")

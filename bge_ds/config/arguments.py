@@ -9,9 +9,19 @@ from typing import ClassVar, Literal
 
 from bge_ds.config.parser import parse
 from bge_ds.config.train_arguments import TrainArguments, changed, describe, flag, rare, steps_from
-from bge_ds.config.validation import check_effects, check_objective, check_token_budget, require
+from bge_ds.config.validation import check_effects, check_groups, check_objective, check_token_budget, require
 
-__all__ = ["FinetuneArguments", "PretrainArguments", "TrainArguments", "changed", "describe", "parse", "steps_from"]
+__all__ = [
+    "FinetuneArguments",
+    "GroupArguments",
+    "PretrainArguments",
+    "RerankArguments",
+    "TrainArguments",
+    "changed",
+    "describe",
+    "parse",
+    "steps_from",
+]
 
 TEMPERATURE_LIMIT = 0.5  # above it, similarities of unit vectors (-1 to 1) give a distribution too flat to learn from
 
@@ -87,26 +97,57 @@ class PretrainArguments(TrainArguments):
 
 
 @dataclass(kw_only=True)
-class FinetuneArguments(TrainArguments):
+class GroupArguments(TrainArguments):
+    """What the commands share that train on groups of a query, its positives and its negatives."""
+
+    topic_groups: ClassVar[str] = "Groups"
+    model_name_or_path: str = flag(MISSING, "model to start from: name or folder")
+    train_group_size: int = flag(8, "passages of each query: one positive, the others hard negatives")
+    max_example_num_per_dataset: int = rare(100_000_000, "maximum groups of each input file; a longer one is sampled at random")
+    same_dataset_within_batch: bool = flag(
+        False, "all queries of a step, on all ranks, come from one input file, so that negatives are of the same kind"
+    )
+    knowledge_distillation: bool = flag(False, "learn from a teacher's scores: pos_scores and neg_scores of the data")
+    sub_batch_size: int | None = flag(
+        None, "GradCache: texts (rerank: pairs) per forward pass; same gradient, less memory; unset: all"
+    )
+    sub_batch_tokens: int | None = flag(None, "GradCache: tokens per forward pass, in place of texts")
+
+    topic_lora: ClassVar[str] = "LoRA"
+    use_lora: bool = flag(False, "train only low-rank adapters of linear layers; saved merged, and in peft's format")
+    lora_rank: int = flag(64, "with use_lora: rank of an adapter's matrices")
+    lora_alpha: float = rare(16.0, "with use_lora: an adapter's product is multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = rare(0.1, "with use_lora: dropout of an adapter's input")
+    target_modules: list[str] = rare(
+        [], "with use_lora: names of the linear layers that get an adapter, such as query value; unset: all"
+    )
+
+    def check(self) -> None:
+        """As for every command, and what of groups, pieces and adapters goes together."""
+        super().check()
+        require(self.model_name_or_path, "--model_name_or_path is empty; give the name or the folder of a model")
+        require(
+            self.average_tokens_across_devices,
+            "--average_tokens_across_devices False is refused: the loss is the mean over the queries of all ranks",
+        )
+        require(
+            self.kernels != "fused",
+            "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out",
+        )
+        check_groups(self)
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(GroupArguments):
     """Flags of `python -m bge_ds.finetune`: contrastive fine-tuning on queries with positives and negatives."""
 
     command: ClassVar[str] = "bge_ds.finetune"
 
     topic_finetuning: ClassVar[str] = "Fine-tuning"
-    model_name_or_path: str = flag(MISSING, "model to start from: name or folder")
-    train_group_size: int = flag(8, "passages of each query: one positive, the others hard negatives")
     query_max_len: int = flag(32, "maximum tokens of a query, instruction and special tokens included")
     passage_max_len: int = flag(128, "maximum tokens of a passage, instruction and special tokens included")
-    max_example_num_per_dataset: int = rare(100_000_000, "maximum groups of each input file; a longer one is sampled at random")
-    same_dataset_within_batch: bool = flag(
-        False, "all queries of a step, on all ranks, come from one input file, so that negatives are of the same kind"
-    )
     query_instruction_for_retrieval: str | None = flag(None, "prefix of every query, saved as the model's query prompt")
     passage_instruction_for_retrieval: str | None = flag(None, "prefix of every passage, saved as the model's passage prompt")
-    sub_batch_size: int | None = flag(
-        None, "GradCache: texts (queries and passages) per forward pass; same gradient, less memory; unset: all"
-    )
-    sub_batch_tokens: int | None = flag(None, "GradCache: tokens per forward pass, in place of texts")
     negatives_cross_device: bool = flag(False, "the passages of all ranks are negatives, not only the rank's own")
     use_inbatch_neg: bool = flag(True, "the other queries' passages are negatives too")
     bidirectional: bool = flag(False, "also score each positive against all queries; the loss is the mean of both directions")
@@ -120,7 +161,6 @@ class FinetuneArguments(TrainArguments):
     )
     temperature: float = flag(0.02, "similarities are divided by it; always 1 without normalize_embeddings")
     learnable_temperature: bool = flag(False, "train the temperature, starting at --temperature")
-    knowledge_distillation: bool = flag(False, "learn from a teacher's scores: pos_scores and neg_scores of the data")
     kd_loss_type: Literal["kl_div", "m3_kd_loss", "margin_mse"] = flag(
         "kl_div", "kl_div and margin_mse are added to the contrastive loss, m3_kd_loss replaces it"
     )
@@ -130,15 +170,6 @@ class FinetuneArguments(TrainArguments):
     sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how token vectors become a text's vector")
     bidirectional_attention: bool = flag(False, "decoder backbones: bidirectional instead of causal attention")
     fix_position_embedding: bool = rare(False, "do not train parameters whose name contains position_embeddings")
-
-    topic_lora: ClassVar[str] = "LoRA"
-    use_lora: bool = flag(False, "train only low-rank adapters of linear layers; saved merged, and in peft's format")
-    lora_rank: int = flag(64, "with use_lora: rank of an adapter's matrices")
-    lora_alpha: float = rare(16.0, "with use_lora: an adapter's product is multiplied by lora_alpha / lora_rank")
-    lora_dropout: float = rare(0.1, "with use_lora: dropout of an adapter's input")
-    target_modules: list[str] = rare(
-        [], "with use_lora: names of the linear layers that get an adapter, such as query value; unset: all"
-    )
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
@@ -150,11 +181,10 @@ class FinetuneArguments(TrainArguments):
         return None
 
     def check(self) -> None:
-        """As for both commands, and: the temperature fits the similarity, and there is something to compare against."""
+        """As for groups, and: the temperature fits the similarity, and there is something to compare against."""
         super().check()
         for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
             setattr(self, name, getattr(self, name) or None)
-        require(self.model_name_or_path, "--model_name_or_path is empty; give the name or the folder of an encoder")
         if not self.normalize_embeddings:
             require(
                 "temperature" not in self.explicit or self.temperature == 1.0,
@@ -168,17 +198,9 @@ class FinetuneArguments(TrainArguments):
             f"whose similarities lie between -1 and 1; give at most {TEMPERATURE_LIMIT}, 0.01 to 0.05 is usual",
         )
         require(
-            self.average_tokens_across_devices,
-            "--average_tokens_across_devices False is refused: the loss is the mean over the queries of all ranks",
-        )
-        require(
             self.use_inbatch_neg or not self.negatives_cross_device,
             "--negatives_cross_device and --use_inbatch_neg False exclude each other: without in-batch negatives no "
             "other query's passage is compared; drop one of them",
-        )
-        require(
-            self.kernels != "fused",
-            "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out",
         )
         check_objective(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)
@@ -186,4 +208,96 @@ class FinetuneArguments(TrainArguments):
             self.train_group_size > 1 or not alone,
             "--train_group_size 1 leaves each query its positive and nothing to compare it against; raise it, or take "
             "in-batch negatives (--use_inbatch_neg True with --per_device_train_batch_size above 1)",
+        )
+
+
+@dataclass(kw_only=True)
+class RerankArguments(GroupArguments):
+    """Flags of `python -m bge_ds.rerank`: a cross-encoder, trained on groups of pairs of a query and a passage."""
+
+    command: ClassVar[str] = "bge_ds.rerank"
+
+    topic_reranking: ClassVar[str] = "Reranking"
+    query_max_len: int = flag(
+        32, "tokens of a query, which may take a quarter of passage_max_len more (FlagEmbedding's rule); unset: the shards'"
+    )
+    passage_max_len: int = flag(
+        128, "tokens of a passage, which may take half of query_max_len more where its query leaves room; unset: the shards'"
+    )
+    max_len: int | None = flag(
+        None, "maximum tokens of a pair, special tokens and prompt included; never above query_max_len + passage_max_len"
+    )
+    loss: Literal["cross_entropy", "binary_cross_entropy", "none"] = flag(
+        "cross_entropy", "cross_entropy: the positive among its group; binary_cross_entropy: each pair by itself; none: the "
+        "teacher's alone"
+    )  # fmt: skip
+    label_smoothing: float = flag(0.0, "with loss cross_entropy: this much of the target is spread over the group")
+    kd_loss_type: Literal["kl_div", "margin_mse", "ranknet"] = flag(
+        "kl_div",
+        "with knowledge_distillation, added to the loss: listwise, of differences to the positive, or of pairs in order",
+    )
+    query_instruction_for_rerank: str | None = flag(None, 'prefix of every query; unset: none, of decoders "A: "')
+    passage_instruction_for_rerank: str | None = flag(None, 'prefix of every passage; unset: none, of decoders "B: "')
+    query_instruction_format: str = rare("{}{}", "how instruction and query are joined; must end in {}, the query")
+    passage_instruction_format: str = rare("{}{}", "how instruction and passage are joined; must end in {}, the passage")
+    prompt: str | None = rare(None, "decoders: what is asked after the pair; unset: the data's `prompt`, else FlagEmbedding's")
+    sep_token: str = rare("\\n", "decoders: what stands between query, passage and prompt; \\n is a line break")
+    model_type: Literal["encoder", "decoder"] | None = rare(None, "what the model must be; unset: as its files say")
+    cache_path: str | None = rare(None, "folder for shards made from JSON lines; unset: cache_dir")
+    pad_to_multiple_of: int | None = rare(None, "accepted for scripts of FlagEmbedding; nothing is padded")
+
+    @property
+    def cuts(self) -> dict[str, int]:
+        """The most tokens of a query, of a passage and of a pair, as FlagEmbedding has them.
+
+        Of a query and a passage without special tokens. Under --max_len a query takes three quarters of a pair at most.
+        """
+        query, passage = self.query_max_len, self.passage_max_len
+        pair, longest = query + passage, query + passage // 4
+        if self.max_len is not None and self.max_len < pair:
+            pair, longest = self.max_len, min(longest, self.max_len * 3 // 4)
+        return {"query_max_len": longest, "passage_max_len": passage + query // 2, "max_len": pair}
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        return self.cuts["query_max_len"], self.cuts["passage_max_len"]
+
+    def rank_dependence(self) -> str | None:
+        return None
+
+    def prefix(self, of: str) -> str | None:
+        """What stands before each text; of: "query" or "passage". None: as the kind of the model has it."""
+        instruction = getattr(self, f"{of}_instruction_for_rerank")
+        form = getattr(self, f"{of}_instruction_format").replace("\\n", "\n")
+        return instruction and form.removesuffix("{}").replace("{}", instruction)
+
+    def check(self) -> None:
+        """As for groups, and: there is a loss, and formats put the text last."""
+        super().check()
+        require(
+            not self.eval_data,
+            "--eval_data searches with an embedder, which a reranker is not: leave it out, and rank with the saved model by "
+            "`python -m bge_ds.evaluate --rerank`",
+        )
+        require(
+            self.train_group_size > 1,
+            "--train_group_size 1 leaves each query its positive and nothing to rank it against; give 2 or more",
+        )
+        require(
+            self.loss != "none" or self.knowledge_distillation,
+            "--loss none leaves no loss without --knowledge_distillation; add that, or give another --loss",
+        )
+        for of in ("query", "passage"):
+            form = getattr(self, f"{of}_instruction_format")
+            require(
+                form.count("{}") == 2 and form.endswith("{}") and form.count("{") == form.count("}") == 2,
+                f"--{of}_instruction_format {form!r} must hold {{}} twice, first the instruction's, at the end the text's",
+            )
+            instructed = bool(getattr(self, f"{of}_instruction_for_rerank"))
+            check_effects(self, (f"{of}_instruction_format", f"--{of}_instruction_for_rerank", instructed))
+        check_effects(
+            self,
+            ("label_smoothing", "--loss cross_entropy", self.loss == "cross_entropy"),
+            ("kd_loss_type", "--knowledge_distillation", self.knowledge_distillation),
+            remedy="change that",
         )

@@ -63,8 +63,8 @@ _GROUPS: dict[str, str] = {
 }
 
 REFUSED: dict[str, str] = {name: reason for names, reason in _GROUPS.items() for name in names.split()} | {
-    "label_smoothing_factor": "it would change both objectives, whose labels are exact; soften a contrastive loss with "
-    "--temperature",
+    "label_smoothing_factor": "labels are exact; soften a contrastive loss with --temperature, and that of a reranker with "
+    "--label_smoothing",
     "use_cache": "encoders keep no cache of past keys",
     "past_index": "encoders keep no state from one batch to the next",
     "neftune_noise_alpha": "noise on embeddings serves the instruction tuning of language models; not in this version",
@@ -91,6 +91,15 @@ REFUSED: dict[str, str] = {name: reason for names, reason in _GROUPS.items() for
     # Names that are no TrainingArguments but stand in nearly every script that has them.
     "trust_remote_code": "the padding-free forward pass needs architectures built into transformers, so models that "
     "bring code of their own are not supported",
+    # Names of FlagEmbedding's rerankers.
+    "use_fast_tokenizer": "pairs are put together by a fast tokenizer's template",
+    "use_flash_attn": "attention is chosen by the device and the precision",
+    "save_merged_lora_model": "the saved model is always merged, and the adapter lies beside it",
+    "token": _HUB_TOKEN,
+    "shuffle_ratio": "texts are tokenized once, and so cannot be shuffled; leave it out",
+    "modules_to_save": "with --use_lora the adapters train alone",
+    "from_peft": "merge the adapter into its model first, and give that folder",
+    "raw_peft": "merge the adapters into their model first, and give that folder",
     "model_revision": "download that revision (`hf download REPO --revision R --local-dir FOLDER`) and give the folder",
 }
 
@@ -119,6 +128,10 @@ ACCEPTED: dict[str, tuple] = {
     "do_train": (True, False),
     "include_tokens_per_second": (True, False),
     "ray_scope": ("last",),
+    "use_fast_tokenizer": (True,),
+    "use_flash_attn": (True, False),
+    "save_merged_lora_model": (True, False),
+    "shuffle_ratio": (0,),
 }
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 

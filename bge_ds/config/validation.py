@@ -32,15 +32,15 @@ WRITERS = ("tensorboard", "wandb", "csv")
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("per_device_train_batch_size gradient_accumulation_steps per_device_train_tokens token_bucket torch_empty_cache_steps "
      "save_total_limit dataloader_prefetch_factor ddp_timeout join_timeout train_group_size max_example_num_per_dataset "
-     "sub_batch_size sub_batch_tokens lora_rank per_device_eval_batch_size",
+     "sub_batch_size sub_batch_tokens lora_rank per_device_eval_batch_size pad_to_multiple_of",
      "a whole number of at least 1", lambda v: v >= 1),
     ("learning_rate weight_decay max_grad_norm dataloader_num_workers max_nonfinite_steps bow_loss_weight eval_delay",
      "a finite number of at least 0", lambda v: 0 <= v < math.inf),
     ("num_train_epochs adam_epsilon temperature lora_alpha mixing_temperature",
      "a finite number above 0", lambda v: 0 < v < math.inf),
-    ("adam_beta1 adam_beta2 lora_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1),
+    ("adam_beta1 adam_beta2 lora_dropout label_smoothing", "at least 0 and below 1", lambda v: 0 <= v < 1),
     ("encoder_mlm_probability decoder_mlm_probability", "above 0 and below 1", lambda v: 0 < v < 1),
-    ("max_seq_length query_max_len passage_max_len",
+    ("max_seq_length query_max_len passage_max_len max_len",
      "at least 3 tokens: two special ones and one of the text", lambda v: v >= 3),
     ("seed data_seed", "from 0 to 4294967295", lambda v: 0 <= v < 2**32),  # numpy takes no other
     ("false_negative_margin", "a finite number", math.isfinite),
@@ -216,18 +216,23 @@ def check_license(name: str | None) -> None:
     )
 
 
-def check_objective(args: Any) -> None:
-    """Check which parts of contrastive fine-tuning go together."""
+def check_groups(args: Any) -> None:
+    """Check which parts of training on groups go together: pieces and adapters."""
     for flag in ("sub_batch_size", "sub_batch_tokens"):
         require(
             getattr(args, flag) is None or args.gradient_accumulation_steps == 1,
             f"--{flag} and --gradient_accumulation_steps {args.gradient_accumulation_steps} exclude each other: raise "
-            "--per_device_train_batch_size instead, which takes no more memory with it and adds negatives",
+            "--per_device_train_batch_size instead, which takes no more memory with it (and adds in-batch negatives)",
         )
     require(
         args.sub_batch_size is None or args.sub_batch_tokens is None,
         "--sub_batch_size and --sub_batch_tokens exclude each other; keep one, the tokens where lengths differ",
     )
+    check_effects(args, ("lora_rank lora_alpha lora_dropout target_modules", "--use_lora", args.use_lora))
+
+
+def check_objective(args: Any) -> None:
+    """Check which parts of contrastive fine-tuning go together."""
     require(
         not (args.bidirectional and not args.use_inbatch_neg),
         "--bidirectional compares positives with the other queries of the batch, which --use_inbatch_neg False excludes; "
@@ -251,7 +256,6 @@ def check_objective(args: Any) -> None:
         args,
         ("false_negative_margin_type", "--false_negative_margin", args.false_negative_margin is not None),
         ("kd_loss_type", "--knowledge_distillation", args.knowledge_distillation),
-        ("lora_rank lora_alpha lora_dropout target_modules", "--use_lora", args.use_lora),
     )
     require(
         not (args.use_lora and args.fix_position_embedding),

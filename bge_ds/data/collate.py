@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bge_ds.data.pairs import PairLayout
 from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels import masks
-from bge_ds.kernels.packed import Movable, PackedTexts, chunk_bounds, lay_out, split_further
+from bge_ds.kernels.packed import Movable, PackedPairs, PackedTexts, chunk_bounds, lay_out, split_further
 
 
 class Share(NamedTuple):
@@ -66,6 +67,30 @@ class ContrastiveBatch(Movable):
                 yield rows[text], "query", ids[place]
             else:
                 yield rows[owner[text - self.queries]], "passage", ids[place]
+
+
+@dataclass
+class PairBatch(Movable):
+    """The pairs of B groups of one size G, group by group, the positive first.
+
+    teacher_BG: fp32, the teacher's scores, or None. bounds: where this rank by itself cuts the row of pairs into pieces,
+    [0, ..., B * G].
+    """
+
+    pairs: PackedPairs
+    rows_B: torch.Tensor
+    teacher_BG: torch.Tensor | None
+    bounds: list[int]
+
+    @property
+    def texts(self) -> PackedTexts:
+        return self.pairs.texts
+
+    def decodable(self) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(row of its group in the training data, role, token ids) of each pair, group by group."""
+        ids, rows = self.texts.split_ids(), self.rows_B.tolist()
+        group = len(ids) // len(rows)
+        yield from ((rows[k // group], "pair", ids[place]) for k, place in enumerate(self.texts.place_N.tolist()))
 
 
 @dataclass
@@ -163,6 +188,31 @@ def collate_groups(
         teacher_BG=teacher_BG,
         bounds=chunk_bounds(texts.runs, max_texts, max_tokens) if max_texts or max_tokens else None,
     )
+
+
+def collate_pairs(
+    shards, epochs_B, rows_B, *, seed: int, group_size: int, layout: PairLayout, cuts: dict[str, int], distill: bool = False,
+    max_texts: int | None = None, max_tokens: int | None = None,
+) -> PairBatch:  # fmt: skip
+    """A `PairBatch` of the groups `rows_B`, which all have negatives, as visited in `epochs_B`.
+
+    cuts: lengths that `layout.build` takes. The other arguments are those of `collate_groups`.
+    """
+    pos, neg = shards.passage_rows(rows_B)
+    chosen = choose_groups(pos.lengths, neg.lengths, group_size, seed, epochs_B, rows_B)
+    teacher_BG = None
+    if distill:
+        teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
+    special = shards.manifest.tokenizer
+    queries, passages = (
+        texts.inner(len(special.prefix_ids), len(special.suffix_ids))
+        for texts in (shards.queries(rows_B), shards.passages(_taken(pos, neg, chosen).ravel()))
+    )
+    made = layout.build(queries.take(np.repeat(np.arange(len(rows_B)), group_size)), passages, **cuts)
+    texts, order = pack_ragged(made.ids)
+    second_N = None if made.second is None else torch.from_numpy(made.second[order].astype(np.int64))
+    bounds = chunk_bounds(texts.runs, max_texts, max_tokens)
+    return PairBatch(PackedPairs(texts, second_N), torch.from_numpy(rows_B), teacher_BG, bounds)
 
 
 def _taken(pos: RaggedArrays, neg: RaggedArrays, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -69,12 +69,12 @@ class PairLayout:
         return cls(before, between, after, types[last:second].count(0) if has_types else None)
 
     @classmethod
-    def of_decoder(cls, tokenizer: Any, prompt: str = PROMPT) -> PairLayout:
+    def of_decoder(cls, tokenizer: Any, prompt: str = PROMPT, separator: str = SEPARATOR) -> PairLayout:
         """A decoder's. Its queries and passages begin with QUERY_PREFIX and PASSAGE_PREFIX, which are tokenized with them."""
-        separator, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (SEPARATOR, prompt))
+        between, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (separator, prompt))
         bos = tokenizer.bos_token_id
         before = () if bos is None or bos == tokenizer.pad_token_id else (bos,)
-        return cls(before, tuple(separator), (*separator, *asked))
+        return cls(before, tuple(between), (*between, *asked))
 
     @property
     def added(self) -> int:

@@ -258,11 +258,11 @@ class Evaluation:
 
         return collectives.on_first_rank(copy)
 
-    def say_result(self, difference: float) -> str:
+    def say_result(self, difference: float, gives: str) -> str:
         if self.returns_best:
             how = f"{self.best['metric']} {self.best['value']:.4f}"
             return f"it is that of {self.best_folder}, the best ({how}), and loads with transformers"
-        return f"loaded back with transformers, its vectors differ from the trained model's by at most {difference:.1e}"
+        return f"loaded back with transformers, its {gives} differ from the trained model's by at most {difference:.1e}"
 
 
 def prepare(

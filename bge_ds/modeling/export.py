@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bge_ds.modeling.cross_encoder import CrossEncoder
 from bge_ds.modeling.encoder import POOLING_FLAGS, Encoder, longest_text
 
 # Without these a folder cannot be loaded. They are written last, so a killed run never leaves a folder that looks complete.
@@ -64,6 +65,31 @@ def write_sentence_transformers(folder: Path, config, pooling: str, normalize: b
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if normalize:
         (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def mark_as_cross_encoder(folder: Path) -> None:
+    """Write into the config that sentence-transformers' `CrossEncoder` gives the logits: its default is their sigmoid."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("sbert_ce_default_activation_function", None)  # the older name, of a model that this one comes from
+    config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_saved_scores(
+    folder: Path, ids: list[np.ndarray], second: np.ndarray | None, live_N: torch.Tensor, yes: int | None, dtype: torch.dtype
+) -> float:
+    """As `check_saved`, of a cross-encoder's scores; the difference is relative to the largest of them, or to 1."""
+    saved = CrossEncoder.load(str(folder), yes=yes, attention="sdpa")
+    for parameter in saved.parameters():
+        parameter.data = parameter.data.to(dtype)
+    difference = ((saved.score_ids(ids, second) - live_N).abs().max() / live_N.abs().max().clamp_min(1)).item()
+    if not difference <= _TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"the model saved in {folder} does not give the trained model's scores (difference {difference:.2e}); "
+            "do not use it, and please report this"
+        )
+    return difference
 
 
 def check_saved(

@@ -9,18 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bge_ds import __version__
 
 FILE = "README.md"
 PLACE = "path/to/this/folder"  # in the snippets, of a model without a name on the hub
 _NO_LIMIT = 1 << 20  # tokens
-# What the hub is told of a model that sentence-transformers loads, and of an encoder that names no pooling.
-_EMBEDS = {
-    "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
-    "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "bge_ds"],
+# What the hub is told of a model, by what loads it: an embedder, a reranker, an encoder that names no pooling.
+_OF_KIND: dict[str, dict[str, Any]] = {
+    "embedder": {
+        "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "bge_ds"],
+    },
+    "reranker": {
+        "library_name": "sentence-transformers", "pipeline_tag": "text-ranking",
+        "tags": ["sentence-transformers", "cross-encoder", "reranker", "bge_ds"],
+    },
+    "encoder": {"library_name": "transformers", "pipeline_tag": "feature-extraction", "tags": ["bge_ds"]},
 }  # fmt: skip
-_ENCODES = {"library_name": "transformers", "pipeline_tag": "feature-extraction", "tags": ["bge_ds"]}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _POOLED = {
     "cls": "vectors = hidden[:, 0]",
@@ -39,16 +46,16 @@ def on_hub(name_or_path: str) -> bool:
     return not Path(name_or_path).exists() and _HUB_NAME.fullmatch(name_or_path) is not None
 
 
-def front_matter(base_models: list[str], licence: str | None, relation: str | None = None, embeds: bool = True) -> str:
+def front_matter(base_models: list[str], licence: str | None, relation: str | None = None, kind: str = "embedder") -> str:
     """The block that the hub reads. base_models: those that may be on the hub are named. relation: the hub's word for it.
 
-    embeds: whether the folder names a pooling.
+    kind: "embedder", "reranker", or "encoder" for a folder that names no pooling.
     """
     from huggingface_hub import ModelCardData
 
     known = [name for name in base_models if on_hub(name)]
     data = ModelCardData(
-        base_model=known[0] if len(known) == 1 else known or None, license=licence, **(_EMBEDS if embeds else _ENCODES),
+        base_model=known[0] if len(known) == 1 else known or None, license=licence, **_OF_KIND[kind],
         **({"base_model_relation": relation} if relation and known else {}),
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n"
@@ -99,6 +106,21 @@ with torch.no_grad():
     if given:
         parts.append("Prompts, which stand before a text:\n\n" + table(("name", "prompt"), given))
     return "\n\n".join(parts)
+
+
+def reranker_usage(name: str, decoder: bool, prefixes: dict[str, str]) -> str:
+    """Snippets that give the scores of training. prefixes: what stands before each query and passage."""
+    pair = '[["what is a shard", "A shard is a part of a data set."]]'
+    instructions = "".join(f", {of}_instruction_for_rerank={prefix!r}" for of, prefix in prefixes.items() if prefix or decoder)
+    kind = "FlagLLMReranker" if decoder else "FlagReranker"
+    flag = f'from FlagEmbedding import {kind}\n\nmodel = {kind}("{name}"{instructions})\nprint(model.compute_score({pair}))'
+    ours = f"python -m bge_ds.score --model_name_or_path {name} --input groups.jsonl --output scored.jsonl"
+    parts = [("FlagEmbedding", f"python\n{flag}"), ("bge_ds", f"bash\n{ours}")]
+    if not decoder:
+        texts = tuple(prefixes[of] + text for of, text in (("query", "what is a shard"), ("passage", "A shard is a part.")))
+        code = f'from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder("{name}")\n'
+        parts.insert(0, ("sentence-transformers", f"python\n{code}print(model.predict([{texts!r}]))"))
+    return "\n\n".join(f"With {of}:\n\n```{code}\n```" for of, code in parts)
 
 
 def scores(measured: dict[str, dict[str, float]], vectors: str = "this model") -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, TrainArguments
+from bge_ds.config.arguments import FinetuneArguments, GroupArguments, PretrainArguments, RerankArguments, TrainArguments
 from bge_ds.data.preprocess.table_files import HUB
 from bge_ds.data.shards.shard_reader import FinetuneShards, PretrainShards
 from bge_ds.distributed import collectives
@@ -15,6 +15,7 @@ from bge_ds.modeling.encoder import longest_text
 from bge_ds.training.data_order import sets_of
 
 _SHOWN = 30  # sets in the table
+_GROUPS = "groups", "Groups of a query, its positives and its negatives."
 _OBJECTIVES = {
     "retromae": "RetroMAE (arXiv:2205.12035)",
     "dupmae": "DupMAE (arXiv:2211.08769)",
@@ -41,8 +42,8 @@ def of_finetuning(
         [
             ("Use", model_card.usage(args.hub_model_id or model_card.PLACE, pooling, normalize, prompts, length)),
             ("Measures", model_card.scores(scores)),
-            ("Training data", _sets(args, data, "groups", "Groups of a query, its positives and its negatives.")),
-            ("Training", model_card.table(("setting", "value"), _finetuning(args, base))),
+            ("Training data", _sets(args, data, *_GROUPS)),
+            ("Training", model_card.table(("setting", "value"), _of_groups(args, base, _of_contrast(args)))),
         ],
     )  # fmt: skip
 
@@ -58,7 +59,7 @@ def of_pretraining(
     command = f"python -m bge_ds.finetune --model_name_or_path {place} --train_data groups.jsonl --output_dir out"
     use = f"{model_card.usage(place, None, False, {}, 0)}\n\nFine-tuning it:\n\n```bash\n{command}\n```"
     return model_card.page(
-        model_card.front_matter([args.model_name_or_path], args.license, "finetune", embeds=False),
+        model_card.front_matter([args.model_name_or_path], args.license, "finetune", kind="encoder"),
         args.hub_model_id or f"{base}, pre-trained",
         f"An encoder to be fine-tuned for search: {base}, pre-trained on plain texts by {_OBJECTIVES[args.objective]}. {intro}",
         [
@@ -68,6 +69,31 @@ def of_pretraining(
             ("Training", model_card.table(("setting", "value"), _pretraining(args, base))),
         ],
     )
+
+
+def of_reranking(args: RerankArguments, data: FinetuneShards, decoder: bool, prefixes: dict[str, str]) -> str:
+    """The card's text. prefixes: what stands before each query and passage."""
+    base, cuts = model_card.shown_name(args.model_name_or_path), args.cuts
+    score = "the logit of the token Yes" if decoder else "a logit"
+    loss = [] if args.loss == "none" else [args.loss.replace("_", " ")]
+    loss += [f"{args.kd_loss_type}, distilled from a teacher's scores"] if args.knowledge_distillation else []
+    rows = [
+        ("loss", " and ".join(loss)),
+        ("label smoothing", f"{args.label_smoothing:g}" if args.label_smoothing else ""),
+        ("tokens", f"pairs to {cuts['max_len']}, queries in them to {cuts['query_max_len']}"),
+        *((f"before a {of}", f"`{prefix!r}`") for of, prefix in prefixes.items() if prefix),
+    ]
+    return model_card.page(
+        model_card.front_matter([args.model_name_or_path], args.license, "finetune", kind="reranker"),
+        args.hub_model_id or f"{base}, a reranker",
+        f"A reranker for search: {base}, trained to score a query and a passage together. The score is {score}; higher is more "
+        f"relevant. Made with bge_ds {model_card.__version__}.",
+        [
+            ("Use", model_card.reranker_usage(args.hub_model_id or model_card.PLACE, decoder, prefixes)),
+            ("Training data", _sets(args, data, *_GROUPS)),
+            ("Training", model_card.table(("setting", "value"), _of_groups(args, base, rows))),
+        ],
+    )  # fmt: skip
 
 
 def _sets(args: TrainArguments, data: FinetuneShards | PretrainShards, rows_are: str, words: str) -> str:
@@ -83,15 +109,13 @@ def _sets(args: TrainArguments, data: FinetuneShards | PretrainShards, rows_are:
     return f"{words}\n\n{model_card.table(head, rows)}"
 
 
-def _finetuning(args: FinetuneArguments, base: str) -> list[tuple[str, str]]:
+def _of_groups(args: GroupArguments, base: str, own: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """own: rows of the objective; those without a value are left out."""
     rows = [
         ("base model", base),
-        ("loss", _loss(args)),
-        ("temperature", f"{args.temperature:g}" + ", learned from there" * args.learnable_temperature),
+        *own,
         ("queries a step", _a_step(args, args.per_device_train_batch_size)),
         ("passages of a query", str(args.train_group_size)),
-        ("negatives", _negatives(args)),
-        ("tokens", f"queries to {args.query_max_len}, passages to {args.passage_max_len}"),
         ("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, merged" if args.use_lora else ""),
         *_shared(args),
     ]
@@ -129,6 +153,15 @@ def _shared(args: TrainArguments) -> list[tuple[str, str]]:
         ("weight decay", f"{args.weight_decay:g}" if args.weight_decay else ""),
         ("precision", "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"),
         ("seed", str(args.seed)),
+    ]
+
+
+def _of_contrast(args: FinetuneArguments) -> list[tuple[str, str]]:
+    return [
+        ("loss", _loss(args)),
+        ("temperature", f"{args.temperature:g}" + ", learned from there" * args.learnable_temperature),
+        ("negatives", _negatives(args)),
+        ("tokens", f"queries to {args.query_max_len}, passages to {args.passage_max_len}"),
     ]
 
 

@@ -150,7 +150,7 @@ def finish(objective: Objective, save: Callable[[Path], float], evaluations: Eva
     """The final model in its place, the last message, the upload. save: writes the model into a folder."""
     args, output = objective.args, Path(objective.args.output_dir)
     difference, files = place_model(objective, save, output)
-    recorder.finish(evaluations.say_result(difference))
+    recorder.finish(evaluations.say_result(difference, objective.gives))
     if args.push_to_hub and collectives.rank() == 0:  # the other ranks need not wait for it
         recorder.log.say(f"uploaded to {hub.push(args, objective.model_folder(output), files)}")
 

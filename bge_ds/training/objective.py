@@ -30,6 +30,7 @@ class Objective:
     """
 
     title: ClassVar[str]  # first line of the summary
+    gives: ClassVar[str] = "vectors"  # what `save` compares, in words
     loss_names: ClassVar[tuple[str, ...]] = ("loss",)  # of `backward`'s values: those that a skipped step makes NaN
     resume_names: ClassVar[tuple[str, ...]] = ()  # arguments that decide the weights, beside those of every objective
     publishes_checkpoints: ClassVar[bool] = False  # each checkpoint's model is also placed in the output folder

@@ -11,7 +11,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from score_runs import BLOCK, GROUPS, make_teacher, read_groups, refused, scored, write_groups
+from score_runs import BLOCK, GROUPS, make_decoder, make_teacher, read_groups, refused, scored, write_groups
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from bge_ds import preprocess, score
@@ -79,17 +79,6 @@ def test_scores_equal_those_of_sentence_transformers(tmp_path, teacher):
         groups = scored(teacher, source, tmp_path / f"{len(more)}.jsonl", "--max_len", 128, *more)
         expected = model.predict(pairs_of(), activation_fn=activation)
         np.testing.assert_allclose(scores_of(groups), expected, rtol=0, atol=TOLERANCE)
-
-
-def make_decoder(folder):
-    tokenizer = helpers.make_tokenizer("bytes", folder)
-    known = AutoTokenizer.from_pretrained(tokenizer)
-    known.add_tokens(["Yes"])
-    known.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = helpers.tiny_config("qwen3", vocab_size=len(known), max_position_embeddings=600)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def test_decoders_answer_yes(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bge_ds
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, changed, describe, parse, steps_from
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, RerankArguments, changed, describe, parse, steps_from
 from bge_ds.config.parser import groups_of
 from bge_ds.config.run_config import with_values
 
@@ -19,8 +19,10 @@ pytestmark = pytest.mark.core
 REQUIRED = {
     PretrainArguments: ["--output_dir", "out", "--train_data", "data"],
     FinetuneArguments: ["--output_dir", "out", "--train_data", "data", "--model_name_or_path", "model"],
+    RerankArguments: ["--output_dir", "out", "--train_data", "data", "--model_name_or_path", "model"],
 }
-BOTH = pytest.mark.parametrize("cls", REQUIRED, ids=lambda cls: cls.command)
+ALL = pytest.mark.parametrize("cls", REQUIRED, ids=lambda cls: cls.command)
+BOTH = pytest.mark.parametrize("cls", [PretrainArguments, FinetuneArguments], ids=lambda cls: cls.command)
 
 
 def fields_of(cls):
@@ -113,7 +115,7 @@ def test_spellings(flags, name, value):
     assert name in args.explicit
 
 
-@BOTH
+@ALL
 def test_any_flag_may_be_given_its_own_default(cls):
     """What `describe` prints can be typed back: nothing contradicts a default."""
     defaults = {name: default_of(f) for name, f in fields_of(cls).items() if f"--{name}" not in REQUIRED[cls]}
@@ -386,7 +388,7 @@ def test_a_missing_json_file(tmp_path, capsys):
 # --- the parser itself ------------------------------------------------------------------------------------------------
 
 
-@BOTH
+@ALL
 def test_help_explains_every_flag(cls, capsys):
     """`--help` is the reference of the flags: each has a text, refused ones do not clutter it."""
     assert all(f.metadata.get("help") for f in fields_of(cls).values())

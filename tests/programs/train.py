@@ -5,10 +5,14 @@ Arguments: JSON of [[command, flags]]; "print" to print a run's ValueError and g
 
 import json
 
-from bge_ds import finetune, pretrain
-from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
+from bge_ds import finetune, pretrain, rerank
+from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, RerankArguments
 
-COMMANDS = {"finetune": (finetune.train, FinetuneArguments), "pretrain": (pretrain.train, PretrainArguments)}
+COMMANDS = {
+    "finetune": (finetune.train, FinetuneArguments),
+    "pretrain": (pretrain.train, PretrainArguments),
+    "rerank": (rerank.train, RerankArguments),
+}
 
 
 def train(command: str, flags: dict) -> None:

@@ -169,8 +169,11 @@ def check(record: dict[str, Any], kind: str, columns: tuple[tuple[str, str], ...
 
 
 def rename(record: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """The object under our names. A plain string for a field that is a list of texts or ids is a list of one."""
-    found = {name: value for name, value in record.items() if name not in {column for _, column in columns}}
+    """The object under our names. A plain string for a field that is a list of texts or ids is a list of one.
+
+    A line's own `type` or `prompt` is left out where another column is to be read for it."""
+    gone = {column for _, column in columns} | {name for name, _ in columns if name in ("type", "prompt")}
+    found = {name: value for name, value in record.items() if name not in gone}
     for name, column in columns:
         if column in record:
             value = record[column]

@@ -197,6 +197,15 @@ class FinetuneShards(_Shards):
         """(type, prompt) of a group: None where its line gave none."""
         return self._tables["groups"].value("type", row), self._tables["groups"].value("prompt", row)
 
+    def distinct(self, column: str) -> set[str]:
+        """The texts that groups have in a column, `type` or `prompt`; from null counts alone where no group has one."""
+        table, found = self._tables["groups"], set()
+        for k in range(len(table.starts)):
+            for batch in table.shard(k).batches:
+                held = batch.column(column)
+                found |= set(held.unique().to_pylist()) if held.null_count < len(held) else set()
+        return found - {None}
+
     def first_without_scores(self) -> int | None:
         """The first group that has no teacher's scores for its positives or its negatives; None: all groups have them."""
         table = self._tables["groups"]
