@@ -39,6 +39,7 @@ from bge_ds.modeling.vocabulary import Rotation, VocabularyHead, add_position, c
 
 LOSSES = ("encoder", "decoder", "bow")
 DECODER_FILES = ("decoder.safetensors", "decoder.json")
+OBJECTIVE_FILE = "pretraining.json"  # in the encoder's folder
 _SAMPLED_ROWS = 64
 
 
@@ -235,6 +236,19 @@ def _inner_tokens(texts: PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
     inner_N = (texts.cu_seqlens.diff() - 2).clamp_min(0)
     total = sum(n * max(0, length - 2) for n, length in texts.runs)
     return spans(texts.cu_seqlens[:-1].long() + 1, inner_N, total), inner_N
+
+
+def save_objective(objective: str, folder: Path) -> None:
+    """Note in an encoder's folder what it was pre-trained by; fine-tuning reads it to warn of another pooling."""
+    (folder / OBJECTIVE_FILE).write_text(json.dumps({"objective": objective}) + "\n", encoding="utf-8")
+
+
+def read_objective(folder: Path) -> str | None:
+    """What an encoder's folder says that it was pre-trained by; None where it says nothing that can be read."""
+    try:
+        return json.loads((folder / OBJECTIVE_FILE).read_bytes()).get("objective")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def save_decoder(decoder_state: dict[str, torch.Tensor], settings: RetroMAESettings, folder: Path) -> None:

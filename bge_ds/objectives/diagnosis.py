@@ -17,6 +17,7 @@ from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards.shard_reader import FinetuneShards, PretrainShards
 from bge_ds.evaluation import retrieval
 from bge_ds.evaluation.embedder import EmbeddingSettings
+from bge_ds.modeling.retromae import read_objective
 
 FEWEST_NEGATIVES = 3
 TOKENS_A_PARAMETER = 2  # of pre-training from scratch, below which it cost more than it gained
@@ -54,14 +55,25 @@ def of_pretraining(args: PretrainArguments, data: PretrainShards, parameters: in
 
 
 def _of_model(args: FinetuneArguments) -> list[str]:
-    """Pooling and instruction that differ from those that the model's own files name."""
-    folder = Path(args.model_name_or_path)
-    if not (folder / "modules.json").is_file():
-        return []
-    stored, found = EmbeddingSettings.read(folder), []
-    if stored.pooling != args.sentence_pooling_method:
+    """Pooling and instruction that differ from those that the model's own files name, or were pre-trained for."""
+    folder, pooling = Path(args.model_name_or_path), args.sentence_pooling_method
+    objective, found = read_objective(folder), []
+    if objective in ("retromae", "dupmae") and pooling != "cls":
         found.append(
-            f"{folder} pools by {stored.pooling}, this run by {args.sentence_pooling_method}: much is lost; give "
+            f"{folder} was pre-trained by {objective}, which trains the vector of [CLS], and this run pools by {pooling}: "
+            f"pre-training gains little or costs; give --sentence_pooling_method cls ({PAGE}#pooling)"
+        )
+    if objective == "mlm" and pooling == "cls":
+        found.append(
+            f"{folder} was pre-trained by mlm, which trains no vector of [CLS], and this run pools by it: pre-training costs "
+            f"more than it gains; pre-train with --objective retromae, or give --sentence_pooling_method mean ({PAGE}#pooling)"
+        )
+    if not (folder / "modules.json").is_file():
+        return found
+    stored = EmbeddingSettings.read(folder)
+    if stored.pooling != pooling:
+        found.append(
+            f"{folder} pools by {stored.pooling}, this run by {pooling}: much is lost; give "
             f"--sentence_pooling_method {stored.pooling} ({PAGE}#pooling)"
         )
     if stored.query_prompt and not args.query_instruction_for_retrieval:

@@ -22,7 +22,7 @@ from bge_ds.distributed import collectives
 from bge_ds.kernels.decoder_attention import decoder_attention_backend
 from bge_ds.modeling import export, model_card
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, check_vocabulary, load_backbone, load_config
-from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder
+from bge_ds.modeling.retromae import LOSSES, RetroMAE, RetroMAESettings, load_decoder, save_decoder, save_objective
 from bge_ds.modeling.vocabulary import check_can_pretrain
 from bge_ds.objectives import card, diagnosis
 from bge_ds.objectives.shards import open_shards
@@ -125,6 +125,7 @@ class RetroMAEObjective(Objective):
             encoder = {k.removeprefix("model."): w for k, w in weights.items() if k.startswith("model.")}
             decoder = {k.removeprefix("decoder."): w for k, w in weights.items() if k.startswith("decoder.")}
             export.save_model(model.model, encoder, self.tokenizer, folder / "encoder_model")
+            save_objective(self.args.objective, folder / "encoder_model")
             save_decoder(decoder, model.settings, folder)
             text = card.of_pretraining(self.args, self.data, model.model.config, scores)
             (folder / "encoder_model" / model_card.FILE).write_text(text, encoding="utf-8")

@@ -100,6 +100,7 @@ def test_pretrain_from_scratch_then_finetune(setting):
     assert 1e-3 < max(r["learning_rate"] for r in records) <= 2e-3  # the recipe for 32 random features, not 5e-5
     assert [p.name for p in sorted(out.glob("checkpoint-*"))] == ["checkpoint-5"]
     assert {"encoder_model", "decoder.safetensors", "decoder.json", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
+    assert json.loads((out / "encoder_model/pretraining.json").read_text()) == {"objective": "retromae"}
     tokenizer = AutoTokenizer.from_pretrained(out / "encoder_model")
     model, info = AutoModelForMaskedLM.from_pretrained(out / "encoder_model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -13,6 +13,7 @@ from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
 from bge_ds.data import beir, diagnosis
 from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
+from bge_ds.modeling import retromae
 from bge_ds.objectives.diagnosis import of_finetuning, of_pretraining
 
 GROUPS = 300
@@ -139,6 +140,22 @@ def test_pre_training_that_is_too_short_is_named(tmp_path, tokenizer_path):
     (line,) = found(tokens, epochs=1.9)
     assert line.startswith(f"this run sees {1.9 * tokens:,.0f} tokens for the {tokens:,} parameters") and "#few-tokens" in line
     assert found(tokens, epochs=0.1, model=str(tokenizer_path)) == []
+
+
+@pytest.mark.parametrize(("objective", "pooling", "named"), [
+    ("retromae", "mean", True), ("dupmae", "mean", True), ("mlm", "cls", True),
+    ("retromae", "cls", False), ("mlm", "mean", False), ("unknown", "mean", False), (None, "mean", False),
+])  # fmt: skip
+def test_pooling_that_pre_training_was_not_for_is_named(tmp_path, tokenizer_path, objective, pooling, named):
+    """An encoder's folder says what it was pre-trained by; a file that says something else is nothing to complain of."""
+    model = tmp_path / "encoder_model"
+    model.mkdir()
+    retromae.save_objective(objective, model)
+    rows = [clean_group(i) for i in range(GROUPS)]
+    found = findings(tmp_path, tokenizer_path, {"a.jsonl": rows}, model=model, sentence_pooling_method=pooling)
+    assert len(found) == named and all(f"pre-trained by {objective}, which" in line for line in found), found
+    (model / "pretraining.json").write_text("[1]")
+    assert retromae.read_objective(model) is None and retromae.read_objective(tmp_path / "nowhere") is None
 
 
 def test_clean_groups_are_left_in_peace(tmp_path, tokenizer_path):
