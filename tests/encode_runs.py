@@ -33,11 +33,7 @@ def encoded(model: Path, source, folder: Path, *more: object):
 
 
 def refused(capsys, model: Path, source, folder: Path, *more: object) -> str:
-    capsys.readouterr()
-    assert encode.main(flags(model, source, folder, *more)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+    return helpers.refused(capsys, encode.main, flags(model, source, folder, *more))
 
 
 def content(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
@@ -46,12 +42,4 @@ def content(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 def start(folder: Path, moment: object, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, which may kill itself."""
-    with open(folder / "printed", "w+") as printed:
-        process = helpers.start_program(
-            "encode_command", [str(BLOCK), str(moment), *words],
-            helpers.environment(PYTHONPATH=helpers.PYTHONPATH, BGE_DS_CACHE=str(folder / "cache"), **variables),
-            printed, printed,
-        )  # fmt: skip
-        status = process.wait(120)
-        printed.seek(0)
-        return subprocess.CompletedProcess(words, status, printed.read())
+    return helpers.run_program("encode_command", [str(BLOCK), str(moment), *words], folder, **variables)

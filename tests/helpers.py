@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -193,6 +194,24 @@ def start_program(
     if not fresh and (server := forked.server()) is not None:
         return forked.Process(server, name, args, env, stdout.fileno(), stderr.fileno(), REPO)
     return subprocess.Popen(program(name, *args), cwd=REPO, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
+
+
+def run_program(name: str, args: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """A program of `tests/programs`, which may kill itself, run to its end. `folder` gets its cache and what it prints."""
+    with open(folder / "printed", "w+") as printed:
+        env = environment(PYTHONPATH=PYTHONPATH, BGE_DS_CACHE=str(folder / "cache"), **variables)
+        status = start_program(name, args, env, printed, printed).wait(120)
+        printed.seek(0)
+        return subprocess.CompletedProcess(args, status, printed.read())
+
+
+def refused(capsys, main: Callable[[list[str]], int], words: list[str]) -> str:
+    """What a command says that refuses its command line: one line."""
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
 def run_ranks(name: str, ranks: int, *args: object, timeout: int = 240, fresh: bool = False) -> str:

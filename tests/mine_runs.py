@@ -9,6 +9,8 @@ from pathlib import Path
 import helpers
 
 from bge_ds import mine
+from bge_ds.encoding import run
+from bge_ds.mining import work
 
 WORDS = sorted({word for text in helpers.SENTENCES for word in text.split()})
 PASSAGES = [f"{WORDS[i % len(WORDS)]} {WORDS[(7 * i + 3) % len(WORDS)]} {i}" for i in range(45)]
@@ -35,6 +37,14 @@ def groups(count: int = 20) -> list[dict]:
 def write_lines(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def make_blocks_small(monkeypatch, cache: Path) -> None:
+    """Of texts and of groups, so that a few of them are several blocks."""
+    monkeypatch.setattr(run, "BLOCK", BLOCK)
+    monkeypatch.setattr(work, "SMALLEST", GROUPS)
+    monkeypatch.setattr(work, "BLOCKS", 1000)
+    monkeypatch.setenv("BGE_DS_CACHE", str(cache))
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -65,12 +75,4 @@ def refused(capsys, words: list[str]) -> str:
 
 def start(folder: Path, moment: object, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, which may kill itself."""
-    with open(folder / "printed", "w+") as printed:
-        process = helpers.start_program(
-            "mine_command", [str(BLOCK), str(GROUPS), str(moment), *words],
-            helpers.environment(PYTHONPATH=helpers.PYTHONPATH, BGE_DS_CACHE=str(folder / "cache"), **variables),
-            printed, printed,
-        )  # fmt: skip
-        status = process.wait(120)
-        printed.seek(0)
-        return subprocess.CompletedProcess(words, status, printed.read())
+    return helpers.run_program("mine_command", [str(BLOCK), str(GROUPS), str(moment), *words], folder, **variables)

@@ -66,21 +66,9 @@ def scored(model: Path, source, output: Path, *more: object) -> list[dict]:
 
 
 def refused(capsys, model: Path, source, output: Path, *more: object) -> str:
-    capsys.readouterr()
-    assert score.main(flags(model, source, output, *more)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+    return helpers.refused(capsys, score.main, flags(model, source, output, *more))
 
 
 def start(folder: Path, moment: object, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, which may kill itself."""
-    with open(folder / "printed", "w+") as printed:
-        process = helpers.start_program(
-            "score_command", [str(BLOCK), str(moment), *words],
-            helpers.environment(PYTHONPATH=helpers.PYTHONPATH, BGE_DS_CACHE=str(folder / "cache"), **variables),
-            printed, printed,
-        )  # fmt: skip
-        status = process.wait(120)
-        printed.seek(0)
-        return subprocess.CompletedProcess(words, status, printed.read())
+    return helpers.run_program("score_command", [str(BLOCK), str(moment), *words], folder, **variables)

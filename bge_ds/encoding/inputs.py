@@ -99,13 +99,18 @@ class TextInput:
                 try:
                     if isinstance(line, Exception):
                         raise line
-                    read = validate.parse_line if isinstance(line, bytes) else validate.check
-                    record = read(line, "texts", self.columns)
-                    if not self.allow_empty and not record["text"].strip():
-                        raise ValueError('"text" is an empty text: give it one, or --allow_empty')
+                    identity, text = self._read(line)
                 except ValueError as error:
                     raise ValueError(f"{self._place(place)}: {error}") from None
-                yield place, record.get("_id"), record["text"]
+                yield place, identity, text
+
+    def _read(self, line: bytes | dict[str, Any]) -> tuple[str | None, str]:
+        """(_id, text) of a line, or of a row of a table. Raises ValueError for what is wrong with it."""
+        read = validate.parse_line if isinstance(line, bytes) else validate.check
+        record = read(line, "texts", self.columns)
+        if not self.allow_empty and not record["text"].strip():
+            raise ValueError('"text" is an empty text: give it one, or --allow_empty')
+        return record.get("_id"), record["text"]
 
     def _lines(self, start: Start) -> Iterator[tuple[Start, Any]]:
         """(where it stands, a line that is not blank, or a row) of one source from `start` on."""

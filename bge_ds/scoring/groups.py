@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,17 +36,13 @@ class GroupInput(TextInput):
             raise ValueError(f"{self.sources[-1].name} has become shorter since it was checked: run the same command again")
         return found
 
-    def _texts(self, start: Start) -> Iterator[tuple[Start, str | None, str]]:
-        for index in range(start.source, len(self.sources)):
-            for place, line in self._lines(start if index == start.source else Start(index, 0, 0)):
-                try:
-                    if isinstance(line, Exception):
-                        raise line
-                    group = _checked(validate.parse_object(line) if isinstance(line, bytes) else line, self.columns)
-                    made = orjson.dumps(group).decode()
-                except (ValueError, orjson.JSONEncodeError) as error:  # the latter of columns that JSON has no form for
-                    raise ValueError(f"{self._place(place)}: {error}") from None
-                yield place, None, made
+    def _read(self, line: bytes | dict[str, Any]) -> tuple[None, str]:
+        """(None, the checked group as JSON)."""
+        group = _checked(validate.parse_object(line) if isinstance(line, bytes) else line, self.columns)
+        try:
+            return None, orjson.dumps(group).decode()
+        except orjson.JSONEncodeError as error:  # of columns that JSON has no form for
+            raise ValueError(str(error)) from None
 
     def _open(self, index: int, source: Source) -> LineReader | table_files.InputTable:
         opened = super()._open(index, source)

@@ -16,7 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 import orjson
@@ -25,7 +25,7 @@ import xxhash
 from bge_ds import __version__
 from bge_ds.data.files import PARTIAL, hash_file, write_whole
 from bge_ds.encoding import manifest as files
-from bge_ds.encoding.manifest import JOB, Count, InputEntry
+from bge_ds.encoding.manifest import JOB, Count
 from bge_ds.encoding.output import differences, locked
 from bge_ds.scoring.groups import Group, GroupInput
 
@@ -55,23 +55,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compressed: bool
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What is scored, and how. Block k has the groups [k * block_texts, (k + 1) * block_texts) of the input."""
+class Job(files.Job, frozen=True, kw_only=True):
+    """What is scored, and how. A text of the input is a group's line."""
 
     kind: Literal["scores"] = "scores"
     schema_version: Literal[1] = SCHEMA_VERSION
-    bge_ds_version: str
     settings: Settings
-    input: InputEntry
-    block_texts: Annotated[int, msgspec.Meta(ge=1)]
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.input.texts // self.block_texts)
-
-    def rows(self, block: int) -> range:
-        """The groups of a block."""
-        return range(block * self.block_texts, min((block + 1) * self.block_texts, self.input.texts))
 
 
 class Report(Job, frozen=True, kw_only=True):

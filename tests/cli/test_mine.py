@@ -13,19 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from mine_runs import BLOCK, GROUPS, PASSAGES, flags, groups, mined, read_lines, refused, report, write_lines
+from mine_runs import PASSAGES, flags, groups, make_blocks_small, mined, read_lines, refused, report, write_lines
 
 from bge_ds import api, mine, preprocess
 from bge_ds.encoding import run
-from bge_ds.mining import work
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "BLOCK", BLOCK)
-    monkeypatch.setattr(work, "SMALLEST", GROUPS)
-    monkeypatch.setattr(work, "BLOCKS", 1000)
-    monkeypatch.setenv("BGE_DS_CACHE", str(tmp_path / "cache"))
+    make_blocks_small(monkeypatch, tmp_path / "cache")
 
 
 def vector(text: str) -> np.ndarray:

@@ -11,19 +11,15 @@ from pathlib import Path
 
 import helpers
 import pytest
-from mine_runs import BLOCK, GROUPS, flags, groups, refused, report, start, write_lines
+from mine_runs import BLOCK, GROUPS, flags, groups, make_blocks_small, refused, report, start, write_lines
 
 from bge_ds import mine
-from bge_ds.encoding import run
 from bge_ds.mining import work
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "BLOCK", BLOCK)
-    monkeypatch.setattr(work, "SMALLEST", GROUPS)
-    monkeypatch.setattr(work, "BLOCKS", 1000)
-    monkeypatch.setenv("BGE_DS_CACHE", str(tmp_path / "cache"))
+    make_blocks_small(monkeypatch, tmp_path / "cache")
 
 
 def left(folder: Path) -> list[str]:

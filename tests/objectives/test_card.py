@@ -124,7 +124,8 @@ def test_a_pretraining_run_writes_its_card(tmp_path, setting):
     flags = pretraining_flags(setting, tmp_path / "out", per_device_train_batch_size=2, **more)
     helpers.run_ranks("train", 1, json.dumps([["pretrain", flags]]))
     found = ModelCard.load(tmp_path / "out/encoder_model/README.md")
-    assert (found.data.license, found.data.library_name, found.data.base_model) == ("mit", "transformers", None)
+    about = found.data.to_dict()
+    assert (about["license"], about["library_name"], about.get("base_model")) == ("mit", "transformers", None)
     assert str(setting) not in found.text and str(tmp_path) not in found.text
     for row in ("# model, pre-trained", "| texts.jsonl | 9 |", "| objective | RetroMAE (arXiv:2205.12035) |",
                 "| masked | 30% of the words |", "| hidden from the decoder | 50% of the words |", "| texts a step | 2 |",
