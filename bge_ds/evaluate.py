@@ -156,14 +156,14 @@ def rankings_of_files(args: argparse.Namespace, sets: dict[str, RetrievalSet]) -
 
 def with_reranked(args: argparse.Namespace, rows: Iterator[Row], teacher: Teacher) -> Iterator[Row]:
     """Each row, then the same in the order of --rerank's scores."""
-    from bge_ds.evaluation import retrieval
+    from bge_ds.evaluation import retrieval, run_files
     from bge_ds.scoring.rerank import rerank
 
     for name, values, ranked, tag, data in rows:
         yield name, values, ranked, tag, data
         started = time.perf_counter()
         made = rerank(teacher, data, ranked, args.rerank_depth or RERANK_DEPTH)
-        places = {query: {passage: -float(n) for n, passage in enumerate(found)} for query, found in made.items()}
+        places = run_files.by_place(made)
         sizes = retrieval.sizes_of(data) | {"seconds": round(time.perf_counter() - started, 2)}
         yield f"{name}, reranked", retrieval.measure(data, places) | sizes, made, f"{tag}-reranked", data
 

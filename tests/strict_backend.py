@@ -109,7 +109,7 @@ def install() -> None:
     """Make the backend known and have bge_ds's runs use it; their phases: start, step, between, log, save, evaluate, end."""
     from bge_ds.deepspeed_engine import engine
     from bge_ds.distributed import communication_profile
-    from bge_ds.evaluation import during_training
+    from bge_ds.evaluation import evaluators
     from bge_ds.training import loop, metrics, recorder, resume
 
     dist.Backend.register_backend("strict", StrictGroup, devices=["cpu"])
@@ -122,5 +122,5 @@ def install() -> None:
     metrics.Meter.read = within(phases, "log", metrics.Meter.read)
     recorder.Recorder.rates = within(phases, "log", recorder.Recorder.rates)
     resume.Saver.save = within(phases, "save", resume.Saver.save)
-    during_training.Evaluator.__call__ = within(phases, "evaluate", during_training.Evaluator.__call__)
+    evaluators.Evaluator.__call__ = within(phases, "evaluate", evaluators.Evaluator.__call__)
     loop.place_model = within(phases, "end", loop.place_model)

@@ -242,6 +242,10 @@ class RerankArguments(GroupArguments):
     passage_instruction_format: str = rare("{}{}", "how instruction and passage are joined; must end in {}, the passage")
     prompt: str | None = rare(None, "decoders: what is asked after the pair; unset: the data's `prompt`, else FlagEmbedding's")
     sep_token: str = rare("\\n", "decoders: what stands between query, passage and prompt; \\n is a line break")
+    eval_search_results: list[str] = flag(
+        [], "with eval_data: the lists to rerank, a TREC run or JSON {query: {passage: score}} for each folder; unset: BM25's"
+    )
+    eval_rerank_depth: int = flag(100, "with eval_data: passages of a query that are scored")
     model_type: Literal["encoder", "decoder"] | None = rare(None, "what the model must be; unset: as its files say")
     cache_path: str | None = rare(None, "folder for shards made from JSON lines; unset: cache_dir")
     pad_to_multiple_of: int | None = rare(None, "accepted for scripts of FlagEmbedding; nothing is padded")
@@ -274,10 +278,11 @@ class RerankArguments(GroupArguments):
     def check(self) -> None:
         """As for groups, and: there is a loss, and formats put the text last."""
         super().check()
+        check_effects(self, ("eval_search_results eval_rerank_depth", "--eval_data, the folders to rank", self.eval_data))
+        folders, files = len(self.eval_data), len(self.eval_search_results)
         require(
-            not self.eval_data,
-            "--eval_data searches with an embedder, which a reranker is not: leave it out, and rank with the saved model by "
-            "`python -m bge_ds.evaluate --rerank`",
+            files in (0, folders),
+            f"--eval_search_results names {files} files for {folders} folders of --eval_data; give one for each, or none",
         )
         require(
             self.train_group_size > 1,

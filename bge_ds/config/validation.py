@@ -32,7 +32,7 @@ WRITERS = ("tensorboard", "wandb", "csv")
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("per_device_train_batch_size gradient_accumulation_steps per_device_train_tokens token_bucket torch_empty_cache_steps "
      "save_total_limit dataloader_prefetch_factor ddp_timeout join_timeout train_group_size max_example_num_per_dataset "
-     "sub_batch_size sub_batch_tokens lora_rank per_device_eval_batch_size pad_to_multiple_of",
+     "sub_batch_size sub_batch_tokens lora_rank per_device_eval_batch_size eval_rerank_depth pad_to_multiple_of",
      "a whole number of at least 1", lambda v: v >= 1),
     ("learning_rate weight_decay max_grad_norm dataloader_num_workers max_nonfinite_steps bow_loss_weight eval_delay",
      "a finite number of at least 0", lambda v: 0 <= v < math.inf),

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from itertools import islice
 
 import ir_measures
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from bge_ds.data.beir import RetrievalSet
+from bge_ds.data.ragged import RaggedArrays
 from bge_ds.evaluation.bm25 import Candidates
 
 MEASURES = (ir_measures.nDCG @ 10, ir_measures.RR @ 10, ir_measures.R @ 100)
@@ -28,6 +30,7 @@ KEPT = 100  # the deepest cutoff among the measures
 BLOCK = 16384  # passages encoded and searched at a time
 TILE = 512  # queries scored against a block at a time: 32 MiB of fp32 scores, 64 MiB of keys
 _ROW = (1 << 32) - 1  # the lower half of a key is this minus the row, so that the lower row has the larger key
+_TOKENIZED = 512  # texts handed to the tokenizer at a time
 NO_KEY = torch.iinfo(torch.int64).min  # below the key of every passage
 
 
@@ -123,6 +126,15 @@ def tokenize(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     # The call leaves its truncation in the tokenizer, which would be saved with the model.
     tokenizer.backend_tokenizer.no_truncation()
     return [row or [tokenizer.eos_token_id or 0] for row in ids]
+
+
+def tokenize_content(tokenizer, texts: list[str]) -> RaggedArrays:
+    """int32 ids of texts, uncut and without special tokens."""
+    parts = [RaggedArrays.of_lists([], np.int32)]
+    for first in range(0, len(texts), _TOKENIZED):
+        made = tokenizer.backend_tokenizer.encode_batch_fast(texts[first : first + _TOKENIZED], add_special_tokens=False)
+        parts.append(RaggedArrays.of_lists([encoding.ids for encoding in made], np.int32))
+    return RaggedArrays.join(parts)
 
 
 def evaluate_set(data: RetrievalSet, encode: Callable[[list[str], str], torch.Tensor]) -> dict[str, float]:

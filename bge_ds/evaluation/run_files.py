@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ Run = dict[str, dict[str, float]]  # query id -> passage id -> score
 _FORMS = 'TREC\'s lines "query Q0 passage rank score run" or a JSON object {query: {passage: score}}'
 
 
-def read_run(path: Path, data: RetrievalSet) -> tuple[Run, int]:
+def read_run(path: Path, data: RetrievalSet, flag: str = "--search_results") -> tuple[Run, int]:
     """(the ranking of `data`'s queries, how many other queries the file has).
 
     Raises ValueError where the file does not rank passages of `data`; it names the file and the line (JSON: query and passage).
     """
     if not path.is_file():
-        raise ValueError(f"--search_results {path}: no such file; give {_FORMS}")
+        raise ValueError(f"{flag} {path}: no such file; give {_FORMS}")
     passages = set(data.passage_ids)
     run = _read_json(path, passages) if _starts_an_object(path) else _read_trec(path, passages)
     kept = {query: run[query] for query in data.queries if query in run}
@@ -112,12 +112,12 @@ def check_ids(data: RetrievalSet) -> None:
             raise ValueError(f"--run_output: {data.name} has the {kind} id {bad!r}, and a TREC run parts its fields at spaces")
 
 
-def of_found(data: RetrievalSet, found_Q: list[dict[int, float]]) -> Run:
-    """The ranking by passage ids, best first, of one by distinct texts (`retrieval.rank_with`)."""
+def of_found(data: RetrievalSet, found_Q: list[dict[int, float]], kept: int = KEPT) -> Run:
+    """The ranking by passage ids, best first, of one by distinct texts (`retrieval.rank_with`). kept: of each query."""
     run: Run = {}
     for query, found in zip(data.queries, found_Q, strict=True):
         rows = [(row, score) for index, score in found.items() for row in (data.firsts[index], *data.copies.get(index, ()))]
-        run[query] = {data.passage_ids[row]: score for row, score in rows[:KEPT]}
+        run[query] = {data.passage_ids[row]: score for row, score in rows[:kept]}
     return run
 
 
@@ -126,6 +126,31 @@ def in_order(run: Run) -> Run:
     return {
         query: dict(sorted(sorted(found.items(), reverse=True), key=lambda entry: -entry[1])) for query, found in run.items()
     }
+
+
+def first_of(run: Run, depth: int) -> dict[str, list[str]]:
+    """The first `depth` passages of each query. run: best first."""
+    return {query: list(found)[:depth] for query, found in run.items()}
+
+
+def reordered(run: Run, depth: int, scores: Iterator[float]) -> Run:
+    """The ranking with those of `first_of` in the order of new scores, which come in their order; best first.
+
+    Equal scores keep their order. What was deeper stays behind, with scores that fall from the lowest new one.
+    """
+    made: Run = {}
+    for query, top in first_of(run, depth).items():
+        new = {passage: next(scores) for passage in top}
+        ordered = dict(sorted(new.items(), key=lambda entry: -entry[1]))
+        low = min(new.values(), default=0.0)
+        rest = list(run[query])[depth:]
+        made[query] = ordered | {passage: low - 1 - place for place, passage in enumerate(rest)}
+    return made
+
+
+def by_place(run: Run) -> Run:
+    """The ranking, best first, with places for scores, so that measures do not reorder equal scores by passage id."""
+    return {query: {passage: -float(place) for place, passage in enumerate(found)} for query, found in run.items()}
 
 
 def write_run(path: Path, run: Run, tag: str) -> None:

@@ -123,12 +123,12 @@ def reranker_usage(name: str, decoder: bool, prefixes: dict[str, str]) -> str:
     return "\n\n".join(f"With {of}:\n\n```{code}\n```" for of, code in parts)
 
 
-def scores(measured: dict[str, dict[str, float]], vectors: str = "this model") -> str:
-    """A table of measures by set. measured: name of the set -> measure -> value; empty for no text. vectors: what gave them."""
+def scores(measured: dict[str, dict[str, float]], how: str = "Exact search with this model.") -> str:
+    """A table of measures by set. measured: name of the set -> measure -> value; empty for no text. how: what gave them."""
     if not measured:
         return ""
     names = list(next(iter(measured.values())))
-    return f"Exact search with {vectors}.\n\n" + table(
+    return f"{how}\n\n" + table(
         ("data", *names), [(of, *(f"{values[name]:.4f}" for name in names)) for of, values in measured.items()]
     )
 

@@ -64,16 +64,19 @@ def of_pretraining(
         f"An encoder to be fine-tuned for search: {base}, pre-trained on plain texts by {_OBJECTIVES[args.objective]}. {intro}",
         [
             ("Use", use),
-            ("Measures", model_card.scores(scores, "its normalised [CLS] vectors, before fine-tuning")),
+            ("Measures", model_card.scores(scores, "Exact search with its normalised [CLS] vectors, before fine-tuning.")),
             ("Training data", _sets(args, data, "texts", "Plain texts.")),
             ("Training", model_card.table(("setting", "value"), _pretraining(args, base))),
         ],
     )
 
 
-def of_reranking(args: RerankArguments, data: FinetuneShards, decoder: bool, prefixes: dict[str, str]) -> str:
-    """The card's text. prefixes: what stands before each query and passage."""
+def of_reranking(
+    args: RerankArguments, data: FinetuneShards, decoder: bool, prefixes: dict[str, str], scores: dict[str, dict[str, float]]
+) -> str:
+    """The card's text, as of `of_finetuning`. prefixes: what stands before each query and passage."""
     base, cuts = model_card.shown_name(args.model_name_or_path), args.cuts
+    lists = ", ".join(Path(file).name for file in args.eval_search_results) or "BM25"
     score = "the logit of the token Yes" if decoder else "a logit"
     loss = [] if args.loss == "none" else [args.loss.replace("_", " ")]
     loss += [f"{args.kd_loss_type}, distilled from a teacher's scores"] if args.knowledge_distillation else []
@@ -90,6 +93,7 @@ def of_reranking(args: RerankArguments, data: FinetuneShards, decoder: bool, pre
         f"relevant. Made with bge_ds {model_card.__version__}.",
         [
             ("Use", model_card.reranker_usage(args.hub_model_id or model_card.PLACE, decoder, prefixes)),
+            ("Measures", model_card.scores(scores, f"The first {args.eval_rerank_depth} passages of {lists}, reranked.")),
             ("Training data", _sets(args, data, *_GROUPS)),
             ("Training", model_card.table(("setting", "value"), _of_groups(args, base, rows))),
         ],

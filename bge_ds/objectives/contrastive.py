@@ -25,6 +25,7 @@ from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
+from bge_ds.evaluation.evaluators import SearchEvaluator
 from bge_ds.kernels import packed
 from bge_ds.losses import contrastive, grad_cache
 from bge_ds.losses.gather import contrastive_loss
@@ -158,12 +159,12 @@ class ContrastiveObjective(Objective):
         """The loss of guessing: the logarithm of the passages that a query is compared with, in plain contrastive training."""
         return None if self.args.knowledge_distillation or self.args.bidirectional else math.log1p(record["negatives"])
 
-    def evaluation(self, model: nn.Module) -> tuple[nn.Module, dict]:
+    def evaluator(self, sets: dict[str, RetrievalSet], device: torch.device) -> SearchEvaluator:
         args = self.args
-        return model, dict(
-            query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
+        return SearchEvaluator(
+            sets, self.tokenizer, device, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
             query_prompt=args.query_instruction_for_retrieval or "",
-            passage_prompt=args.passage_instruction_for_retrieval or "",
+            passage_prompt=args.passage_instruction_for_retrieval or "", batch_size=args.per_device_eval_batch_size,
         )  # fmt: skip
 
     def save(self, engine, folder: Path, scores: Scores) -> float:

@@ -27,6 +27,8 @@ from bge_ds.data.shards import shard_reader
 from bge_ds.data.shards.manifest_file import MANIFEST
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
+from bge_ds.evaluation import evaluators
+from bge_ds.evaluation.evaluators import RerankingEvaluator
 from bge_ds.kernels.packed import split_further
 from bge_ds.losses import grad_cache, reranking
 from bge_ds.modeling import cross_encoder, export, lora, model_card
@@ -108,6 +110,19 @@ class RerankingObjective(Objective):
             found.append(f"--pad_to_multiple_of {self.args.pad_to_multiple_of} has no effect: nothing is padded")
         return found
 
+    def open_evaluation(self) -> dict[str, RetrievalSet]:
+        args, sets = self.args, super().open_evaluation()
+        flag = "--eval_search_results"
+        self.first_stages = evaluators.first_stages(sets, args.eval_search_results, args.eval_rerank_depth, flag)
+        return sets
+
+    def evaluator(self, sets: dict[str, RetrievalSet], device: torch.device) -> RerankingEvaluator:
+        args, prefixes = self.args, {of: prefix_of(self.args, self.kind, of) for of in _SIDES}
+        return RerankingEvaluator(
+            sets, self.first_stages, self.tokenizer, device, depth=args.eval_rerank_depth, layout=self.layout, cuts=args.cuts,
+            prefixes=prefixes, yes=self.yes, batch_size=args.per_device_eval_batch_size,
+        )  # fmt: skip
+
     def collate(self, seed: int) -> tuple[Callable, dict]:
         args = self.args
         return collate.collate_pairs, dict(
@@ -175,7 +190,7 @@ class RerankingObjective(Objective):
             export.save_model(model, own, self.tokenizer, folder)
             export.mark_as_cross_encoder(folder)
             prefixes = {of: prefix_of(args, self.kind, of) for of in _SIDES}
-            text = card.of_reranking(args, self.data, self.kind == "decoder", prefixes)
+            text = card.of_reranking(args, self.data, self.kind == "decoder", prefixes, scores)
             (folder / model_card.FILE).write_text(text, encoding="utf-8")
             return export.check_saved_scores(folder, ids, second, live_N, self.yes, engines.precision(engine))
 

@@ -19,6 +19,7 @@ from bge_ds.data.preprocess import validate
 from bge_ds.data.shards import shard_reader
 from bge_ds.deepspeed_engine import engine as engines
 from bge_ds.distributed import collectives
+from bge_ds.evaluation.evaluators import SearchEvaluator
 from bge_ds.kernels.decoder_attention import decoder_attention_backend
 from bge_ds.modeling import export, model_card
 from bge_ds.modeling.encoder import Encoder, build_backbone, check_lengths, check_vocabulary, load_backbone, load_config
@@ -109,9 +110,14 @@ class RetroMAEObjective(Objective):
             **({"hidden_share": model.hidden_share(batch)} if model.decoder else {}),
         }
 
-    def evaluation(self, model: nn.Module) -> tuple[nn.Module, dict]:
-        length = self.args.max_seq_length
-        return Encoder(model.model.base_model, "cls", normalize=True), dict(query_max_len=length, passage_max_len=length)
+    def evaluator(self, sets: dict[str, RetrievalSet], device: torch.device) -> SearchEvaluator:
+        length, batch_size = self.args.max_seq_length, self.args.per_device_eval_batch_size
+        return SearchEvaluator(
+            sets, self.tokenizer, device, query_max_len=length, passage_max_len=length, batch_size=batch_size
+        )
+
+    def evaluated(self, model: nn.Module) -> nn.Module:
+        return Encoder(model.model.base_model, "cls", normalize=True)
 
     def save(self, engine, folder: Path, scores: Scores) -> float:
         """Write `encoder_model/` and the decoder into an existing folder, load it back and compare vectors."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from tqdm import tqdm
 
 from bge_ds.data.beir import RetrievalSet
+from bge_ds.evaluation import run_files
 from bge_ds.evaluation.run_files import Run
 from bge_ds.modeling import cross_encoder, encoder
 from bge_ds.scoring.teachers import CrossEncoderTeacher, PairSettings, Teacher, config_of
@@ -33,28 +36,20 @@ def load_reranker(
 
 
 def rerank(teacher: Teacher, data: RetrievalSet, run: Run, depth: int) -> Run:
-    """The ranking, best first, with the first `depth` passages of each query in the order of their new scores.
-
-    run: best first. Equal scores keep their order. What was deeper stays behind, with scores that fall from the lowest new one.
-    """
-    tops = {query: list(found)[:depth] for query, found in run.items()}
+    """`run_files.reordered` by the teacher's scores. run: best first."""
+    tops = run_files.first_of(run, depth)
     wanted = {passage for top in tops.values() for passage in top}
     texts = {name: text for name, text in zip(data.passage_ids, data.passages(), strict=True) if name in wanted}
-    made: Run = {}
     queries = list(run)
     with tqdm(total=sum(map(len, tops.values())), desc=f"{data.name}, reranking", unit="pairs", disable=None) as bar:
-        for first in range(0, len(queries), _QUERIES):
-            some = queries[first : first + _QUERIES]
-            query_P = np.repeat(np.arange(len(some)), [len(tops[query]) for query in some])
-            passages = [texts[passage] for query in some for passage in tops[query]]
-            scores = iter(())
-            if passages:
-                read = teacher.read([data.queries[query] for query in some], passages, query_P)
-                scores = iter(teacher.score(read, lambda pairs, _: bar.update(pairs)).tolist())
-            for query in some:
-                new = {passage: next(scores) for passage in tops[query]}
-                ordered = dict(sorted(new.items(), key=lambda entry: -entry[1]))
-                low = min(new.values(), default=0.0)
-                rest = list(run[query])[depth:]
-                made[query] = ordered | {passage: low - 1 - place for place, passage in enumerate(rest)}
-    return made
+
+        def scores() -> Iterator[float]:
+            for first in range(0, len(queries), _QUERIES):
+                some = queries[first : first + _QUERIES]
+                query_P = np.repeat(np.arange(len(some)), [len(tops[query]) for query in some])
+                passages = [texts[passage] for query in some for passage in tops[query]]
+                if passages:
+                    read = teacher.read([data.queries[query] for query in some], passages, query_P)
+                    yield from teacher.score(read, lambda pairs, _: bar.update(pairs)).tolist()
+
+        return run_files.reordered(run, depth, scores())

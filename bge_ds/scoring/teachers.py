@@ -21,6 +21,7 @@ import torch
 from bge_ds.data.pairs import PASSAGE_PREFIX, PROMPT, QUERY_PREFIX, PairLayout, Pairs
 from bge_ds.data.preprocess import validate
 from bge_ds.data.ragged import RaggedArrays
+from bge_ds.evaluation import retrieval
 from bge_ds.evaluation.embedder import Embedder
 from bge_ds.modeling import cross_encoder, encoder
 from bge_ds.modeling.cross_encoder import CrossEncoder, Kind
@@ -128,12 +129,8 @@ class CrossEncoderTeacher:
     def _ids(self, prompt: str, texts: list[str]) -> RaggedArrays:
         """Ids without special tokens; a text that occurs twice is tokenized once."""
         known = {text: n for n, text in enumerate(dict.fromkeys(texts))}
-        distinct, backend = [prompt + text for text in known], self.tokenizer.backend_tokenizer
-        parts = [RaggedArrays.of_lists([], np.int32)]
-        for first in range(0, len(distinct), _TOKENIZED):
-            made = backend.encode_batch_fast(distinct[first : first + _TOKENIZED], add_special_tokens=False)
-            parts.append(RaggedArrays.of_lists([encoding.ids for encoding in made], np.int32))
-        return RaggedArrays.join(parts).take(np.fromiter(map(known.__getitem__, texts), np.int64, len(texts)))
+        made = retrieval.tokenize_content(self.tokenizer, [prompt + text for text in known])
+        return made.take(np.fromiter(map(known.__getitem__, texts), np.int64, len(texts)))
 
 
 def layout_of(config: Any, tokenizer: Any, settings: PairSettings, decoder: bool) -> tuple[PairLayout, int]:

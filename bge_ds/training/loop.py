@@ -37,7 +37,7 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     started = time.perf_counter()
     setup.set_up(args)
     objective = make_objective(args)
-    eval_sets = during_training.open_sets(objective.args)
+    eval_sets = objective.open_evaluation()
     device = engines.start(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout_s=args.ddp_timeout)
     setup.check_compilation(args, objective.model_config, device)
     taken = resume.take_up(objective)
@@ -61,10 +61,10 @@ def train(make_objective: Callable[[TrainArguments], Objective], args: TrainArgu
     if taken:
         log.say("\n".join([*taken.notes, f"resumed from {taken.path} at step {first_step}"]))
     steps = load_steps(objective, order, device, first_step, plan.total)
-    encoder, eval_options = objective.evaluation(engine.module) if eval_sets else (engine.module, {})
-    evaluations = during_training.prepare(
-        args, eval_sets, objective.tokenizer, encoder, device, plan, log, taken.path if taken else None, **eval_options
-    )
+    evaluator, evaluated = None, engine.module
+    if eval_sets:
+        evaluator, evaluated = objective.evaluator(eval_sets, device), objective.evaluated(engine.module)
+    evaluations = during_training.prepare(args, evaluator, evaluated, plan, log, taken.path if taken else None)
     asked = resume.asked_batch(args, taken)
     recorder = Recorder(objective, engine, log, taken, agreement, asked, tokens_seen, started, plan.warmup)
 

@@ -12,6 +12,8 @@ from torch import nn
 from bge_ds.checkpoint import filesystem
 from bge_ds.config.arguments import TrainArguments
 from bge_ds.data.beir import RetrievalSet
+from bge_ds.evaluation import during_training
+from bge_ds.evaluation.evaluators import Evaluator
 from bge_ds.kernels.packed import PackedTexts
 
 if TYPE_CHECKING:
@@ -94,9 +96,17 @@ class Objective:
         """The loss of a model that has learned nothing, for `record`; None where that is not known."""
         return None
 
-    def evaluation(self, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-        """(encoder to evaluate, its lengths in tokens and prompts) for evaluation while training."""
-        raise ValueError("--eval_data: this objective has no encoder to evaluate")
+    def open_evaluation(self) -> dict[str, RetrievalSet]:
+        """The sets of --eval_data, read and checked before anything slow happens; {} without."""
+        return during_training.open_sets(self.args)
+
+    def evaluator(self, sets: dict[str, RetrievalSet], device: torch.device) -> Evaluator:
+        """What measures the model while training; on every rank."""
+        raise ValueError("--eval_data: this objective has nothing to evaluate")
+
+    def evaluated(self, model: nn.Module) -> nn.Module:
+        """The part of the model that the evaluator is given."""
+        return model
 
     def save(self, engine: Engine, folder: Path, scores: Scores) -> float:
         """Write the model into an existing empty folder and load it back; the largest difference found. On every rank.

@@ -159,7 +159,8 @@ def test_the_script_of_flagembedding_s_decoder_runs(tmp_path, setting):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--eval_data", "x"], "evaluate --rerank"),
+        (["--eval_rerank_depth", "5"], "no effect without --eval_data"),
+        (["--eval_data", "x", "--eval_search_results", "a", "b"], "names 2 files for 1 folders"),
         (["--train_group_size", "1"], "nothing to rank it against"),
         (["--loss", "none"], "no loss without --knowledge_distillation"),
         (["--loss", "binary_cross_entropy", "--label_smoothing", "0.1"], "no effect without --loss cross_entropy"),

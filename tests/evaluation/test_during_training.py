@@ -8,13 +8,14 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
+import score_runs
 import torch
 
 from bge_ds import evaluate
 from bge_ds.checkpoint import checkpoint, state_file
 from bge_ds.data import beir
 from bge_ds.data.ragged import RaggedArrays
-from bge_ds.evaluation import during_training, retrieval
+from bge_ds.evaluation import bm25, distributed_texts, during_training, retrieval, run_files
 from bge_ds.kernels.packed import chunk_bounds, pack, runs_of, split
 from bge_ds.modeling.encoder import Encoder
 from bge_ds.training.metrics import Meter, RunLog
@@ -162,6 +163,39 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_result(tmp_path, setting):
     assert live == (tmp_path / "finetune_whole" / "checkpoint-4" / "model.safetensors").read_bytes()
 
 
+def test_a_reranker_is_measured_as_by_the_evaluate_command(tmp_path, setting):
+    """Two ranks at ZeRO-3 on a given list, one rank on BM25's own, which is the same: the same figures before the first step,
+    those of the command for that model; after the last step those of the saved model. The best checkpoint is the result."""
+    start = score_runs.make_teacher(tmp_path / "start", max_position_embeddings=600)
+    data, run = beir.read_folder(setting / "set"), tmp_path / "words.trec"
+    found_Q = bm25.Candidates(data.distinct(), list(data.queries.values()), 100).ranked()
+    run_files.write_run(run, run_files.of_found(data, found_Q), "words")
+    common = {"model_name_or_path": str(start), "train_data": str(setting / "groups.jsonl"), "max_steps": 4, "save_steps": 2,
+              "logging_steps": 1, "train_group_size": 3, "per_device_train_batch_size": 2, "passage_max_len": 200,
+              "learning_rate": 1e-2, "cache_dir": str(tmp_path), "eval_data": [str(setting / "set")], "eval_steps": 2,
+              "eval_on_start": True, "eval_rerank_depth": 9}  # fmt: skip
+    two = {"output_dir": str(tmp_path / "two"), "deepspeed": "zero3", "eval_search_results": [str(run)]}
+    one = {"output_dir": str(tmp_path / "one"), "load_best_model_at_end": True, "per_device_train_batch_size": 4}
+    said = helpers.run_ranks("train", 2, json.dumps([["rerank", common | two]]))
+    said += helpers.run_ranks("train", 1, json.dumps([["rerank", common | one]]))
+
+    def measured(model: Path) -> dict[str, float]:
+        words = ["--data", setting / "set", "--search_results", run, "--rerank", model, "--rerank_depth", 9, "--use_cpu"]
+        assert evaluate.main([*map(str, words), "--output", str(tmp_path / "scores.json")]) == 0
+        rows = json.loads((tmp_path / "scores.json").read_text())["results"]
+        before = f"nDCG@10 {rows['set']['nDCG@10']:.4f}"
+        assert f"9 passages of words.trec, {before}" in said and f"9 passages of BM25, {before}" in said
+        return {f"eval_{prefix}{name}": rows["set, reranked"][name] for prefix in ("set_", "") for name in retrieval.NAMES}
+
+    for name in ("two", "one"):
+        measures = lines_of(tmp_path / name)[1]
+        assert list(measures) == [0, 2, 4] and measures[0] == {"step": 0, **measured(start)}
+        best = max((2, 4), key=lambda step: measures[step]["eval_nDCG@10"])
+        final = measures[best if name == "one" else 4]
+        assert measured(tmp_path / name).items() <= final.items() and final != {**measures[0], "step": final["step"]}
+        assert (final["step"] == 4) == ("| set |" in (tmp_path / name / "README.md").read_text())
+
+
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
     [(1, 2, [2, 9]), (2, 2, [2, 9]), (2, 5, [5, 9]), (3, 2, [2, 5, 9]), (5, None, [2, 3, 5, 9]), (0, None, [])],
@@ -280,10 +314,10 @@ def test_vectors_of_a_share_are_the_encoders(setting):
     """Each unit's vectors come in the order of its texts, as the encoder gives them."""
     rng = np.random.default_rng(1)
     texts = [rng.integers(5, 90, 3 + int(n)).tolist() for n in rng.permutation(40)]
-    share = during_training.DistributedTexts(
+    share = distributed_texts.DistributedTexts(
         map(str, range(40)), 40, lambda unit: [texts[int(t)] for t in unit], 200, 60, torch.device("cpu")
     )
-    assert all(rows.values.dtype.itemsize == 1 for _, rows in share.units)  # ids below 200
+    assert share.rows(0).ids.values.dtype.itemsize == 1  # ids below 200
     model = Encoder.load(str(setting / "model")).eval()
     with torch.no_grad():
         vectors_ND = share.encode_all(model)

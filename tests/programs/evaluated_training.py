@@ -6,12 +6,12 @@ to that evaluation and is low after it.
 
 import json
 
-from bge_ds.evaluation import during_training
+from bge_ds.evaluation import during_training, evaluators
 from programs.train import train
 
 
 def main(runs: str) -> None:
-    measure = during_training.Evaluator.__call__
+    measure = evaluators.Evaluator.__call__
     for command, peak, done, flags in json.loads(runs):
         count = [done]
 
@@ -20,5 +20,5 @@ def main(runs: str) -> None:
             value = 0.1 * count[0] if count[0] <= peak else 0.05
             return measure(self, model) | ({during_training.METRIC: value} if peak else {})
 
-        during_training.Evaluator.__call__ = scripted
+        evaluators.Evaluator.__call__ = scripted
         train(command, flags)

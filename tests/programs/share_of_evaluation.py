@@ -11,17 +11,17 @@ import torch
 
 from bge_ds.data import beir
 from bge_ds.data.preprocess import validate
-from bge_ds.evaluation import during_training
+from bge_ds.evaluation import distributed_texts, evaluators
 from bge_ds.modeling.encoder import Encoder
 
 
 def main(model_path: str, folder: str, out: str) -> None:
     if int(os.environ["WORLD_SIZE"]) > 1:
         torch.distributed.init_process_group("gloo")
-    during_training.SMALLEST_UNIT = 4
+    distributed_texts.SMALLEST_UNIT = 4
     sets = beir.read_folders([Path(folder)], "--eval_data")
     tokenizer, lengths = validate.load_tokenizer(model_path), {"query_max_len": 16, "passage_max_len": 24}
-    evaluator = during_training.Evaluator(sets, tokenizer, torch.device("cpu"), batch_size=3, **lengths)
+    evaluator = evaluators.SearchEvaluator(sets, tokenizer, torch.device("cpu"), batch_size=3, **lengths)
     model = Encoder.load(model_path, "mean").train()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
