@@ -96,6 +96,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "sentence-transformers",
             "tensorboard",

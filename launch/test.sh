@@ -23,6 +23,9 @@ step ruff check .
 step ruff format --check .
 step lint-imports --no-logo
 step mypy
+workers=$(python -c 'import os; print(min(4, os.cpu_count() or 1))') || exit 1
+# Single-process tests fill the cores that others leave idle. A file's tests stay together, for what they share.
+[ "$accelerated" = True ] || set -- -n "$workers" --dist loadfile "$@"
 step python -m pytest "$@"
 if [ $status -eq 0 ]; then echo "== all passed"; else echo "== failed: ${failed[*]}"; fi
 exit $status

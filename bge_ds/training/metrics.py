@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,15 @@ class Meter:
 
 def peak_memory(device: torch.device) -> float:
     """The largest peak of any rank so far, bytes: of the device, or of the process on a CPU."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        # Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
     return collectives.max_over_ranks(torch.tensor(float(peak), dtype=torch.float64, device=device)).item()
+
+
+def process_peak() -> int:
+    """Bytes. Linux's getrusage also counts the program that this process was forked from, a large launcher for one."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Dense bf16/fp16 peaks of GPUs, FLOP/s, from their makers' data sheets; the first name that fits counts.
@@ -170,7 +173,7 @@ class RunLog:
             filesystem.write_whole(file, "".join(line + "\n" for line in kept).encode(), sync=False)
         self.file = file.open("a" if kept else "w", encoding="utf-8")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield

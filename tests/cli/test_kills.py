@@ -57,7 +57,7 @@ def test_twenty_kills(setting):
     The losses and the final weights are the undisturbed run's to the last bit, and nothing but whole checkpoints is left.
     """
     base, _ = setting
-    supervised(setting, "undisturbed", "finetune_command")
+    supervised(setting, "undisturbed", "command", "finetune")
     expected, weights = result(base / "undisturbed"), load_file(base / "undisturbed/model.safetensors")
     assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
     left = sorted(path.name for path in (base / "undisturbed").iterdir())

@@ -99,7 +99,8 @@ def test_an_embedder_s_shards_train_a_reranker_that_resumes_and_scores(tmp_path,
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     for step, found in losses(tmp_path / "one").items():
         np.testing.assert_allclose(found, expected[step], rtol=1e-4)
-    assert all((weights[name] - one[name]).abs().max() < 1e-4 for name in weights)
+    # The gradient of a key's bias is 0 but for rounding, which Adam blows up to its whole step.
+    assert all((weights[name] - one[name]).abs().max() < 1e-4 for name in weights if not name.endswith("key.bias"))
     start = load_file(setting / "bert" / "model.safetensors")["bert.encoder.layer.0.attention.self.query.weight"]
     assert not torch.equal(weights["bert.encoder.layer.0.attention.self.query.weight"], start)
 
@@ -123,7 +124,7 @@ def test_the_script_of_flagembedding_s_encoder_runs(tmp_path, setting):
     args = parse(RerankArguments, words)
     assert args.fp16 and args.cuts == {"query_max_len": 320, "passage_max_len": 384, "max_len": 512}
     words.remove("--fp16")
-    said = helpers.run_ranks("rerank_command", 1, *words, "--use_cpu", timeout=900)
+    said = helpers.run_ranks("command", 1, "rerank", *words, "--use_cpu", timeout=900)
     assert said.count("--pad_to_multiple_of 8 has no effect") == 1 and list((tmp_path / "shards").rglob("manifest.json"))
     assert len(losses(tmp_path / "out")) == 16  # 8 groups, 2 a step, 4 epochs
 
@@ -144,7 +145,7 @@ def test_the_script_of_flagembedding_s_decoder_runs(tmp_path, setting):
     group = GROUPS[3]
     assert texts == {f"<s>A: {group['query']}\nB: {text}\n{asked}" for text in group["pos"] + group["neg"]}
     words[words.index("--bf16")] = "--use_cpu"
-    helpers.run_ranks("rerank_command", 1, *words, timeout=900)
+    helpers.run_ranks("command", 1, "rerank", *words, timeout=900)
     base = AutoModelForCausalLM.from_pretrained(setting / "decoder")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([objective.tokenizer("A: a\nB: b\n" + asked, add_special_tokens=False)["input_ids"]])

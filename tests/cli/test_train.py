@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from bge_ds import preprocess
 from bge_ds.training.metrics import slow_precision
 
 BIN = Path(sys.executable).parent
@@ -44,6 +45,11 @@ def launch(program: list[str], *flags: object) -> str:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return result.stdout
+
+
+def run(command: str, ranks: int, *flags: object) -> str:
+    """What the command says on so many ranks, which begin with their imports done."""
+    return helpers.run_ranks("command", ranks, command, *flags, timeout=280)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -115,9 +121,9 @@ def test_pretrain_from_scratch_then_finetune(setting):
 
 def test_pretrain_by_tokens(setting):
     """Two ranks, batches cut by tokens in loader workers: the summary says so, an epoch's steps follow from the bins."""
-    out, port = setting / "by_tokens", ["--master_port", str(helpers.free_port())]
-    said = launch(
-        ["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.pretrain"], "--output_dir", out,
+    out = setting / "by_tokens"
+    said = run(
+        "pretrain", 2, "--output_dir", out,
         "--model_name_or_path", setting / "model", "--train_data", setting / "texts.jsonl", "--cache_dir", setting / "cache",
         "--max_seq_length", 40, "--per_device_train_tokens", 150, "--num_train_epochs", 2, "--logging_steps", 1, "--use_cpu",
         "--dataloader_num_workers", 2, "--include_num_input_tokens_seen",
@@ -142,9 +148,7 @@ def test_a_mixture_of_sets_resumed(setting):
         flags = finetune_flags(setting, out, **common)
         at = flags.index("--train_data")
         flags[at + 1 : at + 2] = weights
-        port = ["--master_port", str(helpers.free_port())]
-        program = ["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"]
-        return launch(program, *flags, "--same_dataset_within_batch", *more)
+        return run("finetune", 2, *flags, "--same_dataset_within_batch", *more)
 
     said = start("mixed")
     assert "5 above max_example_num_per_dataset" in said and "0.7500" in said and "few_no_in_batch_neg.jsonl" in said
@@ -163,14 +167,13 @@ def test_sets_with_instructions_of_their_own(setting):
     for name in ("first", "second"):
         shutil.copy(setting / "groups.jsonl", setting / f"{name}.jsonl")
         folders.append(setting / f"{name}_shards")
-        launch(
-            ["python", "-m", "bge_ds.preprocess", "finetune"], "--input", setting / f"{name}.jsonl", "--output", folders[-1],
-            "--tokenizer", setting / "model", "--query_instruction_for_retrieval", f"the {name}: ",
-            "--query_max_len", 16, "--passage_max_len", 40, "--num_proc", 1,
-        )  # fmt: skip
+        words = ["finetune", "--input", setting / f"{name}.jsonl", "--output", folders[-1], "--tokenizer", setting / "model",
+                 "--query_instruction_for_retrieval", f"the {name}: ", "--query_max_len", 16, "--passage_max_len", 40,
+                 "--num_proc", 1]  # fmt: skip
+        assert preprocess.main([str(word) for word in words]) == 0
     flags = finetune_flags(setting, "instructed", max_steps=1, train_data=folders[0])
     flags.insert(flags.index("--train_data") + 2, folders[1])
-    said = launch(["python", "-m", "bge_ds.finetune"], *flags, "--mixing_temperature", 2)
+    said = run("finetune", 1, *flags, "--mixing_temperature", 2)
     assert "warning: sets have different instructions" in said
     prompts = json.loads((setting / "instructed" / "config_sentence_transformers.json").read_text())["prompts"]
     assert prompts == {"query": "", "query_first": "the first: ", "query_second": "the second: ", "passage": "", "document": ""}
@@ -184,9 +187,7 @@ def test_a_run_without_negatives_of_its_own(setting):
         if i % 3:
             group["neg"] = []
     (setting / "bare.jsonl").write_text("".join(json.dumps(g) + "\n" for g in bare))
-    port = ["--master_port", str(helpers.free_port())]
-    flags = finetune_flags(setting, "bare", train_data=setting / "bare.jsonl")
-    launch(["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"], *flags)
+    run("finetune", 2, *finetune_flags(setting, "bare", train_data=setting / "bare.jsonl"))
     assert all(np.isfinite(r["loss"]) and r["loss"] > 0.1 for r in metrics(setting / "bare"))
 
 
@@ -199,10 +200,9 @@ def test_every_objective_at_once(setting):
     folder.mkdir()
     for name, part in (("all.jsonl", lines[:12]), ("classes_no_in_batch_neg.jsonl", lines[12:])):
         (folder / name).write_text("".join(json.dumps(group) + "\n" for group in part))
-    port = ["--master_port", str(helpers.free_port())]
     flags = finetune_flags(setting, "everything", train_data=folder, deepspeed="zero3", sub_batch_tokens=60, max_steps=5)
-    launch(
-        ["torchrun", "--nproc_per_node", "2", *port, "-m", "bge_ds.finetune"], *flags, "--bidirectional", "--use_mrl",
+    run(
+        "finetune", 2, *flags, "--bidirectional", "--use_mrl",
         "--mrl_dims", 8, 32, "--knowledge_distillation", "--false_negative_margin", 0.1, "--learnable_temperature",
     )  # fmt: skip
     records = metrics(setting / "everything")
@@ -224,7 +224,7 @@ def test_every_objective_at_once(setting):
 def test_what_the_data_or_model_cannot_do_is_refused(setting, flags, message):
     """Known only once data and model are there: still before anything is trained or written."""
     with pytest.raises(AssertionError, match=message):
-        launch(["python", "-m", "bge_ds.finetune"], *finetune_flags(setting, "refused"), *flags)
+        run("finetune", 1, *finetune_flags(setting, "refused"), *flags)
     assert not (setting / "refused").exists()
 
 
@@ -232,10 +232,7 @@ def test_a_conflict_of_config_and_flags_ends_all_ranks(setting, tmp_path):
     """The error stands there once, names both sides, and the launcher returns with an error and no output folder."""
     (tmp_path / "mine.json").write_text('{"gradient_clipping": 0.3, "zero_optimization": {"stage": 2}}')
     with pytest.raises(AssertionError, match=r"gradient_clipping to 0.3 and --max_grad_norm makes it 1.0") as failure:
-        launch(
-            ["torchrun", "--nproc_per_node", "2", "--master_port", str(helpers.free_port()), "-m", "bge_ds.finetune"],
-            *finetune_flags(setting, "conflict", deepspeed=tmp_path / "mine.json"),
-        )
+        run("finetune", 2, *finetune_flags(setting, "conflict", deepspeed=tmp_path / "mine.json"))
     assert str(failure.value).count("error: ") >= 1
     assert not (setting / "conflict").exists()
 
@@ -244,7 +241,7 @@ def test_half_precision_trains(setting):
     """bf16 on the CPU: the loss falls, the saved weights are the fp32 master copies, not their roundings, and where the CPU
     emulates it the summary says so."""
     flags = finetune_flags(setting, "bf16", num_train_epochs=8, max_steps=30)
-    output = launch(["python", "-m", "bge_ds.finetune"], *flags, "--bf16")
+    output = run("finetune", 1, *flags, "--bf16")
     slow = slow_precision(torch.device("cpu"), torch.bfloat16) is not None
     assert ("this CPU emulates bfloat16, leave --bf16 out" in output) == slow
     records = metrics(setting / "bf16")
@@ -266,11 +263,9 @@ def test_shards_longer_than_the_model(setting, kind):
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     lengths = ["--query_max_len", 400, "--passage_max_len", 400] if kind == "finetune" else ["--max_seq_length", 400]
     shards = setting / f"long_{kind}_shards"
-    launch(
-        ["python", "-m", "bge_ds.preprocess", kind, "--input", str(data), "--output", str(shards)],
-        *lengths, "--tokenizer", setting / "model", "--num_proc", 1,
-    )  # fmt: skip
+    words = [kind, "--input", data, "--output", shards, *lengths, "--tokenizer", setting / "model", "--num_proc", 1]
+    assert preprocess.main([str(word) for word in words]) == 0
     flags = ["--output_dir", out, "--model_name_or_path", setting / "model", "--train_data", shards, "--max_steps", 1]
     short = ["--query_max_len", 20, "--passage_max_len", 30] if kind == "finetune" else ["--max_seq_length", 30]
-    launch(["python", "-m", f"bge_ds.{kind}"], *flags, *short, "--use_cpu", "--save_strategy", "no")
+    run(kind, 1, *flags, *short, "--use_cpu", "--save_strategy", "no")
     assert (out / ("config.json" if kind == "finetune" else "encoder_model/config.json")).is_file()

@@ -23,7 +23,7 @@ def test_two_ranks_share_a_gpu(flags, metrics, device, tmp_path):
     for rank, log in enumerate(logs):
         with open(log, "w") as out:
             env = helpers.environment(**group, RANK=str(rank)) | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
-            processes.append(helpers.start_program("finetune_command", words, env, out, out, fresh=True))
+            processes.append(helpers.start_program("command", ["finetune", *words], env, out, out, fresh=True))
     try:
         for process in processes:
             process.wait(120)

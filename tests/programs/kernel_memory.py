@@ -1,16 +1,15 @@
 """A process that prints the memory of one operation in MiB. Arguments: "logsumexp"; or "attention" and a dropout."""
 
-import resource
-
 import torch
 
 from bge_ds.kernels.decoder_attention import decoder_attention
 from bge_ds.kernels.linear_logsumexp import ExcludedPairs, linear_logsumexp
 from bge_ds.kernels.packed import LengthRun
+from bge_ds.training.metrics import process_peak
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return process_peak() >> 20
 
 
 def logsumexp() -> int:

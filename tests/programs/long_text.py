@@ -1,16 +1,17 @@
 """A process that computes RetroMAE's losses of a text of 8,192 tokens; they add less than 1 GiB. Argument: a folder."""
 
-import resource
 from pathlib import Path
 
 from retromae_models import make, make_batch
 
+from bge_ds.training.metrics import process_peak
+
 
 def main(folder: str) -> None:
     model = make("modernbert", Path(folder), {"max_position_embeddings": 8192}).float()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = process_peak()
     losses = model(make_batch([8192, 5]))
     losses[:3].sum().backward()
     assert losses.isfinite().all() and all(p.grad.isfinite().all() for p in model.decoder.parameters())
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
-    assert grown < 1 << 20, grown
+    grown = process_peak() - before
+    assert grown < 1 << 30, grown
