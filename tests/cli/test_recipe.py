@@ -55,7 +55,7 @@ def test_the_recipe_ends_with_a_table_of_its_stages(tmp_path, tiny_bert_path):
             timeout=280,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        tables.append(done.stdout[done.stdout.index("nDCG@10 ") : done.stdout.index("done in ")])
+        tables.append(done.stdout[done.stdout.index("nDCG@10 ") : done.stdout.rindex("done in ")])
         times.append({path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()})
     assert tables[0] == tables[1] and times[0] == times[1]
     names = ["base", "in-batch", "in-batch, reranked", "mined", "distilled", "merged"]
@@ -64,10 +64,11 @@ def test_the_recipe_ends_with_a_table_of_its_stages(tmp_path, tiny_bert_path):
     queries = [group["query"] for group in drawn]
     assert len(queries) == 8 and all([g["query"] for g in lines] == queries for lines in (mined, scored))
     assert all(len(group["neg"]) == len(group["neg_scores"]) == 3 for group in scored)
-    base, distilled, merged = (load_file(f / "model.safetensors") for f in (tiny_bert_path, out / "distilled", out / "merged"))
-    name = "encoder.layer.0.attention.self.query.weight"
-    difference = merged[name] - (0.25 * distilled[name] + 0.75 * base[name])
-    assert abs(difference).max() < 1e-6 < abs(distilled[name] - base[name]).max()
+    base, distilled, merged = (
+        next(v for k, v in load_file(folder / "model.safetensors").items() if k.endswith("0.attention.self.query.weight"))
+        for folder in (tiny_bert_path, out / "distilled", out / "merged")
+    )
+    assert abs(merged - (0.25 * distilled + 0.75 * base)).max() < 1e-6 < abs(distilled - base).max()
     with (tmp_path / "rows.csv").open(encoding="utf-8") as rows:
         found = list(csv.DictReader(rows))
     assert [(row["stage"], row["set"]) for row in found[:12]] == [(name, data) for name in names for data in "ab"]
