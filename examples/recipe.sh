@@ -68,8 +68,14 @@ headline "fine-tuning with in-batch negatives, $steps steps"
 finetune "$out/in-batch" "$out/groups.jsonl" --train_group_size 1
 
 headline "mining hard negatives with it"
-run "$out/mined.jsonl" mine --model_name_or_path "$out/in-batch" --input "$out/groups.jsonl" --output "$out/mined.jsonl" \
+run "$out/mined-all.jsonl" mine --model_name_or_path "$out/in-batch" --input "$out/groups.jsonl" --output "$out/mined-all.jsonl" \
     "${lengths[@]}" --negative_number $((group - 1)) $mining
+# Where the margin leaves a group no negative, there is nothing to train or score on.
+[ -e "$out/mined.jsonl" ] || grep -v '"neg":\[\]' "$out/mined-all.jsonl" > "$out/mined.jsonl" || {
+    rm "$out/mined.jsonl"
+    echo "error: no group has negatives; give MINE a wider range or a smaller margin and delete $out/mined-all.jsonl" >&2
+    exit 1
+}
 
 headline "fine-tuning the base model with the mined negatives, $steps steps"
 finetune "$out/mined" "$out/mined.jsonl" --train_group_size $group
@@ -85,8 +91,10 @@ finetune "$out/distilled" "$out/scored.jsonl" --train_group_size $group --knowle
 
 weight=${WEIGHT:-0.5}
 headline "merging: $weight of the distilled model, the rest of the base model"
-[ -e "$out/merged/model.safetensors" ] || python -m bge_ds.merge --models "$out/distilled" "$MODEL" --output "$out/merged" \
-    --weights "$weight" "$(python -c "print(1 - $weight)")" > "$out/logs/$stage-merge.log"
+if [ ! -e "$out/merged/model.safetensors" ]; then
+    python -m bge_ds.merge --models "$out/distilled" "$MODEL" --output "$out/merged" --weights "$weight" \
+        "$(python -c "print(1 - $weight)")" > "$out/logs/$stage-merge.log" 2>&1 || { tail "$out/logs/$stage-merge.log" >&2; exit 1; }
+fi
 
 headline "scores after each stage; the reranker over the first passages of the in-batch model"
 note="$queries queries, $steps steps of $batch, groups of $group, $mining, merge $weight, ${precision:-fp32}"

@@ -44,6 +44,9 @@ def draw(source: Path, number: int, seed: int) -> list[str]:
 
 def evaluated(args: argparse.Namespace) -> Rows:
     """The rows of all stages, from `bge_ds.evaluate` or from an earlier run's files."""
+    from transformers import logging
+
+    logging.disable_progress_bar()
     rows: Rows = []
     for stage, model in args.stages:
         file = args.output / f"{stage}.json"

@@ -219,7 +219,7 @@ def rows_of(section: str) -> list[list[str]]:
 
 
 def sections_with_rows() -> list[tuple[str, str, list[str]]]:
-    text = (REPO / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = "\n".join((REPO / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("benchmarks", "recipe"))
     parts = re.split(r"^##+ (.*)$", text, flags=re.M)[1:]
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [(title, body, files) for title, body in pairs if (files := re.findall(r"`benchmarks/(\w+\.csv)`", body))]
