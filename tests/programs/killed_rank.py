@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bge_ds.checkpoint import checkpoint
 from bge_ds.training import loop
-from programs import finetune_command
+from programs import command
 
 
 def main(plan: str, done: str, *words: str) -> None:
@@ -36,4 +36,4 @@ def main(plan: str, done: str, *words: str) -> None:
         return save(engine, output_dir, number, *more, **named)
 
     loop.seed_dropout, checkpoint.save = seed, saves
-    finetune_command.main(*words)
+    command.main("finetune", *words)
