@@ -99,7 +99,7 @@ def test_an_embedder_s_shards_train_a_reranker_that_resumes_and_scores(tmp_path,
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     for step, found in losses(tmp_path / "one").items():
         np.testing.assert_allclose(found, expected[step], rtol=1e-4)
-    # A softmax does not see what is added to all its scores: such gradients are mere rounding, which Adam makes a whole step of.
+    # A softmax does not see what is added to all its scores: such gradients are rounding, which Adam makes a whole step of.
     unseen = ("key.bias", "classifier.bias")
     assert all((weights[name] - one[name]).abs().max() < 1e-4 for name in weights if not name.endswith(unseen))
     start = load_file(setting / "bert" / "model.safetensors")["bert.encoder.layer.0.attention.self.query.weight"]
