@@ -42,7 +42,7 @@ environment() {  # name, then the packages; without those of `unused`, which the
     echo "$place: made"
 }
 
-environment flagembedding "$transformers" FlagEmbedding==1.4.2
+environment flagembedding "$transformers" FlagEmbedding==1.4.2 faiss-cpu
 environment sentence_transformers "$transformers" sentence-transformers==6.2.0 datasets accelerate
 # A FlagEmbedding that has the RetroMAE command, and packages that it runs with.
 environment retromae FlagEmbedding==1.2.11 transformers==4.44.2 accelerate==0.34.2 datasets==2.21.0 \
