@@ -1,7 +1,9 @@
 """FlagEmbedding's own fine-tuning command (`FlagEmbedding.finetune.embedder.encoder_only.base`), its steps timed.
 
 The command's argument classes, runner, model, collator and trainer are used as they are; a callback takes the times.
-With `"what": "loss"` in the JSON text, its loss alone on given vectors, on as many ranks as were started.
+With `"what": "rerank"` in the JSON text, the command that trains rerankers
+(`FlagEmbedding.finetune.reranker.encoder_only.base`); with `"what": "loss"`, the embedder's loss alone on given vectors, on as
+many ranks as were started.
 """
 
 from __future__ import annotations
@@ -13,6 +15,11 @@ from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
+from FlagEmbedding.abc.finetune.reranker import (
+    AbsRerankerDataArguments,
+    AbsRerankerModelArguments,
+    AbsRerankerTrainingArguments,
+)
 from FlagEmbedding.finetune.embedder.encoder_only.base import (
     EncoderOnlyEmbedderDataArguments,
     EncoderOnlyEmbedderModelArguments,
@@ -20,6 +27,7 @@ from FlagEmbedding.finetune.embedder.encoder_only.base import (
     EncoderOnlyEmbedderTrainingArguments,
 )
 from FlagEmbedding.finetune.embedder.encoder_only.base.modeling import BiEncoderOnlyEmbedderModel
+from FlagEmbedding.finetune.reranker.encoder_only.base import EncoderOnlyRerankerRunner
 from steps import measure
 from transformers import HfArgumentParser
 
@@ -35,9 +43,6 @@ def flags(setting: dict) -> list[str]:
         "passage_max_len": setting["passage_max_len"],
         "per_device_train_batch_size": setting["batch"],
         "max_steps": setting["steps"],
-        "sentence_pooling_method": "mean",
-        "normalize_embeddings": True,
-        "temperature": setting["temperature"],
         "learning_rate": setting["learning_rate"],
         "bf16": setting["bf16"],
         "use_cpu": not setting["cuda"],
@@ -47,13 +52,21 @@ def flags(setting: dict) -> list[str]:
         "report_to": "none",
         "logging_steps": 1,
     }
+    if setting["what"] != "rerank":
+        values |= {"sentence_pooling_method": "mean", "normalize_embeddings": True, "temperature": setting["temperature"]}
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def train(setting: dict) -> None:
     kinds = (EncoderOnlyEmbedderModelArguments, EncoderOnlyEmbedderDataArguments, EncoderOnlyEmbedderTrainingArguments)
+    make = EncoderOnlyEmbedderRunner
+    if setting["what"] == "rerank":
+        kinds, make = (
+            (AbsRerankerModelArguments, AbsRerankerDataArguments, AbsRerankerTrainingArguments),
+            EncoderOnlyRerankerRunner,
+        )
     model, data, training = HfArgumentParser(kinds).parse_args_into_dataclasses(flags(setting))
-    runner = EncoderOnlyEmbedderRunner(model_args=model, data_args=data, training_args=training)
+    runner = make(model_args=model, data_args=data, training_args=training)
     measure(runner.trainer, runner.run, ("FlagEmbedding", "torch", "transformers"), setting["cuda"])
 
 

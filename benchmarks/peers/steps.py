@@ -78,9 +78,9 @@ def _masks(batch):
             yield from _masks(value)
 
 
-def measure(trainer, train, packages: tuple[str, ...], cuda: bool) -> None:
+def measure(trainer, train, packages: tuple[str, ...], cuda: bool, counter: type[TokenCounter] = TokenCounter) -> None:
     """Run `train()` of a built Hugging Face trainer and print the result line."""
-    timer, counter = StepTimer(cuda), TokenCounter(trainer.training_step)
+    timer, counter = StepTimer(cuda), counter(trainer.training_step)
     trainer.training_step = counter
     trainer.add_callback(timer)
     train()
