@@ -22,8 +22,8 @@ from sides import Run, Setting, ask_parts, run_command, run_peer, write_groups
 
 @dataclass(frozen=True)
 class Reranking(Setting):
-    """A pair has query_max_len + passage_max_len tokens at most. With so small a query_max_len all sides cut alike: FlagEmbedding
-    lets a query take passage_max_len / 4 more, and a passage query_max_len / 2."""
+    """A pair has query_max_len + passage_max_len tokens at most. With so small a query_max_len all sides cut alike:
+    FlagEmbedding lets a query take passage_max_len / 4 more, and a passage query_max_len / 2."""
 
     query_max_len: int = 8
     passage_max_len: int = 248
