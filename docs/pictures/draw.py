@@ -91,34 +91,49 @@ class Picture:
 
 def pipeline() -> Picture:
     """From data to a model: the commands, what each takes and what it makes."""
-    picture = Picture(364, "Data becomes shards, pre-training and fine-tuning make a model of them, and the model is evaluated")
-    upper, lower, high = 48, 172, 84
+    picture = Picture(
+        502, "Data becomes shards; pre-training, fine-tuning and reranker training make models of them; mining and scoring with "
+        "these models give the groups of the next round"
+    )  # fmt: skip
+    upper, lower, third, high = 48, 172, 296, 84
     data, work, shards, train, result = 8, 200, 366, 530, 786
-    picture.frame(train - 14, 8, 242, 284)
+    picture.frame(train - 14, 8, 242, third + high + 36 - 8)
     picture.text(train + 107, 31, "one GPU to many hosts", "stage", "middle")
     picture.box(work, upper, 144, lower + high - upper, "bge_ds.preprocess", ["tokenizes once"], "work")
     vocabulary_head, libraries = ["encoder with its", "vocabulary head"], ["for transformers and", "sentence-transformers"]
     rows = (
         (upper, '{"text"}', "bge_ds.pretrain", "RetroMAE, DupMAE, MLM", "encoder_model/", vocabulary_head),
         (lower, '{"query","pos","neg"}', "bge_ds.finetune", "contrastive, GradCache", "*embedding model", libraries),
+        (third, None, "bge_ds.rerank", "cross-encoders, decoders", "*reranker", ["for transformers and", "CrossEncoder"]),
     )
     for y, fields, name, does, made, described in rows:
         middle = y + high / 2
-        picture.box(data, y, 170, high, fields, ["JSON lines, Parquet,", "Arrow, hub datasets"])
-        picture.arrow((data + 170, middle), (work, middle))
-        picture.arrow((work + 144, middle), (shards, middle))
-        picture.box(shards, y, 128, high, "*Arrow shards", ["hashed, read from", "a memory map"])
-        picture.arrow((shards + 128, middle), (train, middle))
+        if fields:
+            picture.box(data, y, 170, high, fields, ["JSON lines, Parquet,", "Arrow, hub datasets"])
+            picture.arrow((data + 170, middle), (work, middle))
+            picture.arrow((work + 144, middle), (shards, middle))
+            picture.box(shards, y, 128, high, "*Arrow shards", ["hashed, read from", "a memory map"])
+            picture.arrow((shards + 128, middle), (train, middle))
+        else:
+            picture.arrow((shards + 64, lower + high), (shards + 64, middle), (train, middle))
         picture.box(train, y, 214, high, name, [does, "no padding, ZeRO 0 to 3"], "work")
         picture.arrow((train + 214, middle), (result, middle))
         picture.box(result, y, 166, high, made, described, "result")
     turn = (upper + high + lower) / 2
     picture.arrow((result + 83, upper + high), (result + 83, turn), (train + 107, turn), (train + 107, lower))
-    picture.text(train + 107, 280, "checkpoint-N/ at any step", "label", "middle")
-    picture.arrow((result + 83, lower + high), (result + 83, 308))
-    picture.box(data, 308, 486, 48, "bge_ds.doctor", ["checks every host before a run"], "work")
-    picture.box(train - 14, 308, 242, 48, "launch/supervise.sh", ["resumes after a failure"], "work")
-    picture.box(result, 308, 166, 48, "bge_ds.evaluate", ["nDCG, MRR, recall"], "work")
+    picture.text(train + 107, third + high + 23, "checkpoint-N/ at any step", "label", "middle")
+    again = ["new negatives by the model,", "a reranker's scores: the next round"]
+    picture.box(data, third, 336, high, "bge_ds.mine, bge_ds.score", again, "work")
+    picture.arrow((data + 85, third), (data + 85, lower + high))
+    below, bottom = third + high + 54, third + high + 70
+    picture.arrow((result + 40, third + high), (result + 40, below), (data + 168, below), (data + 168, third + high))
+    picture.arrow((result + 83, third + high), (result + 83, bottom))
+    around = (
+        ("bge_ds.doctor", "checks every host"), ("launch/supervise.sh", "resumes after a failure"),
+        ("bge_ds.merge", "averages models"), ("bge_ds.encode", "a corpus to vectors"), ("bge_ds.evaluate", "nDCG, MRR, recall"),
+    )  # fmt: skip
+    for number, (name, does) in enumerate(around):
+        picture.box(8 + 192 * number, bottom, 176, 48, name, [does], "work")
     return picture
 
 
