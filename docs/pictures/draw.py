@@ -92,8 +92,8 @@ class Picture:
 def pipeline() -> Picture:
     """From data to a model: the commands, what each takes and what it makes."""
     picture = Picture(
-        502, "Data becomes shards; pre-training, fine-tuning and reranker training make models of them; mining and scoring with "
-        "these models give the groups of the next round"
+        502, "Data becomes shards; pre-training, fine-tuning and reranker training make models of them; mining and scoring "
+        "with these models give the groups of the next round"
     )  # fmt: skip
     upper, lower, third, high = 48, 172, 296, 84
     data, work, shards, train, result = 8, 200, 366, 530, 786
