@@ -6,6 +6,7 @@ DATA holds pretrain/train.jsonl.gz, debian/train.jsonl.gz and the BEIR-form fold
 docstrings of the installed packages, is harvested. Every objective starts from the same random weights and sees the same texts
 in the same order, token for token. Each number of tokens is a run of its own, its learning rate decaying to 0. A row is written
 as soon as it is measured, and rows that objectives.csv has are not measured again, so a run that was stopped goes on.
+`--start` measures continued pre-training of a trained encoder in the same way, at rates that fit it.
 `--plot` draws the rows.
 """
 
@@ -53,7 +54,9 @@ def make_sets(args: argparse.Namespace) -> list[Path]:
 
 
 def make_start(args: argparse.Namespace) -> Path:
-    """Tokenizer and config of the small BERT."""
+    """Tokenizer and config of the small BERT, or the trained encoder of --start."""
+    if args.start:
+        return args.start
     folder = args.work / f"small_{args.layers}x{args.width}"
     if (folder / "config.json").exists():
         return folder
@@ -70,9 +73,16 @@ def make_start(args: argparse.Namespace) -> Path:
     return folder
 
 
+def label(start: Path, args: argparse.Namespace) -> str:
+    """What stands first in the names of the folders."""
+    return (args.name or start.name) if args.start else start.name
+
+
 def pretrained(objective: str, tokens: int, seed: int, start: Path, args: argparse.Namespace) -> Path:
     """The folder of the encoder after its pre-training."""
-    output = args.work / f"{start.name}_{objective}_{tokens}_{args.step_tokens if tokens else 0}_{seed}"
+    output = args.work / f"{label(start, args)}_{objective}_{tokens}_{args.step_tokens if tokens else 0}_{seed}"
+    if objective == "none" and args.start:
+        return start
     if objective == "none":
         if not (output / "config.json").exists():
             run([EXAMPLES / "random_model.py", *flags(config=start, output=output, seed=seed)], output.with_suffix(".log"))
@@ -135,7 +145,9 @@ def append(path: Path, row: dict[str, object]) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Every point that has no row yet, after fine-tuning; with --raw, before it too (finetune_steps 0)."""
     start, sets = make_start(args), make_sets(args)
-    model = f"BERT {args.layers} x {args.width}, {args.vocabulary} words, {args.length} tokens"
+    model = f"{label(start, args)}, {args.length} tokens"
+    if not args.start:
+        model = f"BERT {args.layers} x {args.width}, {args.vocabulary} words, {args.length} tokens"
     points = [(tokens, objective) for tokens in args.tokens for objective in args.objectives if objective != "none"]
     if "none" in args.objectives:
         points.insert(0, (0, "none"))
@@ -148,7 +160,7 @@ def measure(args: argparse.Namespace) -> None:
                 if [*map(str, key.values()), str(args.finetune_steps)] in rows:
                     continue
                 encoder = pretrained(objective, tokens, seed, start, args)
-                name = f"{start.name}_{objective}_{tokens}_{key['step_tokens']}_{seed}"
+                name = f"{label(start, args)}_{objective}_{tokens}_{key['step_tokens']}_{seed}"
                 tuned = finetuned(name, pooling, seed, encoder, args)
                 for steps, folder in [(0, encoder)] * args.raw + [(args.finetune_steps, tuned)]:
                     found = scores(folder, args.work / f"{name}_{pooling}_{steps}.json", pooling, sets, args)
@@ -213,6 +225,8 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=128, help="features of the encoder")
     add("--layers", type=int, default=2)
     add("--length", type=int, default=64, help="tokens of a text, in both trainings")
+    add("--start", type=Path, metavar="FOLDER", help="a trained encoder that every run starts from, not random weights")
+    add("--name", help="with --start: what the rows call it (default: the folder's name)")
     add("--raw", action="store_true", help="score the encoders before fine-tuning, too")
     add("--step_tokens", type=int, default=512, help="tokens a step of pre-training")
     add("--learning_rate", type=float, default=2e-3)
@@ -228,7 +242,7 @@ def main() -> None:
         return
     if args.data is None:
         parser().error("--data is needed to measure")
-    args.data, args.work = args.data.absolute(), args.work.absolute()
+    args.data, args.work, args.start = args.data.absolute(), args.work.absolute(), args.start and args.start.absolute()
     measure(args)
 
 
