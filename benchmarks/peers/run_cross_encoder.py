@@ -9,7 +9,7 @@ import json
 import sys
 
 from datasets import Dataset
-from run_sentence_transformers import InOrder
+from run_sentence_transformers import arguments
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
 from steps import TokenCounter, measure
 
@@ -52,18 +52,7 @@ def counter_of(model: CrossEncoder) -> type[TokenCounter]:
 def train(setting: dict) -> None:
     length = setting["query_max_len"] + setting["passage_max_len"]
     model = CrossEncoder(setting["model"], max_length=length, device="cuda" if setting["cuda"] else "cpu")
-    args = CrossEncoderTrainingArguments(
-        output_dir=setting["output"],
-        per_device_train_batch_size=setting["batch"],
-        max_steps=setting["steps"],
-        learning_rate=setting["learning_rate"],
-        bf16=setting["bf16"],
-        use_cpu=not setting["cuda"],
-        batch_sampler=InOrder,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=1,
-    )
+    args = arguments(setting, CrossEncoderTrainingArguments)
     trainer = CrossEncoderTrainer(model=model, args=args, train_dataset=read(setting["data"]), loss=losses.ListNetLoss(model))
     packages = ("sentence-transformers", "torch", "transformers")
     measure(trainer, trainer.train, packages, setting["cuda"], counter_of(model))

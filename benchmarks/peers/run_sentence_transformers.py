@@ -19,6 +19,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer import losses
 from steps import measure
 from torch.utils.data import SequentialSampler
+from transformers import TrainingArguments
 
 
 class InOrder(DefaultBatchSampler):
@@ -40,18 +41,8 @@ def read(file: str, group: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def train(setting: dict) -> None:
-    model = SentenceTransformer(setting["model"], device="cuda" if setting["cuda"] else "cpu")
-    # One limit for all columns; the driver checks that no query was longer than its own (the tokens are the other sides').
-    model.max_seq_length = setting["passage_max_len"]
-    scale = 1 / setting["temperature"]
-    if setting["loss"] == "plain":
-        loss = losses.MultipleNegativesRankingLoss(model, scale=scale)
-    else:
-        pieces = {"mini_batch_size": setting["mini_batch"]} if setting["mini_batch"] else {}
-        pieces |= {"mini_batch_num_tokens": setting["mini_batch_tokens"]} if setting["mini_batch_tokens"] else {}
-        loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, **pieces)
-    args = SentenceTransformerTrainingArguments(
+def arguments(setting: dict, kind: type) -> TrainingArguments:
+    return kind(
         output_dir=setting["output"],
         per_device_train_batch_size=setting["batch"],
         max_steps=setting["steps"],
@@ -63,9 +54,21 @@ def train(setting: dict) -> None:
         report_to="none",
         logging_steps=1,
     )
-    trainer = SentenceTransformerTrainer(
-        model=model, args=args, train_dataset=read(setting["data"], setting["group"]), loss=loss
-    )
+
+
+def train(setting: dict) -> None:
+    model = SentenceTransformer(setting["model"], device="cuda" if setting["cuda"] else "cpu")
+    # One limit for all columns; the driver checks that no query was longer than its own (the tokens are the other sides').
+    model.max_seq_length = setting["passage_max_len"]
+    scale = 1 / setting["temperature"]
+    if setting["loss"] == "plain":
+        loss = losses.MultipleNegativesRankingLoss(model, scale=scale)
+    else:
+        pieces = {"mini_batch_size": setting["mini_batch"]} if setting["mini_batch"] else {}
+        pieces |= {"mini_batch_num_tokens": setting["mini_batch_tokens"]} if setting["mini_batch_tokens"] else {}
+        loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, **pieces)
+    args, data = arguments(setting, SentenceTransformerTrainingArguments), read(setting["data"], setting["group"])
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
     measure(trainer, trainer.train, ("sentence-transformers", "torch", "transformers"), setting["cuda"])
 
 
