@@ -109,6 +109,7 @@ def tiny_config(family: str, *, vocab_size: int = 200, dropout: float = 0.0, **c
 _SLIDING = {"num_key_value_heads": 2, "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
 _OWN_SETTINGS = {
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
     "llama": {"num_key_value_heads": 2, "pad_token_id": None},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
     "modernbert": {"local_attention": 12, "global_attn_every_n_layers": 2},

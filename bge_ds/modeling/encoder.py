@@ -56,7 +56,7 @@ class Family(NamedTuple):
 
 _ENCODERS = ("bert", "distilbert", "electra", "ernie", "eurobert", "modernbert", "nomic_bert")
 _ROBERTAS = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
-_DECODERS = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+_DECODERS = ("gemma", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 # A type may be added if test_encoder.py passes for it unchanged.
 FAMILIES = {
     **dict.fromkeys(_ENCODERS, Family(unpadded=True)),

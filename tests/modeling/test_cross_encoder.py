@@ -21,7 +21,7 @@ LENGTHS = [5, 17, 9, 40, 17, 100, 5]
 TOLERANCE = 1e-5
 YES = 7
 CLASSIFIERS = ("bert", "electra", "distilbert", "roberta", "xlm-roberta", "modernbert", "mpnet")
-DECODERS = ("qwen3", "llama", "granite")
+DECODERS = ("qwen3", "llama", "granite", "gemma")
 
 
 def make(family: str, folder, auto=AutoModelForSequenceClassification, **changes):

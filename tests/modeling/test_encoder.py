@@ -252,7 +252,7 @@ def test_a_bidirectional_decoder_is_saved_as_one(tmp_path, tiny_bert_path, famil
 
 def test_what_makes_no_sense_for_a_backbone_is_refused(tmp_path, tiny_bert_path, monkeypatch):
     """bidirectional of an encoder, the first token of a causal decoder, and a transformers that would ignore the config."""
-    with pytest.raises(ValueError, match=r"decoders \(granite, llama.* is of type bert"):
+    with pytest.raises(ValueError, match=r"decoders \(gemma, granite, llama.* is of type bert"):
         build(tiny_bert_path, bidirectional=True)
     path = helpers.make_model("llama", tmp_path)
     with pytest.raises(ValueError, match="pooling 'cls' of a causal llama"):
