@@ -12,7 +12,7 @@ import sys
 
 from bge_ds import mine
 from bge_ds.encoding import manifest, output, run
-from bge_ds.mining import lines, plan, work
+from bge_ds.mining import lines, work
 from programs.encode_command import kill, killed_in_write
 
 
@@ -25,11 +25,11 @@ def main(block: str, groups: str, moment: str, *words: str) -> None:
     run.BLOCK, work.SMALLEST, work.BLOCKS = int(block), int(groups), 1000
     writes = killed_in_write(moment, output, manifest, work)
     if moment == "plan":
-        write_texts = plan._write_texts
-        plan._write_texts = lambda path, texts, count: write_texts(path, then_kill(texts), count)
+        write_texts = lines._write_texts
+        lines._write_texts = lambda path, texts, count: write_texts(path, then_kill(texts), count)
     elif moment == "output":
-        groups_of = lines.groups_of
-        lines.groups_of = lambda sources: then_kill(groups_of(sources))
+        write = lines.Lines._write
+        lines.Lines._write = lambda self, path, name, negatives: write(self, path, name, then_kill(negatives))
     elif moment == "replace":
         replace = os.replace
         os.replace = lambda old, new: kill() if ".mined.jsonl.partial" in str(old) else replace(old, new)
