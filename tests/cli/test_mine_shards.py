@@ -103,7 +103,9 @@ def test_only_the_negatives_are_new(tmp_path, capsys, tiny_bert_path):
         assert (ours.pos_scores is None) == (theirs.pos_scores is None) and len(ours.neg) == 4
     assert given.group(7).neg_scores is not None and found.group(7).pos_scores.tolist() == [0.5]
     assert found.notes(6) == ("retrieval", "normal")
-    manifest = found.manifest
+    manifest, (ours, theirs) = found.manifest, (dict(made.manifest.counts) for made in (found, given))
+    assert (theirs.pop("groups_without_negatives"), ours.pop("groups_without_negatives")) == (7, 0)
+    assert theirs.pop("duplicates") > 0 and ours == theirs
     assert manifest.fingerprint != given.fingerprint and manifest.passage_max_len == 60
     assert [Path(source.path).name for source in manifest.sources] == ["a.jsonl", "b.jsonl"]
     assert [source.rows for source in manifest.sources] == [(0, 9), (9, 15)]
