@@ -74,7 +74,7 @@ def encode(texts: TrainData, *, model_name_or_path: str | Path, output: str | Pa
 
 
 def mine(groups: TrainData, *, model_name_or_path: str | Path, output: str | Path, **flags: Any) -> Path:
-    """Hard negatives for groups; the file `output` with their lines and `neg` replaced.
+    """Hard negatives for groups; the file `output` with their lines and `neg` replaced, or of shards, the folder.
 
     groups: rows with `query` and `pos`, or what `--input` takes. flags: those of `bge_ds.mine`, with the prompts as
     `query_prompt` and `passage_prompt`, and `range_for_sampling=(10, 210)`. Raises ValueError for what cannot serve.

@@ -45,10 +45,11 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--model_name_or_path", required=True, help="folder or hub name of the model")
     add("--input", required=True, nargs="+", metavar="PATH",
-        help="files of `query`, `pos` and `neg`, folders, quoted globs or hub data sets")  # fmt: skip
-    add("--output", required=True, type=Path, metavar="FILE", help="JSON lines to write; .gz and .zst are compressed")
+        help="files of `query`, `pos` and `neg`, folders, quoted globs, hub data sets; or folders of shards")  # fmt: skip
+    add("--output", required=True, type=Path, metavar="PATH",
+        help="JSON lines to write; .gz and .zst are compressed. Of shards: a folder of shards")  # fmt: skip
     add("--candidate_pool", nargs="+", metavar="PATH",
-        help="files of `text`, which become negatives (default: all `pos` and `neg` of the input)")  # fmt: skip
+        help="files of `text`, which become negatives (default: all passages of the input)")  # fmt: skip
     add("--range_for_sampling", type=_range, default="10-210", metavar="FIRST-LAST",
         help="ranks that negatives come from: the FIRST best passages are skipped, those up to LAST taken")  # fmt: skip
     add("--negative_number", type=positive_int, default=RULES.negative_number, help="negatives of each query")
@@ -128,7 +129,7 @@ def table(output: Path, report: Report, rules: Rules) -> str:
     if counts["fewer"]:
         rows.append(f"  {counts['fewer']:,} groups got fewer than {wanted}")
     if counts["neg_scores_dropped"]:
-        rows.append(f"  {counts['neg_scores_dropped']:,} lines lost neg_scores, which were those of the old negatives")
+        rows.append(f"  {counts['neg_scores_dropped']:,} groups lost neg_scores, which were those of the old negatives")
     if report.recall is not None:
         rows.append(f"  faiss found {report.recall:.1%} of the {last} best passages, measured against exact search")
     return "\n".join(rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import xxhash
@@ -35,3 +37,13 @@ def write_whole(path: Path, content: bytes | memoryview, sync: bool = True, writ
     except OSError:  # a full disk: the half of a file helps nobody
         partial.unlink(missing_ok=True)
         raise
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Gives a file a second name: a hard link, which stays valid when the first is removed, or a copy on another disk."""
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copy2(path, target)  # another disk, or one without hard links

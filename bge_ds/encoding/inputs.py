@@ -143,8 +143,9 @@ class TextInput:
 class ShardInput:
     """The texts of shards as token ids: of pretrain shards all, of finetune ones the passages or the queries of the groups."""
 
-    def __init__(self, folders: list[str], side: str) -> None:
-        self.folders, self.side = folders, side
+    def __init__(self, folders: list[str], side: str, rows: np.ndarray | None = None) -> None:
+        """rows: of the texts that are wanted, int64, rising; None: all."""
+        self.folders, self.side, self.rows = folders, side, rows
         self.manifests = [read_manifest(Path(folder)) for folder in folders]
         self.shards = open_folders(folders)
         pretrain = isinstance(self.shards, PretrainShards)
@@ -154,13 +155,16 @@ class ShardInput:
             self._length, self._instruction = f"{side}_max_len", f"{side}_instruction_for_retrieval"
 
     def identity(self) -> list[Any]:
-        return [self.table, [manifest.fingerprint for manifest in self.manifests]]
+        wanted = [] if self.rows is None else [xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.rows))]
+        return [self.table, [manifest.fingerprint for manifest in self.manifests], *wanted]
 
     def scan(self, block_texts: int) -> InputEntry:
         """What there is. Shards were checked when they were made."""
         rows = [sum(shard.rows for shard in made.shards if shard.table == self.table) for made in self.manifests]
         if not sum(rows):
             raise ValueError(f"{self.folders[0]} holds no {self.table}")
+        if self.rows is not None:
+            rows = np.diff(np.searchsorted(self.rows, np.cumsum(rows)), prepend=0).tolist()
         return InputEntry(
             fingerprint=xxhash.xxh3_128_hexdigest(repr(self.identity()).encode()), identity=self.identity(),
             texts=sum(rows), sources=_entries(self.folders, rows),
@@ -171,7 +175,7 @@ class ShardInput:
         longest = min(getattr(manifest, self._length) or 0 for manifest in self.manifests)
         if given is not None and given > longest:
             raise ValueError(
-                f"--max_len {given} is longer than the {longest} tokens that {', '.join(self.folders)} was cut to: give "
+                f"a length of {given} is more than the {longest} tokens that {', '.join(self.folders)} was cut to: give "
                 f"{longest} or less, or preprocess again with --{self._length} {given}"
             )
         return given or min(default, longest)
@@ -188,7 +192,7 @@ class ShardInput:
             if (held := self._held_prompt(manifest)) != prompt:
                 raise ValueError(
                     f"{folder} holds the {self.side} prompt {held!r}, and {prompt!r} is in effect: give "
-                    f"--{self.side}_instruction_for_retrieval {shlex.quote(held)}, or encode the texts themselves"
+                    f"--{self.side}_instruction_for_retrieval {shlex.quote(held)}, or give the texts themselves"
                 )
         self.suffix = len(core.suffix_ids)
 
@@ -197,7 +201,7 @@ class ShardInput:
 
     def ids(self, rows: range, max_len: int) -> RaggedArrays:
         """Token ids of texts, special tokens included, cut to `max_len`; `check` was called before."""
-        rows_K = np.arange(rows.start, rows.stop)
+        rows_K = np.arange(rows.start, rows.stop) if self.rows is None else np.array(self.rows[rows.start : rows.stop])
         if isinstance(self.shards, PretrainShards):
             found = self.shards.texts(rows_K)[0]
         else:

@@ -77,11 +77,11 @@ class Block(NamedTuple):
     ids: list[str] | None
 
 
-def encode(options: Options) -> Manifest | None:
+def encode(options: Options, texts: TextInput | ShardInput | None = None) -> Manifest | None:
     """Encodes this rank's share; the manifest where all blocks are there by then, None where other ranks are at it still.
 
-    Rank and number of ranks are the launcher's RANK and WORLD_SIZE. Raises ValueError for whatever the user can fix, before
-    the model is loaded where possible.
+    texts: in place of `options.input`. Rank and number of ranks are the launcher's RANK and WORLD_SIZE. Raises ValueError for
+    whatever the user can fix, before the model is loaded where possible.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     say = _say if rank == 0 else _silent
@@ -89,7 +89,7 @@ def encode(options: Options) -> Manifest | None:
     if options.prompts()[f"{other}_prompt"] is not None:
         raise ValueError(f"--{other}_instruction_for_retrieval has no effect with --side {options.side}: drop it")
     output.check_output(options.output)
-    texts = open_input(options.input, options.columns, options.allow_empty, options.side)
+    texts = texts or open_input(options.input, options.columns, options.allow_empty, options.side)
     settings = settings_of(options, texts)
     known = cache_folder(options.cache_dir)
     # Damage is named by whichever rank sees it first.

@@ -1,82 +1,68 @@
 """What is mined: the distinct passages and queries of the input, and which passages are each query's positives.
 
-Shapes: G groups, Q distinct query texts, N texts of the input, U passages that are stored.
+Shapes: G groups, Q distinct query texts, N texts of the input, U distinct passages.
 
-Texts are told apart by a hash of their content, without the white space around it. Memory holds 16 bytes a text of the input,
-and some 60 while they are sorted; the texts themselves are on the disk:
-
-    passages.arrow   `text`: first the pool, in the order of the input, then positives that are not in it
-    queries.arrow    `text`: each distinct query once, with its prompt before it
-    *.npy            ARRAYS
+Texts are told apart by digests of what the input (`lines.py`, `shards.py`) takes for their content. Memory holds 16 bytes a
+text of the input, and some 60 while they are sorted. Passages are numbered by first occurrence: first the pool, in the order of
+the input, then positives that are not in it.
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
-from array import array
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import orjson
-import pyarrow as pa
-import xxhash
 
-from bge_ds.data.preprocess import validate
-from bge_ds.data.preprocess.input_files import Source, read_segments
-from bge_ds.data.ragged import inside
+from bge_ds.encoding.inputs import ShardInput
 
 PASSAGES, QUERIES = "passages", "queries"
 ARRAYS = (
-    "vector",  # G: row of queries.arrow
+    "vector",  # G: number of the query with its prompt, among the distinct ones
     "query",  # G: number q of the query's text
-    "own",  # Q: row of the passage that equals the query, or -1
-    "positives",  # of each q, rows of passages, rising, end to end
+    "own",  # Q: the passage that equals the query, or -1
+    "positives",  # of each q, its passages, rising, end to end
     "starts",  # Q + 1: where those of each q begin
 )
-_BATCH = 1024  # texts
-_DIGEST = 16  # bytes
+DIGEST = 16  # bytes
 
 
-def groups_of(sources: list[Source]) -> Iterator[dict[str, Any]]:
-    """The groups of an input, checked. Raises ValueError for the first bad line, with its file and number."""
-    return (group for _, group in _records(sources, "finetune"))
+class Written(NamedTuple):
+    """An output. hash: of all its bytes. lost: groups that had `neg_scores`, which fit the old negatives."""
+
+    hash: str
+    lost: int
 
 
-def texts_of(sources: list[Source]) -> Iterator[str]:
-    """The texts of a candidate pool, with their titles. Raises ValueError likewise."""
-    for place, record in _records(sources, "texts"):
-        if not record["text"]:
-            raise ValueError(f'{place}: "text" is an empty text')
-        yield record["text"]
+class Input(Protocol):
+    """Groups as lines or as shards: how their plan is made, what of them is encoded, and what they are written as."""
 
+    def check_output(self, output: Path, overwrite: bool) -> None:
+        """Raises ValueError for an output that is there already, or that cannot be written."""
 
-def _records(sources: list[Source], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for index, source in enumerate(sources):
-        for block in read_segments(source, index, sys.maxsize):
-            for number, record in validate.records(block.lines(), block.first, kind):
-                place = f"{source.name}:{number + source.first_number}"
-                if isinstance(record, str):
-                    raise ValueError(f"{place}: {record}")
-                if source.is_table and kind == "finetune":
-                    try:
-                        as_line(record)
-                    except TypeError as error:
-                        raise ValueError(f"{place}: a value cannot be written as JSON ({error})") from None
-                yield place, record
+    def identity(self) -> dict[str, Any]:
+        """By flag, hashes of all that is read. Files that have not changed are not read again."""
 
+    def write_plan(self, folder: Path, query_prompt: str) -> dict[str, int]:
+        """Writes ARRAYS, and what the methods below need; returns how many `groups`, `queries`, `pool` (possible negatives) and
+        `passages` there are. query_prompt: of groups without a prompt of their own. Raises ValueError for a bad group."""
 
-def as_line(group: dict[str, Any]) -> bytes:
-    """A group as a line of JSON."""
-    return orjson.dumps(group, option=orjson.OPT_APPEND_NEWLINE)
+    def token_ids(self, name: str, folder: Path | None = None) -> ShardInput | None:
+        """The PASSAGES or QUERIES of the plan in `folder`, or all where that is not written yet; None: they are texts, in
+        NAME.arrow there."""
 
+    def written(
+        self, output: Path, folder: Path, negatives: Iterator[np.ndarray], job: str, overwrite: bool
+    ) -> AbstractContextManager[Written]:
+        """Writes the output, which appears when the block ends without an error.
 
-def digest(text: str) -> bytes:
-    """16 bytes that texts of one content share."""
-    return xxhash.xxh3_128_digest(text.strip().encode())
+        negatives: of each group in the order of the input, passages of the plan in `folder`. job: a hash of all that decides
+        the output."""
+
+    def hash_of(self, output: Path) -> str | None:
+        """The hash of an output that is there; None for one that is damaged. Raises FileNotFoundError where there is none."""
 
 
 def distinct(digests: bytes | bytearray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,49 +80,28 @@ def distinct(digests: bytes | bytearray) -> tuple[np.ndarray, np.ndarray]:
     return rows_N, is_first_N
 
 
-def write_plan(folder: Path, sources: list[Source], pool: list[Source] | None, query_prompt: str) -> dict[str, int]:
-    """Writes the files of a plan; returns how many `groups`, `queries`, `pool` (possible negatives) and `passages` there are.
+class Firsts(NamedTuple):
+    """What a plan keeps of its texts. passages: bool, for each text of the input. queries: bool, for each group."""
 
-    pool: the candidates; None: all positives and negatives. query_prompt: of groups without a `prompt` of their own.
-    """
+    passages: np.ndarray
+    queries: np.ndarray
+    counts: dict[str, int]
 
-    def passages() -> Iterator[str]:
-        yield from () if pool is None else texts_of(pool)
-        for group in groups_of(sources):
-            yield from group["pos"]
-            yield from group["neg"] if pool is None else ()
 
-    def with_prompt(group: dict[str, Any]) -> str:
-        return (query_prompt if group.get("prompt") is None else group["prompt"]) + group["query"]
-
-    texts, prompted, plain = bytearray(), bytearray(), bytearray()
-    for text in () if pool is None else texts_of(pool):
-        texts += digest(text)
-    candidates, pos_G, all_G = len(texts) // _DIGEST, array("q"), array("q")
-    for group in groups_of(sources):
-        begin = len(texts) // _DIGEST
-        for text in itertools.chain(group["pos"], group["neg"] if pool is None else ()):
-            texts += digest(text)
-        pos_G.append(len(group["pos"]))
-        all_G.append(len(texts) // _DIGEST - begin)
-        plain += digest(group["query"])
-        prompted += digest(with_prompt(group))
-    for given, count in ((sources, len(pos_G)), (pool, candidates)):
-        if given is not None and not count:
-            raise ValueError(f"{', '.join(source.name for source in given)}: no line to read")
-    (vector_G, is_vector), (rows_N, is_passage) = distinct(prompted), distinct(texts + plain)
-    is_passage = is_passage[: len(texts) // _DIGEST]
-    stored = int(is_passage.sum())
-    size = stored if pool is None else int(is_passage[:candidates].sum())
-    begins_G = candidates + np.cumsum(all_G) - all_G
-    positives = rows_N[np.repeat(begins_G, pos_G) + inside(np.array(pos_G))]
-    arrays = {"vector": vector_G, **_positives(distinct(plain), positives, np.array(pos_G), rows_N[-len(pos_G) :], size)}
+def write_arrays(
+    folder: Path, texts: bytearray, candidates: int, prompted: bytearray, plain: bytearray, positives: np.ndarray,
+    pos_G: np.ndarray,
+) -> Firsts:  # fmt: skip
+    """Writes ARRAYS. Digests: texts, the first `candidates` of which are the pool, and of each group, `prompted`, its query
+    with the prompt, and `plain`, without. positives: of each group pos_G places in `texts`, end to end."""
+    (vector_G, is_query), (rows_N, is_passage) = distinct(prompted), distinct(texts + plain)
+    is_passage = is_passage[: len(texts) // DIGEST]
+    pool = int(is_passage[:candidates].sum())
+    arrays = {"vector": vector_G, **_positives(distinct(plain), rows_N[positives], pos_G, rows_N[-len(pos_G) :], pool)}
     for name in ARRAYS:
         np.save(folder / f"{name}.npy", arrays[name])
-    _write_texts(folder / f"{PASSAGES}.arrow", itertools.compress(passages(), is_passage), stored)
-    queries = itertools.compress(map(with_prompt, groups_of(sources)), is_vector)
-    _write_texts(folder / f"{QUERIES}.arrow", queries, int(is_vector.sum()))
-    return {"groups": len(pos_G), "queries": int(is_vector.sum()), "pool": size, "passages": stored}
+    counts = {"groups": len(pos_G), "queries": int(is_query.sum()), "pool": pool, "passages": int(is_passage.sum())}
+    return Firsts(is_passage, is_query, counts)
 
 
 def _positives(
@@ -151,28 +116,12 @@ def _positives(
     return {"query": query_G, "own": np.where(own_Q < pool, own_Q, -1), "positives": pairs % base, "starts": starts}
 
 
-def _write_texts(path: Path, texts: Iterable[str], count: int) -> None:
-    """An Arrow file of one column, `text`, in batches of _BATCH. Raises ValueError unless there are `count`."""
-    schema, texts = pa.schema([("text", pa.string())]), iter(texts)
-    with pa.ipc.new_file(str(path), schema) as writer:
-        while batch := list(itertools.islice(texts, _BATCH)):
-            writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema=schema))
-            count -= len(batch)
-    if count:
-        raise ValueError("the input was changed while it was read: run the same command again")
-
-
 class Plan:
-    """A plan that was written: its arrays, mapped, and the text of any passage."""
+    """A plan that was written: its arrays, mapped."""
 
     def __init__(self, folder: Path) -> None:
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
         self.vector, self.query, self.own, self.positives, self.starts = arrays
-        self._texts = pa.ipc.open_file(pa.memory_map(str(folder / f"{PASSAGES}.arrow")))
-        self._batch = lru_cache(_BATCH)(self._texts.get_batch)
-
-    def text(self, passage: int) -> str:
-        return self._batch(passage // _BATCH).column(0)[passage % _BATCH].as_py()
 
     def positives_of(self, query: int) -> np.ndarray:
         """The passages that are positives of a query text in any group."""

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bge_ds.data.preprocess.input_files import ENDINGS, find_sources
 from bge_ds.data.preprocess.prepare import cache_folder
 from bge_ds.data.shards.manifest_file import MANIFEST
 from bge_ds.encoding import run as encoding
@@ -25,9 +24,11 @@ from bge_ds.encoding.output import locked
 from bge_ds.encoding.vectors import Vectors, open_vectors
 from bge_ds.evaluation.embedder import Side
 from bge_ds.mining import search, selection
-from bge_ds.mining.plan import PASSAGES, QUERIES, Plan
+from bge_ds.mining.lines import Lines
+from bge_ds.mining.plan import PASSAGES, QUERIES, Input, Plan
 from bge_ds.mining.search import ExactSearch, FaissSearch
 from bge_ds.mining.selection import Rules
+from bge_ds.mining.shards import Shards
 from bge_ds.mining.work import INDEX, Mined, Report, Task, Work
 
 SIDES: dict[str, Side] = {QUERIES: "query", PASSAGES: "passage"}
@@ -89,7 +90,7 @@ def mine(options: Options) -> Report | None:
                 return work.report()
             if rank == 0:
                 _say(", ".join(f"{count:,} {name}" for name, count in work.counts.items()))
-            queries, passages = encode(options)
+            queries, passages = encode(options, task.input)
             exact = ExactSearch(
                 passages, work.counts["pool"], task.rules.range_for_sampling[1], encoding.prepare_device(options.use_cpu),
                 options.search_batch_size or search.TILE,
@@ -101,7 +102,7 @@ def mine(options: Options) -> Report | None:
                     work.write(block, mine_block(made, blocks[block], queries, passages, found, task.rules, exact.pool))
                     if rank == 0:
                         _say(f"mined up to group {blocks[block].stop:,} of {work.counts['groups']:,}")
-            return work.finish(made, lambda: None if found is exact else search.recall(found, exact, queries))
+            return work.finish(lambda: None if found is exact else search.recall(found, exact, queries))
     except OSError as error:
         place = error.filename or work.folder
         raise ValueError(f"{place}: {error.strerror or error}: fix that; the same command continues") from error
@@ -109,34 +110,44 @@ def mine(options: Options) -> Report | None:
 
 def task_of(options: Options) -> Task:
     """What is mined. Raises ValueError for paths and settings that cannot serve."""
-    output = options.output
-    if not output.name.endswith(ENDINGS) or output.is_dir():
-        raise ValueError(f"--output {output}: name a file that ends in {', '.join(ENDINGS)}")
-    for flag, paths in (("--input", options.input), ("--candidate_pool", options.candidate_pool or [])):
-        if shards := [path for path in paths if (Path(path) / MANIFEST).is_file()]:
-            raise ValueError(
-                f"{flag} {shards[0]} is a folder of shards, which hold token ids: mine from the lines that they were made of, "
-                "then preprocess the result"
-            )
-    sources = find_sources(options.input)
-    pool = None if options.candidate_pool is None else find_sources(options.candidate_pool)
-    if same := [source for source in [*sources, *(pool or [])] if source.path.resolve() == output.resolve()]:
-        raise ValueError(f"--output {output} is read as {same[0].name}: name another file")
+    source = open_input(options)
+    source.check_output(options.output, overwrite=True)
     if options.probes is not None and options.index == "exact":
         raise ValueError("--probes has no effect on the exact index: drop it, or give --index faiss")
     if options.index == "faiss":
         search.load_faiss()
-    settings = {side: encoding.settings_of(options.encoding(name)) for name, side in SIDES.items()}
+    settings = {side: encoding.settings_of(options.encoding(name), source.token_ids(name)) for name, side in SIDES.items()}
     how = {"index": options.index, "probes": options.probes}
-    return Task(sources, pool, settings, options.rules, how, cache_folder(options.cache_dir))
+    return Task(source, settings, options.rules, how)
 
 
-def encode(options: Options) -> tuple[Vectors, Vectors]:
-    """(queries, passages), encoded by all ranks together. Queries hold their prompts already."""
+def open_input(options: Options) -> Lines | Shards:
+    """The groups. Raises ValueError for paths that do not go together."""
+    known = cache_folder(options.cache_dir)
+    shards = _shards_of(options.input)
+    if shards and (others := [path for path in options.input if path not in shards]):
+        raise ValueError(f"--input: {shards[0]} is a folder of shards and {others[0]} is not: mine them one after the other")
+    if shards and options.candidate_pool:
+        raise ValueError("--candidate_pool: the candidates of shards are their own passages: drop it, or mine from lines")
+    if pool := _shards_of(options.candidate_pool or []):
+        raise ValueError(f"--candidate_pool {pool[0]} is a folder of shards, which hold token ids: give lines of `text`")
+    if shards:
+        return Shards(shards, options.model_name_or_path, known, options.cache_dir)
+    return Lines(options.input, options.candidate_pool, known)
+
+
+def _shards_of(paths: list[str]) -> list[str]:
+    return [path for path in paths if (Path(path) / MANIFEST).is_file()]
+
+
+def encode(options: Options, source: Input) -> tuple[Vectors, Vectors]:
+    """(queries, passages), encoded by all ranks together."""
     alone = True
     for name in SIDES:
-        how = options.encoding(name)
-        alone &= encoding.encode(replace(how, query_prompt="") if name == QUERIES else how) is not None
+        how, texts = options.encoding(name), source.token_ids(name, options.work_folder)
+        if texts is None and name == QUERIES:
+            how = replace(how, query_prompt="")  # the texts of a plan hold their prompts
+        alone &= encoding.encode(how, texts) is not None
     if not alone:
         _say("waiting for the vectors of the other ranks")
     folders = [options.work_folder / name for name in SIDES]

@@ -31,20 +31,16 @@ import xxhash
 
 from bge_ds import __version__
 from bge_ds.data.files import PARTIAL, write_whole
-from bge_ds.data.preprocess.input_files import Source
-from bge_ds.data.shards import digests
 from bge_ds.encoding.manifest import JOB, Settings
 from bge_ds.encoding.output import locked
-from bge_ds.mining import plan
-from bge_ds.mining.lines import write_lines
-from bge_ds.mining.plan import Plan
+from bge_ds.mining.plan import PASSAGES, QUERIES, Input, Plan
 from bge_ds.mining.selection import REASONS, Rules
 
 BLOCKS = 64  # wanted, so that the ranks' shares differ little
 SMALLEST, LARGEST = 512, 16384  # groups of a block
 INDEX = "faiss"
 _IN_USE, _MINED = "in-use", "mined-"
-_OURS = re.compile(rf"{JOB}|{_IN_USE}|{_MINED}\w+|{INDEX}.*|\.?({plan.QUERIES}|{plan.PASSAGES})\b.*|\w+\.npy|.*\{PARTIAL}")
+_OURS = re.compile(rf"{JOB}|{_IN_USE}|{_MINED}\w+|{INDEX}.*|\.?({QUERIES}|{PASSAGES})\b.*|\w+\.npy|.*\{PARTIAL}")
 _WRITER = f".{socket.gethostname()}-{os.getpid()}"
 
 
@@ -68,19 +64,16 @@ class Report(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Task:
-    """What is mined. pool: None: the texts of the input. search: what decides the ranking. known: remembered hashes."""
+    """What is mined. search: what decides the ranking."""
 
-    sources: list[Source]
-    pool: list[Source] | None
+    input: Input
     settings: dict[str, Settings]  # of encoding, by side
     rules: Rules
     search: dict[str, Any]
-    known: Path
 
     def parts(self) -> dict[str, Any]:
-        """All that decides the plan and the vectors. Files that have not changed are not read again."""
-        files = {"--input": self.sources, "--candidate_pool": self.pool}
-        found: dict[str, Any] = {name: given and digests.of_sources(given, self.known) for name, given in files.items()}
+        """All that decides the plan and the vectors."""
+        found = self.input.identity()
         for side, settings in self.settings.items():
             found |= {f"{side} {name}": value for name, value in msgspec.to_builtins(settings).items() if name != "model"}
         return found
@@ -123,7 +116,7 @@ class Work:
         """That of an output which is as it was written, by just this job."""
         with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
             report = msgspec.json.decode(self.report_path.read_bytes(), type=Report)
-            if report.job == self.key and digests.of_files([self.output], self.task.known) == [report.output_hash]:
+            if report.job == self.key and self.task.input.hash_of(self.output) == report.output_hash:
                 return report
         return None
 
@@ -141,7 +134,7 @@ class Work:
         np.savez(buffer, **mined._asdict())
         write_whole(self._path(block), buffer.getbuffer(), writer=_WRITER)
 
-    def finish(self, made: Plan, recall: Callable[[], float | None]) -> Report | None:
+    def finish(self, recall: Callable[[], float | None]) -> Report | None:
         """Writes output and report where all blocks are finished. None: other ranks are at it still. recall: for the report."""
         with locked(self.folder):
             if (report := self.report()) is not None:
@@ -151,14 +144,13 @@ class Work:
                 return None
             if self.task.parts() != self.parts:
                 raise ValueError("--input or --candidate_pool was changed while it was mined: run the same command again")
-            self._write_output(made, recall())
+            self._write_output(recall())
             return self.report()
 
     # ------------------------------------------------------------------------------------------------------- the parts
 
     def _take_up(self) -> Plan:
-        if self.output.exists() and not self.overwrite:
-            raise ValueError(f"--output {self.output} is there already: name another file, or give --overwrite")
+        self.task.input.check_output(self.output, self.overwrite)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, and the vectors go there: name another folder by --work")
         held = self._held()
@@ -197,7 +189,7 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         try:
-            return plan.write_plan(self.folder, self.task.sources, self.task.pool, self.task.settings["query"].prompt)
+            return self.task.input.write_plan(self.folder, self.task.settings["query"].prompt)
         except BaseException:
             shutil.rmtree(self.folder)
             raise
@@ -221,11 +213,11 @@ class Work:
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
             raise ValueError(f"{self._path(block)} is damaged ({error}): remove it, and run the same command again") from None
 
-    def _write_output(self, made: Plan, recall: float | None) -> None:
+    def _write_output(self, recall: float | None) -> None:
         counts = self.counts | dict.fromkeys(("short", "filled", "fewer"), 0)
         dropped_R = np.zeros(len(REASONS), np.int64)
 
-        def negatives() -> Iterator[list[str]]:
+        def negatives() -> Iterator[np.ndarray]:
             for block in range(len(self.blocks())):
                 mined = self._read(block)
                 found_G = (mined.rows >= 0).sum(axis=1)
@@ -233,21 +225,15 @@ class Work:
                 counts["fewer"] += int((found_G < self.task.rules.negative_number).sum())
                 counts["filled"] += int(mined.filled.sum())
                 dropped_R[...] += mined.dropped
-                for rows_N in mined.rows.tolist():
-                    yield [made.text(row) for row in rows_N if row >= 0]
+                for rows_N in mined.rows:
+                    yield rows_N[rows_N >= 0]
 
-        partial = self.output.with_name(f".{self.output.name}{PARTIAL}")
-        try:
-            counts["neg_scores_dropped"] = write_lines(partial, self.output.name, self.task.sources, negatives())
-            hashed = digests.of_files([partial], self.task.known)[0]
+        with self.task.input.written(self.output, self.folder, negatives(), self.key, self.overwrite) as written:
+            counts["neg_scores_dropped"] = written.lost
             dropped = {name: int(count) for name, count in zip(REASONS, dropped_R, strict=True)}
             # Before the output, which would be taken for another's without it.
-            report = Report(self.key, hashed, counts, dropped, recall)
+            report = Report(self.key, written.hash, counts, dropped, recall)
             write_whole(self.report_path, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-            os.replace(partial, self.output)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
 
 
 def _listed(folder: Path) -> list[Path]:

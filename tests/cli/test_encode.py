@@ -150,7 +150,7 @@ def test_shards_that_do_not_fit_are_refused(tmp_path, capsys, tiny_bert_path, mi
     for model, inputs, more, expected in (
         (minilm_path, folder, (), "another tokenizer"),
         (tiny_bert_path, folder, ("--passage_instruction_for_retrieval", "p: "), "holds the passage prompt ''"),
-        (tiny_bert_path, folder, ("--max_len", 21), "--max_len 21 is longer than the 20 tokens"),
+        (tiny_bert_path, folder, ("--max_len", 21), "a length of 21 is more than the 20 tokens"),
         (tiny_bert_path, [folder, source], (), "encode them one after the other"),
         (tiny_bert_path, folder, ("--allow_empty",), "--allow_empty has no effect on shards"),
     ):

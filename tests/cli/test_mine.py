@@ -15,7 +15,7 @@ import pytest
 import torch
 from mine_runs import PASSAGES, flags, groups, make_blocks_small, mined, read_lines, refused, report, write_lines
 
-from bge_ds import api, mine, preprocess
+from bge_ds import api, mine
 from bge_ds.encoding import run
 
 
@@ -229,8 +229,6 @@ def test_other_mistakes_are_named(tmp_path, capsys, tiny_bert_path):
     there = write_lines(tmp_path / "there.jsonl", [{"a": 1}])
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/notes.txt").write_text("mine")
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards/manifest.json").write_text("{}")
     out = tmp_path / "x.jsonl"
     for given, output, more, words in (
         (source, tmp_path / "x.csv", (), "name a file that ends in .json"),
@@ -238,7 +236,6 @@ def test_other_mistakes_are_named(tmp_path, capsys, tiny_bert_path):
         (source, there, (), "is there already: name another file, or give --overwrite"),
         (empty, out, (), "empty.jsonl: no line to read"),
         (tmp_path / "absent.jsonl", out, (), "no file"),
-        (tmp_path / "shards", out, (), "is a folder of shards, which hold token ids"),
         (source, out, ("--candidate_pool", nameless), 'nameless.jsonl:2: "text" is missing'),
         (source, out, ("--candidate_pool", empty), "empty.jsonl: no line to read"),
         (source, out, ("--range_for_sampling", "9-3"), "--range_for_sampling 9-3"),
@@ -252,14 +249,6 @@ def test_other_mistakes_are_named(tmp_path, capsys, tiny_bert_path):
     assert "--model_name_or_path" in refused(capsys, flags(tmp_path / "no model", source, out))
     assert (tmp_path / "foreign/notes.txt").read_text() == "mine" and read_lines(there) == [{"a": 1}]
     assert not out.exists() and not list(tmp_path.glob(".x*")) and not list(tmp_path.glob(".*.lock"))
-
-
-def test_real_shards_are_refused(tmp_path, capsys, tiny_bert_path):
-    """A folder of `bge_ds.preprocess finetune` is named, with what to do."""
-    source = write_lines(tmp_path / "g.jsonl", groups())
-    made = ["finetune", "--input", source, "--output", tmp_path / "s", "--tokenizer", tiny_bert_path, "--num_proc", 1]
-    assert preprocess.main([str(word) for word in made]) == 0
-    assert "is a folder of shards" in refused(capsys, flags(tiny_bert_path, tmp_path / "s", tmp_path / "mined.jsonl"))
 
 
 def test_help_needs_no_torch():

@@ -5,7 +5,6 @@ parts is, byte for byte, the one that a single run would have made, and no shard
 folder holds hard links to the parts' files, which stay valid when the parts are removed, and which `cp -r` copies.
 """
 
-import errno
 import os
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import BinaryIO
 import msgspec
 import orjson
 
+from bge_ds.data.files import link_or_copy
 from bge_ds.data.preprocess import output_folder, segment_writer
 from bge_ds.data.shards.manifest_file import (
     PART,
@@ -59,15 +59,6 @@ def merge(parts: list[Path], output: Path, overwrite: bool = False, say: Callabl
         return assemble(folder, [owners[i] for i in sorted(owners)], first)
 
 
-def _link(path: Path, target: Path) -> None:
-    try:
-        os.link(path, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        shutil.copy2(path, target)  # another disk, or one without hard links
-
-
 # --------------------------------------------------------------------------------------------------------- assembling
 
 
@@ -97,7 +88,7 @@ def assemble(folder: Path, parts: list[Path], part: Part) -> Manifest:
         if not (owner / entry.file).is_file():
             raise ValueError(f"{owner / entry.file} is missing: copy this part again, or make it again")
         if owner != folder:
-            _link(owner / entry.file, folder / entry.file)
+            link_or_copy(owner / entry.file, folder / entry.file)
     shards = [entry for entry, _ in files]
     return write_manifest(folder, {**header, "counts": counts, "sources": sources, "shards": shards})
 

@@ -10,7 +10,7 @@ A folder holds `manifest.json` and one or two tables, each cut into Arrow IPC fi
 A segment is a stretch of one input (`input_files.py`), and its files are complete in themselves: `pos` and `neg` count from
 the first row of the segment's own passages, among which each text is stored once. So writing needs memory for one
 segment, and files are put together without touching them; the reader adds where a segment's passages begin. With a
-corpus (`--corpus`) the passages are the corpus's, and `pos` and `neg` are rows of the whole table.
+corpus (`--corpus`, and what `bge_ds.mine` writes) `pos` and `neg` are rows of the whole table of passages.
 
 `ids` hold the special tokens and are cut to the length that the manifest names. Buffers are not compressed, so that a
 row is a slice of the mapped file: a shard is mapped when a row of it is first asked for, and all processes of a host
@@ -19,7 +19,7 @@ share the pages. The price is disk space, halved by uint16 ids where the vocabul
 The manifest is written last, into a folder that gets its final name by one rename: a folder with a manifest is whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,6 +196,11 @@ class FinetuneShards(_Shards):
     def notes(self, row: int) -> tuple[str | None, str | None]:
         """(type, prompt) of a group: None where its line gave none."""
         return self._tables["groups"].value("type", row), self._tables["groups"].value("prompt", row)
+
+    def group_shards(self) -> Iterator[tuple[int, list[pa.RecordBatch]]]:
+        """Of each shard of groups in order: (the passage that its `pos` and `neg` count from, its record batches, mapped)."""
+        for k, first in enumerate(self._first_passage.tolist()):
+            yield first, self._tables["groups"].shard(k).batches
 
     def distinct(self, column: str) -> set[str]:
         """The texts that groups have in a column, `type` or `prompt`; from null counts alone where no group has one."""
