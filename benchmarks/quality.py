@@ -3,6 +3,7 @@
     python benchmarks/quality.py --data groups.jsonl.gz --eval_data BEIR_FOLDER --model MODEL --envs .bench
 
 Each trainer draws its own order and negatives from the seed: the figures agree up to that noise, or one of them is wrong.
+What --work holds already is not run again, so a comparison that was stopped continues; give other settings another folder.
 """
 
 from __future__ import annotations
@@ -47,13 +48,19 @@ def train(side: str, args: argparse.Namespace, data: Path, seed: int, output: Pa
 
 
 def score(model: Path, args: argparse.Namespace, output: Path) -> dict[str, float]:
-    """nDCG@10 of each folder of --eval_data."""
+    """nDCG@10 of each folder of --eval_data; read from `output` where that is there."""
+    if output.exists():
+        return read_scores(output)
     words: list[object] = ["--sentence_pooling_method", "mean", "--normalize_embeddings", "True"]
     words += ["--output", output, "--use_cpu", "--query_max_len", args.query_max_len, "--passage_max_len", args.passage_max_len]
     words += ["--bf16"] if args.bf16 else []
     command = [sys.executable, "-m", "bge_ds.evaluate", "--model_name_or_path", model, *words, "--data", *args.eval_data]
     run(command, output.with_suffix(".log"))
-    return {name: values["nDCG@10"] for name, values in json.loads(output.read_text())["results"].items()}
+    return read_scores(output)
+
+
+def read_scores(file: Path) -> dict[str, float]:
+    return {name: values["nDCG@10"] for name, values in json.loads(file.read_text())["results"].items()}
 
 
 def main() -> None:
@@ -90,8 +97,10 @@ def main() -> None:
     for seed in range(1, args.seeds + 1):
         for side in ("bge_ds", "FlagEmbedding"):
             output = args.work / f"{side}_{seed}"
-            train(side, args, data, seed, output)
-            found.setdefault(side, []).append(score(output, args, output.with_suffix(".json")))
+            scores = output.with_suffix(".json")
+            if not scores.exists():
+                train(side, args, data, seed, output)
+            found.setdefault(side, []).append(score(output, args, scores))
             print(f"{side}, seed {seed}: {found[side][-1]}", flush=True)
     write(args, found)
 
