@@ -34,6 +34,7 @@ from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, lo
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.objectives import card, diagnosis
 from bge_ds.objectives.shards import open_shards
+from bge_ds.training.data_order import smallest_batch
 from bge_ds.training.objective import Objective, Scores, Values
 
 
@@ -54,10 +55,14 @@ class ContrastiveObjective(Objective):
             "finetune", args, self.tokenizer, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
             query_instruction=args.query_instruction_for_retrieval,
             passage_instruction=args.passage_instruction_for_retrieval,
+            query_instruction_format=args.query_instruction_format, passages_by_type=args.heeds_types,
+            cache_dir=args.cache_path,
         )  # fmt: skip
         self.args: FinetuneArguments = fill_from_shards(args, self.data.manifest, _FROM_SHARDS)
         self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
-        self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0  # every group has negatives of its own
+        self.by_type = args.heeds_types and bool(self.data.distinct("type").intersection(collate.SHORT_TYPES))
+        # Every group has all its passages.
+        self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0 and not self.by_type
         self.settings = objective_of(args)
         check_vocabulary(self.model_config, self.tokenizer)
         check_lengths(self.model_config, query_max_len=self.args.query_max_len, passage_max_len=self.args.passage_max_len)
@@ -84,9 +89,9 @@ class ContrastiveObjective(Objective):
 
     def check(self) -> None:
         args = self.args
-        check_comparable(args, self.data, self.uniform)
+        check_comparable(args, self.data)
         if args.knowledge_distillation:
-            check_teacher(args, self.data, self.uniform)
+            check_teacher(args, self.data)
         width = self.model_config.hidden_size
         if args.mrl_dims and args.mrl_dims[-1] > width:
             raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
@@ -109,6 +114,7 @@ class ContrastiveObjective(Objective):
 
     def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
         found = diagnosis.of_finetuning(self.args, self.data, self.tokenizer, self.negatives(), eval_sets)
+        found += self.args.without_effect()
         if len(prompts := prompts_of(self.args, self.data)) > 2:
             found.append(f"sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
         if self.args.gradient_accumulation_steps > 1 and self.args.use_inbatch_neg:
@@ -119,7 +125,7 @@ class ContrastiveObjective(Objective):
         args = self.args
         return collate.collate_groups, dict(
             seed=seed, group_size=args.train_group_size, query_max_len=args.query_max_len,
-            passage_max_len=args.passage_max_len, own_only_spans=own_only_spans(self.data),
+            passage_max_len=args.passage_max_len, own_only_spans=own_only_spans(self.data), by_type=self.by_type,
             distill=args.knowledge_distillation, max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
         )  # fmt: skip
 
@@ -216,16 +222,18 @@ def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> di
     return prompts
 
 
-def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
+def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> None:
     """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
     bare = data.manifest.counts["groups_without_negatives"]
-    if not uniform and not args.use_inbatch_neg:
+    if bare and not args.use_inbatch_neg:
         raise ValueError(
             f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
             "to compare their queries against; add negatives, drop those groups, or use in-batch negatives"
         )
-    others = args.per_device_train_batch_size * (collectives.world_size() if args.negatives_cross_device else 1)
-    if args.use_inbatch_neg and others == 1 and (args.train_group_size == 1 or not uniform):
+    ranks = collectives.world_size()
+    step = smallest_batch(args, data) or args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    others = step // args.gradient_accumulation_steps // (1 if args.negatives_cross_device else ranks)
+    if args.use_inbatch_neg and others == 1 and (args.train_group_size == 1 or bare):
         raise ValueError(
             f"{' '.join(args.train_data)}: one query a batch and groups without negatives leave nothing to compare against; "
             "raise --per_device_train_batch_size, or use several ranks with --negatives_cross_device"
@@ -233,18 +241,31 @@ def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards,
 
 
 def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
-    """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
-    marked = [s for s in data.manifest.sources if Path(s.path).name.split(".")[0].endswith("no_in_batch_neg")]
+    """Rows of the input files whose name without its endings, or whose folder's, has FlagEmbedding's mark at its end."""
+    marked = [s for s in data.manifest.sources if _is_marked(Path(s.path))]
     return tuple((first, last) for first, last in (source.rows for source in marked))
 
 
-def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
-    """Refuse distillation from groups that lack a score or have nothing to distil from."""
-    what = f"{' '.join(args.train_data)}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
-    if (row := data.first_without_scores()) is not None:
-        raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
-    if not uniform:
-        raise ValueError(f"{what}, and {data.manifest.counts['groups_without_negatives']} have no negatives; leave them out")
+def _is_marked(file: Path) -> bool:
+    return any(name.endswith("no_in_batch_neg") for name in (file.name.split(".")[0], file.parent.name))
+
+
+def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> None:
+    """Refuse distillation where no input file has scores, or one has them for some of its groups alone.
+
+    A file without scores trains by contrast alone.
+    """
+    what = f"{' '.join(args.train_data)}: --knowledge_distillation needs pos_scores and neg_scores"
+    remedy = "score the data with `python -m bge_ds.score`"
+    found = data.scored()
+    if not any(scored for scored, _ in found):
+        raise ValueError(f"{what}, and no group has them; {remedy}, or drop --knowledge_distillation")
+    for source, (scored, lacking) in zip(data.manifest.sources, found, strict=True):
+        if scored and lacking is not None:
+            raise ValueError(
+                f"{what} in every group of a file that has them in some, and group {lacking - source.rows[0]} (from 0) of "
+                f"{source.path} has none; {remedy}, or leave the group out"
+            )
 
 
 def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) -> None:

@@ -105,10 +105,7 @@ class RerankingObjective(Objective):
         ]
 
     def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
-        found = diagnosis.of_shards(self.data)
-        if self.args.pad_to_multiple_of:
-            found.append(f"--pad_to_multiple_of {self.args.pad_to_multiple_of} has no effect: nothing is padded")
-        return found
+        return diagnosis.of_shards(self.data) + self.args.without_effect()
 
     def open_evaluation(self) -> dict[str, RetrievalSet]:
         args, sets = self.args, super().open_evaluation()
