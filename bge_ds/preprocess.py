@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
                 add(name, default=default, **_HOW.get(name, {"help": "put before the text as it is, no separator added"}))
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
+            add("additional_special_tokens", nargs="+", default=[], metavar="TOKEN", help="as finetune is given them")
             add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
         add("num_proc", type=int, default=0, help="worker processes (default: one for each core)")
         add("partition", default="1/1", metavar="I/N", help="make part I of N alone, for merge (I counts from 1)")
@@ -91,7 +92,9 @@ def _make(args: argparse.Namespace, alone: bool) -> None:
     output_folder.check_output(Path(args.output), args.overwrite)
     found = input_files.find_sources(args.input, args.skip_unknown)
     entries = input_files.find_sources(corpus, args.skip_unknown) if corpus else []
-    core = validate.core(validate.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone))
+    tokenizer = validate.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone)
+    validate.add_special_tokens(tokenizer, getattr(args, "additional_special_tokens", []))
+    core = validate.core(tokenizer)
     settings = make_settings(args.command, args.on_error, columns=columns, **named)
     made = build(
         Path(args.output), found, (settings, core), corpus_inputs=entries, share=share,

@@ -200,6 +200,9 @@ class FinetuneArguments(GroupArguments):
     use_mrl: bool = flag(False, "Matryoshka: the mean of the loss over prefixes of the vectors")
     mrl_dims: list[int] = flag([], "with use_mrl: the prefixes' lengths, such as 64 128 256 768")
     normalize_embeddings: bool = flag(True, "normalise vectors to length 1; alias normlized")
+    additional_special_tokens: list[str] = rare(
+        [], "tokens that the tokenizer and the model's embeddings get beside their own, such as '<instruct>' '<query>'"
+    )
     sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how token vectors become a text's vector")
     bidirectional_attention: bool = flag(False, "decoder backbones: bidirectional instead of causal attention")
     fix_position_embedding: bool = rare(False, "do not train parameters whose name contains position_embeddings")
@@ -248,6 +251,10 @@ class FinetuneArguments(GroupArguments):
             self.use_inbatch_neg or not self.negatives_cross_device,
             "--negatives_cross_device and --use_inbatch_neg False exclude each other: without in-batch negatives no "
             "other query's passage is compared; drop one of them",
+        )
+        require(
+            all(map(str.strip, self.additional_special_tokens)),
+            "--additional_special_tokens holds an empty token; leave it out",
         )
         check_objective(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)

@@ -32,6 +32,7 @@ from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling import export, lora, model_card
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
 from bge_ds.modeling.flops import backbone_flops
+from bge_ds.modeling.vocabulary import embed_new_tokens
 from bge_ds.objectives import card, diagnosis
 from bge_ds.objectives.shards import open_shards
 from bge_ds.training.data_order import smallest_batch
@@ -46,11 +47,14 @@ class ContrastiveObjective(Objective):
         "sub_batch_tokens", "bidirectional", "false_negative_margin", "false_negative_margin_type", "learnable_temperature",
         "knowledge_distillation", "kd_loss_type", "mrl_dims", "bidirectional_attention", "use_lora", "lora_rank",
         "lora_alpha", "lora_dropout", "target_modules", "same_dataset_within_batch",
-        "max_example_num_per_dataset"
+        "max_example_num_per_dataset", "small_threshold", "drop_threshold",
     )  # fmt: skip
 
     def __init__(self, args: FinetuneArguments):
         self.tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
+        self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
+        check_vocabulary(self.model_config, self.tokenizer)
+        validate.add_special_tokens(self.tokenizer, args.additional_special_tokens)
         self.data: shard_reader.FinetuneShards = open_shards(
             "finetune", args, self.tokenizer, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
             query_instruction=args.query_instruction_for_retrieval,
@@ -59,12 +63,10 @@ class ContrastiveObjective(Objective):
             cache_dir=args.cache_path,
         )  # fmt: skip
         self.args: FinetuneArguments = fill_from_shards(args, self.data.manifest, _FROM_SHARDS)
-        self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
         self.by_type = args.heeds_types and bool(self.data.distinct("type").intersection(collate.SHORT_TYPES))
         # Every group has all its passages.
         self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0 and not self.by_type
         self.settings = objective_of(args)
-        check_vocabulary(self.model_config, self.tokenizer)
         check_lengths(self.model_config, query_max_len=self.args.query_max_len, passage_max_len=self.args.passage_max_len)
 
     def build_model(self, device: torch.device) -> nn.Module:
@@ -74,6 +76,8 @@ class ContrastiveObjective(Objective):
                 args.model_name_or_path, args.sentence_pooling_method, args.normalize_embeddings,
                 config=self.model_config, cache_dir=args.cache_dir, bidirectional=args.bidirectional_attention,
             )  # fmt: skip
+            if args.additional_special_tokens:
+                embed_new_tokens(model.backbone, len(self.tokenizer), args.seed)
         if args.use_lora:
             lora.add_adapters(
                 model.backbone, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,

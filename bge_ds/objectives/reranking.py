@@ -54,7 +54,7 @@ class RerankingObjective(Objective):
         "knowledge_distillation", "kd_loss_type", "query_instruction_for_rerank", "passage_instruction_for_rerank",
         "query_instruction_format", "passage_instruction_format", "prompt", "sep_token", "sub_batch_size",
         "sub_batch_tokens", "use_lora", "lora_rank", "lora_alpha", "lora_dropout", "target_modules",
-        "same_dataset_within_batch", "max_example_num_per_dataset",
+        "same_dataset_within_batch", "max_example_num_per_dataset", "small_threshold", "drop_threshold",
     )  # fmt: skip
 
     def __init__(self, args: RerankArguments):

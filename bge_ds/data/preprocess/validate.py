@@ -56,6 +56,12 @@ def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None, only_
     return tokenizer
 
 
+def add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    """Tokens that a tokenizer is to know beside its own; those that it knows get no second id."""
+    if tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens}, False)  # False: none that it has are replaced
+
+
 @contextlib.contextmanager
 def _torch_hidden() -> Iterator[None]:
     """Within it torch is not installed; transformers, which is made to work so, finds no models from then on.
