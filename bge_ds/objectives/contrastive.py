@@ -33,9 +33,8 @@ from bge_ds.modeling import export, lora, model_card
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
 from bge_ds.modeling.flops import backbone_flops
 from bge_ds.modeling.vocabulary import embed_new_tokens
-from bge_ds.objectives import card, diagnosis
+from bge_ds.objectives import card, diagnosis, group_data
 from bge_ds.objectives.shards import open_shards
-from bge_ds.training.data_order import smallest_batch
 from bge_ds.training.objective import Objective, Scores, Values
 
 
@@ -93,9 +92,9 @@ class ContrastiveObjective(Objective):
 
     def check(self) -> None:
         args = self.args
-        check_comparable(args, self.data)
+        group_data.check_comparable(args, self.data)
         if args.knowledge_distillation:
-            check_teacher(args, self.data)
+            group_data.check_teacher(args, self.data)
         width = self.model_config.hidden_size
         if args.mrl_dims and args.mrl_dims[-1] > width:
             raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
@@ -119,7 +118,7 @@ class ContrastiveObjective(Objective):
     def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
         found = diagnosis.of_finetuning(self.args, self.data, self.tokenizer, self.negatives(), eval_sets)
         found += self.args.without_effect()
-        if len(prompts := prompts_of(self.args, self.data)) > 2:
+        if len(prompts := group_data.prompts_of(self.args, self.data)) > 2:
             found.append(f"sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
         if self.args.gradient_accumulation_steps > 1 and self.args.use_inbatch_neg:
             found.append("accumulation adds no negatives; a larger batch on each rank does")
@@ -129,7 +128,7 @@ class ContrastiveObjective(Objective):
         args = self.args
         return collate.collate_groups, dict(
             seed=seed, group_size=args.train_group_size, query_max_len=args.query_max_len,
-            passage_max_len=args.passage_max_len, own_only_spans=own_only_spans(self.data), by_type=self.by_type,
+            passage_max_len=args.passage_max_len, own_only_spans=group_data.own_only_spans(self.data), by_type=self.by_type,
             distill=args.knowledge_distillation, max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
         )  # fmt: skip
 
@@ -192,7 +191,7 @@ class ContrastiveObjective(Objective):
                 lora.save_adapter(encoder.backbone, own, folder / lora.FOLDER)
                 own = lora.merge(encoder.backbone, own)
             export.save_model(encoder.backbone, own, self.tokenizer, folder)
-            prompts = prompts_of(args, self.data)
+            prompts = group_data.prompts_of(args, self.data)
             export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
             text = card.of_finetuning(args, self.data, encoder.backbone.config, prompts, scores)
             (folder / model_card.FILE).write_text(text, encoding="utf-8")
@@ -207,69 +206,6 @@ class ContrastiveObjective(Objective):
 
 
 _FROM_SHARDS = ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval")
-
-
-def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> dict[str, str]:
-    """The instructions of training under the names that they are saved by.
-
-    Where the folders of shards have different ones, each is saved as `query_SET` or `passage_SET`, SET being the name of its
-    first input file, and `query` or `passage` is empty.
-    """
-    prompts = {}
-    for kind in ("query", "passage"):
-        name = f"{kind}_instruction_for_retrieval"
-        prompts[kind] = getattr(args, name) or ""
-        if getattr(data.manifest, name) is None:
-            sets = [Path(manifest.sources[0].path).name.split(".")[0] for manifest in data.manifests]
-            names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
-            prompts |= {f"{kind}_{of}": getattr(manifest, name) for of, manifest in zip(names, data.manifests, strict=True)}
-    return prompts
-
-
-def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> None:
-    """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
-    bare = data.manifest.counts["groups_without_negatives"]
-    if bare and not args.use_inbatch_neg:
-        raise ValueError(
-            f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
-            "to compare their queries against; add negatives, drop those groups, or use in-batch negatives"
-        )
-    ranks = collectives.world_size()
-    step = smallest_batch(args, data) or args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    others = step // args.gradient_accumulation_steps // (1 if args.negatives_cross_device else ranks)
-    if args.use_inbatch_neg and others == 1 and (args.train_group_size == 1 or bare):
-        raise ValueError(
-            f"{' '.join(args.train_data)}: one query a batch and groups without negatives leave nothing to compare against; "
-            "raise --per_device_train_batch_size, or use several ranks with --negatives_cross_device"
-        )
-
-
-def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
-    """Rows of the input files whose name without its endings, or whose folder's, has FlagEmbedding's mark at its end."""
-    marked = [s for s in data.manifest.sources if _is_marked(Path(s.path))]
-    return tuple((first, last) for first, last in (source.rows for source in marked))
-
-
-def _is_marked(file: Path) -> bool:
-    return any(name.endswith("no_in_batch_neg") for name in (file.name.split(".")[0], file.parent.name))
-
-
-def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> None:
-    """Refuse distillation where no input file has scores, or one has them for some of its groups alone.
-
-    A file without scores trains by contrast alone.
-    """
-    what = f"{' '.join(args.train_data)}: --knowledge_distillation needs pos_scores and neg_scores"
-    remedy = "score the data with `python -m bge_ds.score`"
-    found = data.scored()
-    if not any(scored for scored, _ in found):
-        raise ValueError(f"{what}, and no group has them; {remedy}, or drop --knowledge_distillation")
-    for source, (scored, lacking) in zip(data.manifest.sources, found, strict=True):
-        if scored and lacking is not None:
-            raise ValueError(
-                f"{what} in every group of a file that has them in some, and group {lacking - source.rows[0]} (from 0) of "
-                f"{source.path} has none; {remedy}, or leave the group out"
-            )
 
 
 def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) -> None:

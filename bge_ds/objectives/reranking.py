@@ -303,8 +303,9 @@ def check_groups(args: RerankArguments, data: shard_reader.FinetuneShards) -> No
             f"{' '.join(args.train_data)}: {bare} groups have no negatives, and a positive alone cannot be ranked; add "
             "negatives, or drop those groups"
         )
-    if args.knowledge_distillation and (row := data.first_without_scores()) is not None:
+    lacking = [row for _, row in data.scored() if row is not None] if args.knowledge_distillation else []
+    if lacking:
         raise ValueError(
             f"{' '.join(args.train_data)}: --knowledge_distillation needs pos_scores and neg_scores in every group, and group "
-            f"{row} (from 0) has none; score the data with `python -m bge_ds.score`, or leave it out"
+            f"{lacking[0]} (from 0) has none; score the data with `python -m bge_ds.score`, or leave it out"
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bge_ds.config.arguments import FinetuneArguments
-from bge_ds.objectives import contrastive
+from bge_ds.objectives import group_data
 from bge_ds.objectives.contrastive import ContrastiveObjective
 
 SCORES = {"pos_scores": [0.9], "neg_scores": [0.2, 0.1]}
@@ -73,7 +73,7 @@ def test_scores_that_are_missing_by_mistake_are_named(tmp_path, base, files, wor
 def test_marked_files_and_folders_take_no_in_batch_negatives(tmp_path, base):
     files = {"a.jsonl": [{}], "b-no_in_batch_neg.jsonl": [{}] * 2, "c-no_in_batch_neg/d.jsonl": [{}], "e/f.jsonl": [{}]}
     objective = objective_of(base, tmp_path, files)
-    assert contrastive.own_only_spans(objective.data) == ((1, 3), (3, 4))
+    assert group_data.own_only_spans(objective.data) == ((1, 3), (3, 4))
     assert batch_of(objective, [0, 1, 3, 4]).own_only_B.tolist() == [False, True, True, False]
 
 
