@@ -11,13 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bge_ds.config.parser import exit_status
+from bge_ds.config.parser import exit_status, to_bool
 from bge_ds.data.preprocess import input_files, inspection, merge, output_folder, table_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import Share, build, tell
 from bge_ds.data.preprocess.prepare import make_settings
 from bge_ds.data.preprocess.workers import LENGTHS, SETTINGS
 from bge_ds.data.shards import integrity, shard_reader
 from bge_ds.data.shards.manifest_file import Manifest
+
+_HOW: dict[str, dict[str, Any]] = {
+    "query_instruction_format": {"help": "how a line's own prompt is joined with its query (default {}{})"},
+    "passages_by_type": {
+        "type": to_bool, "nargs": "?", "const": True, "metavar": "True|False",
+        "help": "for finetune --same_dataset_within_batch: passages of lines of type symmetric_sts and symmetric_clustering "
+                "begin as their query does",
+    },
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,9 +55,10 @@ def _parser() -> argparse.ArgumentParser:
                 said = "finds the words of Chinese texts, which are masked whole; none: each character is a word"
                 add(name, choices=word_segmentation.SEGMENTERS, default=default, help=said)
             else:
-                add(name, default=default, help="put before the text as it is, no separator added")
+                add(name, default=default, **_HOW.get(name, {"help": "put before the text as it is, no separator added"}))
         add("columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="what the input calls a field, e.g. text=content")
         if kind == "finetune":
+            add("additional_special_tokens", nargs="+", default=[], metavar="TOKEN", help="as finetune is given them")
             add("corpus", nargs="+", default=[], help="files of _id, title, text, whose passages pos_ids and neg_ids name")
         add("num_proc", type=int, default=0, help="worker processes (default: one for each core)")
         add("partition", default="1/1", metavar="I/N", help="make part I of N alone, for merge (I counts from 1)")
@@ -82,7 +92,9 @@ def _make(args: argparse.Namespace, alone: bool) -> None:
     output_folder.check_output(Path(args.output), args.overwrite)
     found = input_files.find_sources(args.input, args.skip_unknown)
     entries = input_files.find_sources(corpus, args.skip_unknown) if corpus else []
-    core = validate.core(validate.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone))
+    tokenizer = validate.load_tokenizer(args.tokenizer, args.cache_dir, only_texts=alone)
+    validate.add_special_tokens(tokenizer, getattr(args, "additional_special_tokens", []))
+    core = validate.core(tokenizer)
     settings = make_settings(args.command, args.on_error, columns=columns, **named)
     made = build(
         Path(args.output), found, (settings, core), corpus_inputs=entries, share=share,

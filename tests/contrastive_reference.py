@@ -10,7 +10,8 @@ def reference_loss(q_BD, p_PD, own, hashes, known, scale, objective, *, teacher=
     """(mean loss over the queries, negatives, pairs hidden by content, by margin).
 
     own: columns of each query's group, positive first. hashes: of each passage. known: set of hashes of each query's
-    positives. own_only: queries that see their own group only. sees: columns each query may see (default: all).
+    positives. teacher: scores of each query's group, or None for a query without. own_only: queries that see their own group
+    only. sees: columns each query may see (default: all).
     """
     losses, counts = [], [0, 0, 0]
     dims = objective.dims or (q_BD.shape[1],)
@@ -32,6 +33,8 @@ def _one(b, width, q_BD, p_PD, own, hashes, known, scale, objective, teacher, ow
     alone = b in own_only
     similarity = p_PD @ q_BD[b]
     positive, group = own[b][0], own[b]
+    given = None if teacher is None or teacher[b] is None else teacher[b][: len(group)]
+    distillation = None if given is None else objective.distillation
     columns = set(group)
     if objective.in_batch and not alone:
         columns |= set(range(len(p_PD))) if sees is None else sees[b]
@@ -43,8 +46,8 @@ def _one(b, width, q_BD, p_PD, own, hashes, known, scale, objective, teacher, ow
     by_margin = {c for c in columns - by_content - {positive} if float(similarity[c].detach()) > limit}
     kept = columns - by_content - by_margin - {positive}
     s = similarity * scale
-    if objective.distillation == "m3_kd_loss":
-        weights = torch.softmax(teacher[b], 0)
+    if distillation == "m3_kd_loss":
+        weights = torch.softmax(given, 0)
         outside = sorted(kept - set(group))
         value = 0
         for i, c in enumerate(group):
@@ -61,9 +64,9 @@ def _one(b, width, q_BD, p_PD, own, hashes, known, scale, objective, teacher, ow
         back = q_BD @ p_PD[positive]
         others = [c for c in others if float(back[c].detach()) <= limit]
         value = (value + torch.logsumexp(back[[b, *others]] * scale, 0) - back[b] * scale) / 2
-    if objective.distillation == "kl_div":
-        value = value - (torch.softmax(teacher[b], 0) * torch.log_softmax(s[group], 0)).sum()
-    if objective.distillation == "margin_mse":
+    if distillation == "kl_div":
+        value = value - (torch.softmax(given, 0) * torch.log_softmax(s[group], 0)).sum()
+    if distillation == "margin_mse":
         student = similarity[positive] - similarity[group[1:]]
-        value = value + (student - (teacher[b][0] - teacher[b][1:])).square().mean()
+        value = value + ((student - (given[0] - given[1:])).square().mean() if len(group) > 1 else 0)
     return value, (len(kept), len(by_content), len(by_margin))

@@ -9,7 +9,15 @@ from typing import ClassVar, Literal
 
 from bge_ds.config.parser import parse
 from bge_ds.config.train_arguments import TrainArguments, changed, describe, flag, rare, steps_from
-from bge_ds.config.validation import check_effects, check_groups, check_objective, check_token_budget, require
+from bge_ds.config.validation import (
+    check_effects,
+    check_formats,
+    check_groups,
+    check_objective,
+    check_token_budget,
+    require,
+)
+from bge_ds.data.preprocess.instructions import PLAIN, before
 
 __all__ = [
     "FinetuneArguments",
@@ -100,6 +108,8 @@ class PretrainArguments(TrainArguments):
 class GroupArguments(TrainArguments):
     """What the commands share that train on groups of a query, its positives and its negatives."""
 
+    instructions_for: ClassVar[str]  # how the names of the flags of instructions end
+
     topic_groups: ClassVar[str] = "Groups"
     model_name_or_path: str = flag(MISSING, "model to start from: name or folder")
     train_group_size: int = flag(8, "passages of each query: one positive, the others hard negatives")
@@ -107,7 +117,17 @@ class GroupArguments(TrainArguments):
     same_dataset_within_batch: bool = flag(
         False, "all queries of a step, on all ranks, come from one input file, so that negatives are of the same kind"
     )
+    small_threshold: int = rare(
+        0, "with same_dataset_within_batch: files of a folder with fewer groups are one set; a file given by itself is left out"
+    )
+    drop_threshold: int = rare(0, "with small_threshold: such a set is left out if it has fewer groups than this")
     knowledge_distillation: bool = flag(False, "learn from a teacher's scores: pos_scores and neg_scores of the data")
+    query_instruction_format: str = rare(
+        PLAIN, "how instruction and query are joined; must end in {}, the query; \\n: a line break"
+    )
+    passage_instruction_format: str = rare(PLAIN, "how instruction and passage are joined; must end in {}, the passage")
+    cache_path: str | None = rare(None, "folder for shards made from JSON lines; unset: cache_dir")
+    pad_to_multiple_of: int | None = rare(None, "accepted for scripts of FlagEmbedding; nothing is padded")
     sub_batch_size: int | None = flag(
         None, "GradCache: texts (rerank: pairs) per forward pass; same gradient, less memory; unset: all"
     )
@@ -135,6 +155,18 @@ class GroupArguments(TrainArguments):
             "--kernels fused: fine-tuning takes fused kernels wherever they run; use auto, or torch to leave them out",
         )
         check_groups(self)
+        check_formats(self)
+
+    def prefix(self, of: str) -> str | None:
+        """What stands before each text; of: "query" or "passage". None: no instruction was given."""
+        instruction = getattr(self, f"{of}_instruction_for_{self.instructions_for}")
+        return instruction and before(getattr(self, f"{of}_instruction_format"), instruction)
+
+    def without_effect(self) -> list[str]:
+        """Lines about what was given for the sake of a script and does nothing."""
+        if not self.pad_to_multiple_of:
+            return []
+        return [f"--pad_to_multiple_of {self.pad_to_multiple_of} has no effect: nothing is padded"]
 
 
 @dataclass(kw_only=True)
@@ -142,6 +174,7 @@ class FinetuneArguments(GroupArguments):
     """Flags of `python -m bge_ds.finetune`: contrastive fine-tuning on queries with positives and negatives."""
 
     command: ClassVar[str] = "bge_ds.finetune"
+    instructions_for: ClassVar[str] = "retrieval"
 
     topic_finetuning: ClassVar[str] = "Fine-tuning"
     query_max_len: int = flag(32, "maximum tokens of a query, instruction and special tokens included")
@@ -167,6 +200,9 @@ class FinetuneArguments(GroupArguments):
     use_mrl: bool = flag(False, "Matryoshka: the mean of the loss over prefixes of the vectors")
     mrl_dims: list[int] = flag([], "with use_mrl: the prefixes' lengths, such as 64 128 256 768")
     normalize_embeddings: bool = flag(True, "normalise vectors to length 1; alias normlized")
+    additional_special_tokens: list[str] = rare(
+        [], "tokens that the tokenizer and the model's embeddings get beside their own, such as '<instruct>' '<query>'"
+    )
     sentence_pooling_method: Literal["cls", "mean", "last_token"] = flag("cls", "how token vectors become a text's vector")
     bidirectional_attention: bool = flag(False, "decoder backbones: bidirectional instead of causal attention")
     fix_position_embedding: bool = rare(False, "do not train parameters whose name contains position_embeddings")
@@ -175,16 +211,30 @@ class FinetuneArguments(GroupArguments):
     def text_lengths(self) -> tuple[int, ...]:
         return self.query_max_len, self.passage_max_len
 
+    @property
+    def heeds_types(self) -> bool:
+        """Whether a line's `type` has FlagEmbedding's meaning, which it has where each batch is of one set."""
+        return self.same_dataset_within_batch
+
+    def without_effect(self) -> list[str]:
+        found = super().without_effect()
+        if self.kd_loss_type != "kl_div" and not self.knowledge_distillation:
+            found.append(f"--kd_loss_type {self.kd_loss_type} has no effect: --knowledge_distillation is off")
+        return found
+
     def rank_dependence(self) -> str | None:
         if self.use_inbatch_neg and not self.negatives_cross_device:
             return "without --negatives_cross_device a query's negatives are the passages of its own rank"
         return None
 
     def check(self) -> None:
-        """As for groups, and: the temperature fits the similarity, and there is something to compare against."""
+        """As for groups, and: the temperature fits the similarity, and there is something to compare against.
+
+        Instructions become what stands before a text, in their format: that is what a model's prompt holds.
+        """
         super().check()
-        for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
-            setattr(self, name, getattr(self, name) or None)
+        for of in ("query", "passage"):
+            setattr(self, f"{of}_instruction_for_retrieval", self.prefix(of) or None)
         if not self.normalize_embeddings:
             require(
                 "temperature" not in self.explicit or self.temperature == 1.0,
@@ -202,6 +252,10 @@ class FinetuneArguments(GroupArguments):
             "--negatives_cross_device and --use_inbatch_neg False exclude each other: without in-batch negatives no "
             "other query's passage is compared; drop one of them",
         )
+        require(
+            all(map(str.strip, self.additional_special_tokens)),
+            "--additional_special_tokens holds an empty token; leave it out",
+        )
         check_objective(self)
         alone = not self.use_inbatch_neg or (self.per_device_train_batch_size == 1 and not self.negatives_cross_device)
         require(
@@ -216,6 +270,7 @@ class RerankArguments(GroupArguments):
     """Flags of `python -m bge_ds.rerank`: a cross-encoder, trained on groups of pairs of a query and a passage."""
 
     command: ClassVar[str] = "bge_ds.rerank"
+    instructions_for: ClassVar[str] = "rerank"
 
     topic_reranking: ClassVar[str] = "Reranking"
     query_max_len: int = flag(
@@ -238,8 +293,6 @@ class RerankArguments(GroupArguments):
     )
     query_instruction_for_rerank: str | None = flag(None, 'prefix of every query; unset: none, of decoders "A: "')
     passage_instruction_for_rerank: str | None = flag(None, 'prefix of every passage; unset: none, of decoders "B: "')
-    query_instruction_format: str = rare("{}{}", "how instruction and query are joined; must end in {}, the query")
-    passage_instruction_format: str = rare("{}{}", "how instruction and passage are joined; must end in {}, the passage")
     prompt: str | None = rare(None, "decoders: what is asked after the pair; unset: the data's `prompt`, else FlagEmbedding's")
     sep_token: str = rare("\\n", "decoders: what stands between query, passage and prompt; \\n is a line break")
     eval_search_results: list[str] = flag(
@@ -247,8 +300,6 @@ class RerankArguments(GroupArguments):
     )
     eval_rerank_depth: int = flag(100, "with eval_data: passages of a query that are scored")
     model_type: Literal["encoder", "decoder"] | None = rare(None, "what the model must be; unset: as its files say")
-    cache_path: str | None = rare(None, "folder for shards made from JSON lines; unset: cache_dir")
-    pad_to_multiple_of: int | None = rare(None, "accepted for scripts of FlagEmbedding; nothing is padded")
 
     @property
     def cuts(self) -> dict[str, int]:
@@ -269,14 +320,8 @@ class RerankArguments(GroupArguments):
     def rank_dependence(self) -> str | None:
         return None
 
-    def prefix(self, of: str) -> str | None:
-        """What stands before each text; of: "query" or "passage". None: as the kind of the model has it."""
-        instruction = getattr(self, f"{of}_instruction_for_rerank")
-        form = getattr(self, f"{of}_instruction_format").replace("\\n", "\n")
-        return instruction and form.removesuffix("{}").replace("{}", instruction)
-
     def check(self) -> None:
-        """As for groups, and: there is a loss, and formats put the text last."""
+        """As for groups, and: there is a loss."""
         super().check()
         check_effects(self, ("eval_search_results eval_rerank_depth", "--eval_data, the folders to rank", self.eval_data))
         folders, files = len(self.eval_data), len(self.eval_search_results)
@@ -292,14 +337,8 @@ class RerankArguments(GroupArguments):
             self.loss != "none" or self.knowledge_distillation,
             "--loss none leaves no loss without --knowledge_distillation; add that, or give another --loss",
         )
-        for of in ("query", "passage"):
-            form = getattr(self, f"{of}_instruction_format")
-            require(
-                form.count("{}") == 2 and form.endswith("{}") and form.count("{") == form.count("}") == 2,
-                f"--{of}_instruction_format {form!r} must hold {{}} twice, first the instruction's, at the end the text's",
-            )
-            instructed = bool(getattr(self, f"{of}_instruction_for_rerank"))
-            check_effects(self, (f"{of}_instruction_format", f"--{of}_instruction_for_rerank", instructed))
+        instructed = bool(self.query_instruction_for_rerank)
+        check_effects(self, ("query_instruction_format", "--query_instruction_for_rerank", instructed))
         check_effects(
             self,
             ("label_smoothing", "--loss cross_entropy", self.loss == "cross_entropy"),

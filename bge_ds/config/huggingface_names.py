@@ -91,14 +91,16 @@ REFUSED: dict[str, str] = {name: reason for names, reason in _GROUPS.items() for
     # Names that are no TrainingArguments but stand in nearly every script that has them.
     "trust_remote_code": "the padding-free forward pass needs architectures built into transformers, so models that "
     "bring code of their own are not supported",
-    # Names of FlagEmbedding's rerankers.
-    "use_fast_tokenizer": "pairs are put together by a fast tokenizer's template",
+    # Names of FlagEmbedding's trainers.
+    "use_fast_tokenizer": "texts are tokenized by the core of a fast tokenizer",
+    "use_slow_tokenizer": "texts are tokenized by the core of a fast tokenizer",
     "use_flash_attn": "attention is chosen by the device and the precision",
     "save_merged_lora_model": "the saved model is always merged, and the adapter lies beside it",
-    "token": _HUB_TOKEN,
+    "only_merge_lora_model": "the saved model is always merged, and the adapter lies beside it",
     "shuffle_ratio": "texts are tokenized once, and so cannot be shuffled; leave it out",
     "modules_to_save": "with --use_lora the adapters train alone",
     "from_peft": "merge the adapter into its model first, and give that folder",
+    "peft_model_path": "merge the adapter into its model first, and give that folder",
     "raw_peft": "merge the adapters into their model first, and give that folder",
     "model_revision": "download that revision (`hf download REPO --revision R --local-dir FOLDER`) and give the folder",
 }

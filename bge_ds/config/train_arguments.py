@@ -62,6 +62,11 @@ class TrainArguments:
     config_name: str | None = rare(None, "model configuration: name or folder; unset: the model's own")
     tokenizer_name: str | None = rare(None, "tokenizer: name or folder; unset: the model's own")
     cache_dir: str | None = flag(None, "folder for downloaded models and for shards made from JSON lines")
+    token: str | None = field(
+        default=None, repr=False,
+        metadata={"rare": True, "help": "access token of the hub, in place of HF_TOKEN; it is written nowhere, but others may "
+                  "read a command line"},
+    )  # fmt: skip
     on_error: Literal["raise", "skip"] = rare("raise", "on a bad JSON line: stop (raise), or skip, count and list it (skip)")
     verify_data: bool = rare(
         True, "compare each shard's hash with the manifest before training, once per host; False: sizes only, for terabytes"
@@ -246,8 +251,8 @@ class TrainArguments:
     def check(self) -> None:
         """Bring values into their final form and raise ValueError for any that is wrong or contradicts another."""
         check_ranges(self)
-        for name in ("output_dir", "cache_dir", "logging_dir", "deepspeed", "resume_from_checkpoint"):
-            if isinstance(value := getattr(self, name), str) and value.startswith("~"):
+        for name in ("output_dir", "cache_dir", "cache_path", "logging_dir", "deepspeed", "resume_from_checkpoint"):
+            if isinstance(value := getattr(self, name, None), str) and value.startswith("~"):
                 setattr(self, name, str(Path(value).expanduser()))
         require(self.output_dir, "--output_dir is empty; give a path")
         check_data(self)
@@ -273,8 +278,8 @@ def steps_from(value: int | float, total_steps: int) -> int:
 
 
 def describe(args: TrainArguments) -> list[tuple[str, Any]]:
-    """Every setting in effect as (name, value), in the order of the help."""
-    hidden = ("explicit", "local_rank")
+    """Every setting in effect as (name, value), in the order of the help; a token is no setting to be shown."""
+    hidden = ("explicit", "local_rank", "token")
     return [(f.name, getattr(args, f.name)) for f in dataclasses.fields(args) if f.name not in hidden]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bge_ds.data.preprocess.instructions import is_format
+
 # The schedules of transformers' `get_scheduler` that need the step count alone -> the keys that they cannot do without.
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -34,7 +36,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
      "save_total_limit dataloader_prefetch_factor ddp_timeout join_timeout train_group_size max_example_num_per_dataset "
      "sub_batch_size sub_batch_tokens lora_rank per_device_eval_batch_size eval_rerank_depth pad_to_multiple_of",
      "a whole number of at least 1", lambda v: v >= 1),
-    ("learning_rate weight_decay max_grad_norm dataloader_num_workers max_nonfinite_steps bow_loss_weight eval_delay",
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers max_nonfinite_steps bow_loss_weight eval_delay "
+     "small_threshold drop_threshold",
      "a finite number of at least 0", lambda v: 0 <= v < math.inf),
     ("num_train_epochs adam_epsilon temperature lora_alpha mixing_temperature",
      "a finite number above 0", lambda v: 0 < v < math.inf),
@@ -228,7 +231,24 @@ def check_groups(args: Any) -> None:
         args.sub_batch_size is None or args.sub_batch_tokens is None,
         "--sub_batch_size and --sub_batch_tokens exclude each other; keep one, the tokens where lengths differ",
     )
+    check_effects(
+        args,
+        ("small_threshold drop_threshold", "--same_dataset_within_batch", args.same_dataset_within_batch),
+        ("drop_threshold", "--small_threshold", args.small_threshold),
+    )
     check_effects(args, ("lora_rank lora_alpha lora_dropout target_modules", "--use_lora", args.use_lora))
+
+
+def check_formats(args: Any) -> None:
+    """Check that the formats of instructions put the text last, and that a passage's has an instruction to join."""
+    for of in ("query", "passage"):
+        form = getattr(args, f"{of}_instruction_format")
+        require(
+            is_format(form),
+            f"--{of}_instruction_format {form!r} must hold {{}} twice, first the instruction's, at the end the text's",
+        )
+    instruction = f"passage_instruction_for_{args.instructions_for}"  # a query's may be its line's prompt
+    check_effects(args, ("passage_instruction_format", f"--{instruction}", getattr(args, instruction)))
 
 
 def check_objective(args: Any) -> None:
@@ -255,7 +275,8 @@ def check_objective(args: Any) -> None:
     check_effects(
         args,
         ("false_negative_margin_type", "--false_negative_margin", args.false_negative_margin is not None),
-        ("kd_loss_type", "--knowledge_distillation", args.knowledge_distillation),
+        # FlagEmbedding's scripts turn the one off by name and leave the other.
+        ("kd_loss_type", "--knowledge_distillation", args.knowledge_distillation or "knowledge_distillation" in args.explicit),
     )
     require(
         not (args.use_lora and args.fix_position_embedding),

@@ -34,7 +34,8 @@ class ContrastiveBatch(Movable):
     own_BG: int64, the places of each query's group among the P passages, its positive first, -1 where a group is shorter.
     hashes_P: int64, content hash of each passage. known_BK: the hashes of every positive that a query lists, drawn or not,
     which must never serve as its negative; K is the longest list's length, and shorter ones repeat their last.
-    own_only_B: bool, queries of a set that takes no in-batch negatives. teacher_BG: fp32, the teacher's scores, or None.
+    own_only_B: bool, queries of a set that takes no in-batch negatives. teacher_BG: fp32, the teacher's scores, or None;
+    taught_B: bool, the groups that have such, None for all; zeros stand in place of the others'.
     bounds: where this rank by itself cuts the row of texts into pieces, [0, ..., B + P]; None for one piece.
     """
 
@@ -46,6 +47,7 @@ class ContrastiveBatch(Movable):
     own_only_B: torch.Tensor
     rows_B: torch.Tensor
     teacher_BG: torch.Tensor | None = None
+    taught_B: torch.Tensor | None = None
     bounds: list[int] | None = None
 
     @property
@@ -151,25 +153,43 @@ def choose_groups(
     return chosen_B, chosen_BN
 
 
+SHORT_TYPES = ("only_1neg", "symmetric_class")  # types of lines whose groups may be shorter than the others
+
+
+def shorten(chosen_BN: np.ndarray, negatives_B: np.ndarray, types_B: list[str | None]) -> np.ndarray:
+    """The negatives that groups take by the `type` of their lines: one of only_1neg, each at most once of symmetric_class.
+
+    chosen_BN, negatives_B: of `choose_groups`.
+    """
+    chosen_BN = chosen_BN.copy()
+    for group, kind in enumerate(types_B):
+        listed = int(negatives_B[group])
+        if kind == "only_1neg":
+            chosen_BN[group, 1:] = -1
+        elif kind == "symmetric_class" and listed < chosen_BN.shape[1]:
+            chosen_BN[group] = np.where(np.arange(chosen_BN.shape[1]) < listed, np.arange(chosen_BN.shape[1]), -1)
+    return chosen_BN
+
+
 def collate_groups(
     shards, epochs_B, rows_B, *, seed: int, group_size: int, query_max_len: int, passage_max_len: int,
-    own_only_spans: tuple[tuple[int, int], ...] = (), distill: bool = False, max_texts: int | None = None,
-    max_tokens: int | None = None,
+    own_only_spans: tuple[tuple[int, int], ...] = (), by_type: bool = False, distill: bool = False,
+    max_texts: int | None = None, max_tokens: int | None = None,
 ) -> ContrastiveBatch:  # fmt: skip
     """A `ContrastiveBatch` of the groups `rows_B` as visited in `epochs_B`.
 
-    own_only_spans: (first row, end row) of the sets that take no in-batch negatives. distill: with the teacher's scores.
-    max_texts, max_tokens: of a piece; both None for one piece.
+    own_only_spans: (first row, end row) of the sets that take no in-batch negatives. by_type: see `shorten`. distill: with the
+    teacher's scores. max_texts, max_tokens: of a piece; both None for one piece.
     """
     suffix = len(shards.manifest.tokenizer.suffix_ids)
     pos, neg = shards.passage_rows(rows_B)
     chosen = choose_groups(pos.lengths, neg.lengths, group_size, seed, epochs_B, rows_B)
+    if by_type:
+        chosen = chosen[0], shorten(chosen[1], neg.lengths, [shards.notes(row)[0] for row in rows_B.tolist()])
     taken_BG = np.concatenate([chosen[0][:, None], chosen[1]], 1) >= 0
     own_BG = np.where(taken_BG, (np.cumsum(taken_BG) - 1).reshape(taken_BG.shape), -1)
     passages_P = _taken(pos, neg, chosen)[taken_BG]
-    teacher_BG = None
-    if distill:
-        teacher_BG = torch.from_numpy(_taken(*shards.scores(rows_B), chosen).astype(np.float32))
+    teacher_BG, taught_B = _teacher(shards.scores(rows_B), neg.lengths, chosen) if distill else (None, None)
     passages = shards.passages(passages_P).cut(passage_max_len, suffix)
     texts, _ = pack_ragged(RaggedArrays.join([shards.queries(rows_B).cut(query_max_len, suffix), passages]))
     hashes = shards.hashes(np.concatenate([passages_P, pos.values])).view(np.int64)
@@ -186,6 +206,7 @@ def collate_groups(
         own_only_B=torch.from_numpy(own_only_B),
         rows_B=torch.from_numpy(rows_B),
         teacher_BG=teacher_BG,
+        taught_B=taught_B,
         bounds=chunk_bounds(texts.runs, max_texts, max_tokens) if max_texts or max_tokens else None,
     )
 
@@ -213,6 +234,18 @@ def collate_pairs(
     second_N = None if made.second is None else torch.from_numpy(made.second[order].astype(np.int64))
     bounds = chunk_bounds(texts.runs, max_texts, max_tokens)
     return PairBatch(PackedPairs(texts, second_N), torch.from_numpy(rows_B), teacher_BG, bounds)
+
+
+def _teacher(
+    scores: tuple[RaggedArrays, RaggedArrays], negatives_B: np.ndarray, chosen: tuple[np.ndarray, np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`teacher_BG` and `taught_B` of a batch. negatives_B: texts that each group lists."""
+    pos, neg = scores
+    taught_B = (pos.lengths > 0) & (neg.lengths == negatives_B)
+    teacher_BG = np.zeros((len(taught_B), 1 + chosen[1].shape[1]), np.float32)
+    rows = np.flatnonzero(taught_B)
+    teacher_BG[rows] = _taken(pos.take(rows), neg.take(rows), (chosen[0][rows], chosen[1][rows]))
+    return torch.from_numpy(teacher_BG), None if taught_B.all() else torch.from_numpy(taught_B)
 
 
 def _taken(pos: RaggedArrays, neg: RaggedArrays, chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -23,6 +24,11 @@ _SETTINGS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "gradient_predivide_factor", "prescale_gradients", "communication_data_type", "steps_per_print", "wall_clock_breakdown",
     "memory_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "dump_state",
+)  # fmt: skip
+# What DeepSpeed takes in "fp16" and refuses in "bf16", where FlagEmbedding's ds_stage1.json and others have it.
+_LOSS_SCALING = (
+    "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+    "min_loss_scale",
 )  # fmt: skip
 _BUCKET_MULTIPLE = 1 << 12  # DeepSpeed asks for multiples of its alignment, which is a small power of two
 
@@ -101,10 +107,14 @@ def auto_values(
     }
 
 
-def merge_config(config: dict, source: str, values: dict[str, tuple[object, str]], monitors: dict | None = None) -> dict:
+def merge_config(
+    config: dict, source: str, values: dict[str, tuple[object, str]], monitors: dict | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict:  # fmt: skip
     """The config with every "auto" filled and what only the flags know added.
 
     A setting that both the config and a flag decide must be the same in both: otherwise an error names the two.
+    say: is told what DeepSpeed would refuse and is left out.
     """
     config = json.loads(json.dumps(config))
     needed = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
@@ -125,6 +135,9 @@ def merge_config(config: dict, source: str, values: dict[str, tuple[object, str]
             config.setdefault(name, {})["enabled"] = True
         else:
             config.pop(name, None)
+    if scaling := [key for key in _LOSS_SCALING if key in config.get("bf16", {})]:
+        config["bf16"] = {key: value for key, value in config["bf16"].items() if key not in scaling}
+        say(f'{source}: left out of "bf16", whose loss is not scaled: {", ".join(scaling)}')
     left = [path for path, value in _leaves(config) if value == "auto"]
     if left:
         raise ValueError(

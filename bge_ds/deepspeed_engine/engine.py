@@ -207,6 +207,10 @@ def build(
                 parameter.data = parameter.data.to(sharded)
     groups = [group for group in groups if group["params"]]
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    named = config.get("optimizer", {})
+    if accelerator.device_name() == "cpu" and not offload and str(named.get("type")).lower() in ("adam", "adamw"):
+        # What the file means by it is DeepSpeed's FusedAdam, which needs a compiler and has no advantage here.
+        config = config | {"optimizer": named | {"params": {"torch_adam": True} | named.get("params", {})}}
     optimizer = None if "optimizer" in config else _make_optimizer(groups, adam, optim, offload)
     # DeepSpeed casts what is computed in 16 bits whole. Buffers are no weights: rotary frequencies in 16 bits would turn
     # later positions by wrong angles, other ones than the saved model's.

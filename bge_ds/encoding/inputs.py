@@ -189,6 +189,11 @@ class ShardInput:
                     f"{folder} was made with another tokenizer, {made.name}, than the model's, {core.name}: preprocess again "
                     f"with --tokenizer {core.name}"
                 )
+            if self.table == "passages" and manifest.passages_by_type:
+                raise ValueError(
+                    f"{folder} holds passages that begin as their query does (made with --passages_by_type): encode the texts "
+                    "themselves"
+                )
             if (held := self._held_prompt(manifest)) != prompt:
                 raise ValueError(
                     f"{folder} holds the {self.side} prompt {held!r}, and {prompt!r} is in effect: give "

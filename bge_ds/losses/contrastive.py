@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from bge_ds.kernels.linear_logsumexp import ExcludedPairs, linear_logsumexp
 
+_ABSENT = -1e30  # the score of a passage that a group lacks: finite, as its weight of 0 times infinity would be NaN
 DISTILLATIONS = ("kl_div", "m3_kd_loss", "margin_mse")
 
 
@@ -55,7 +56,8 @@ class Candidates:
 
     p_PD, hashes_P: passages and their content hashes. own_BG: passage numbers of each query's group, positive first, padded
     with -1. known_BK: hashes of all positives that a query lists, padded by repeating one of them. own_only_B: queries that
-    are compared with their own group only. teacher_BG: teacher scores, for distillation. For the passage-to-query direction:
+    are compared with their own group only. teacher_BG: teacher scores, for distillation; taught_B: the queries that have such,
+    None: all. The others have finite numbers in their place and the loss without a teacher. For the passage-to-query direction:
     q_CD all queries, mine_B the numbers of this rank's queries among them, all_known_CK their known_BK.
     """
 
@@ -65,6 +67,7 @@ class Candidates:
     known_BK: torch.Tensor
     own_only_B: torch.Tensor
     teacher_BG: torch.Tensor | None = None
+    taught_B: torch.Tensor | None = None
     q_CD: torch.Tensor | None = None
     mine_B: torch.Tensor | None = None
     all_known_CK: torch.Tensor | None = None
@@ -187,10 +190,9 @@ def _loss_at_width(
         o_B, over_B = linear_logsumexp(x_BD, p_PD, masked.excluded, limit_B, narrow=settings.narrow)
         o_B = o_B.masked_fill(own_only_B, float("-inf"))
         by_margin = by_margin + over_B.masked_fill(own_only_B, 0).sum()
+    loss_B = torch.logaddexp(o_B, s_BG.masked_fill(masked_BG, float("-inf")).logsumexp(1)) - s_BG[:, 0]
     if settings.distillation == "m3_kd_loss":
-        loss_B = _m3_kd_loss(s_BG, o_B, candidates.teacher_BG)
-    else:
-        loss_B = torch.logaddexp(o_B, s_BG.masked_fill(masked_BG, float("-inf")).logsumexp(1)) - s_BG[:, 0]
+        loss_B = _where_taught(candidates, _m3_kd_loss(s_BG, o_B, candidates.teacher_BG, present_BG), loss_B)
     if settings.bidirectional:
         assert candidates.q_CD is not None and masked.reverse is not None
         y_BD = p_PD[candidates.own_BG[:, 0]] * scale
@@ -199,25 +201,41 @@ def _loss_at_width(
         reverse_B = torch.logaddexp(reverse_o_B, s_BG[:, 0]) - s_BG[:, 0]
         loss_B = torch.where(own_only_B, loss_B, (loss_B + reverse_B) / 2)
     if settings.distillation in ("kl_div", "margin_mse"):
-        loss_B = loss_B + _teacher_loss(settings.distillation, s_BG, scale, candidates.teacher_BG)
+        more_B = _teacher_loss(settings.distillation, s_BG, scale, candidates.teacher_BG, present_BG)
+        loss_B = loss_B + _where_taught(candidates, more_B, torch.zeros_like(more_B))
     negatives = masked.others_B.sum() + present_BG[:, 1:].sum() - masked.by_content - by_margin
     return LossParts(loss_B.mean(), negatives, masked.by_content, by_margin, scale)
 
 
-def _teacher_loss(kind: str, s_BG: torch.Tensor, scale: torch.Tensor | float, teacher_BG: torch.Tensor | None) -> torch.Tensor:
-    """What kl_div and margin_mse add to InfoNCE, for each query."""
+def _where_taught(candidates: Candidates, taught_B: torch.Tensor, others_B: torch.Tensor) -> torch.Tensor:
+    return taught_B if candidates.taught_B is None else torch.where(candidates.taught_B, taught_B, others_B)
+
+
+def _teacher_loss(
+    kind: str, s_BG: torch.Tensor, scale: torch.Tensor | float, teacher_BG: torch.Tensor | None, present_BG: torch.Tensor
+) -> torch.Tensor:
+    """What kl_div and margin_mse add to InfoNCE, for each query; of passages that its group has."""
     assert teacher_BG is not None
     if kind == "kl_div":
-        return -(teacher_BG.softmax(1) * s_BG.log_softmax(1)).sum(1)
+        return -(_weights(teacher_BG, present_BG) * s_BG.masked_fill(~present_BG, _ABSENT).log_softmax(1)).sum(1)
     margins_BG = (s_BG[:, :1] - s_BG[:, 1:]) / scale - (teacher_BG[:, :1] - teacher_BG[:, 1:])
-    return margins_BG.square().mean(1)
+    others_BG = present_BG[:, 1:]
+    return margins_BG.masked_fill(~others_BG, 0.0).square().sum(1) / others_BG.sum(1).clamp_min(1)
 
 
-def _m3_kd_loss(s_BG: torch.Tensor, o_B: torch.Tensor, teacher_BG: torch.Tensor | None) -> torch.Tensor:
+def _m3_kd_loss(
+    s_BG: torch.Tensor, o_B: torch.Tensor, teacher_BG: torch.Tensor | None, present_BG: torch.Tensor
+) -> torch.Tensor:
     """Every passage of the group is the target with the teacher's weight, without those before it."""
     assert teacher_BG is not None
+    s_BG = s_BG.masked_fill(~present_BG, _ABSENT)
     from_here_BG = s_BG.flip(1).logcumsumexp(1).flip(1)
-    return (teacher_BG.softmax(1) * (torch.logaddexp(o_B[:, None], from_here_BG) - s_BG)).sum(1)
+    return (_weights(teacher_BG, present_BG) * (torch.logaddexp(o_B[:, None], from_here_BG) - s_BG)).sum(1)
+
+
+def _weights(teacher_BG: torch.Tensor, present_BG: torch.Tensor) -> torch.Tensor:
+    """The teacher's softmax over the passages that a group has."""
+    return teacher_BG.masked_fill(~present_BG, float("-inf")).softmax(1)
 
 
 class Temperature(torch.nn.Module):

@@ -47,7 +47,7 @@ def contrastive_loss(
             q_CD, known_CK = collectives.all_gather_rows(q_BD), collectives.all_gather_rows(known_CK)
     found = contrastive.Candidates(
         p_PD=p_PD, hashes_P=hashes_P, own_BG=own_BG, known_BK=batch.known_BK, own_only_B=batch.own_only_B,
-        teacher_BG=batch.teacher_BG, q_CD=q_CD, mine_B=mine_B, all_known_CK=known_CK,
+        teacher_BG=batch.teacher_BG, taught_B=batch.taught_B, q_CD=q_CD, mine_B=mine_B, all_known_CK=known_CK,
     )  # fmt: skip
     parts = contrastive.loss(q_BD, scale, found, objective)
     return replace(parts, cosine=mean_cosine(vectors_ND[batch.queries :].detach()))

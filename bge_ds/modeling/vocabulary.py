@@ -126,3 +126,20 @@ class VocabularyHead(nn.Module):
         if texts is not None:
             return max_logits(states_MD, self.weight, self.bias, *texts)
         return linear_cross_entropy(states_MD, self.weight, target_M, self.bias)
+
+
+def embed_new_tokens(model: nn.Module, tokens: int, seed: int) -> None:
+    """Enlarge a model's embeddings to those of a tokenizer of so many tokens; nothing where they suffice.
+
+    New rows are drawn feature by feature with the mean and deviation of the others, alike on every rank. Under ZeRO 3, to be
+    called within `sharded_loading`: the enlarged weight is whole on each rank until the engine shards it.
+    """
+    known = model.config.vocab_size
+    if tokens <= known:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    weight_VD = model.get_input_embeddings().weight
+    with torch.no_grad():
+        old_VD = weight_VD[:known].float()
+        noise = torch.randn(tokens - known, old_VD.shape[1], generator=torch.Generator().manual_seed(seed))
+        weight_VD[known:] = (old_VD.mean(0) + noise.to(old_VD.device) * old_VD.std(0)).to(weight_VD.dtype)

@@ -32,7 +32,8 @@ from bge_ds.losses.gather import contrastive_loss
 from bge_ds.modeling import export, lora, model_card
 from bge_ds.modeling.encoder import Encoder, check_lengths, check_vocabulary, load_config
 from bge_ds.modeling.flops import backbone_flops
-from bge_ds.objectives import card, diagnosis
+from bge_ds.modeling.vocabulary import embed_new_tokens
+from bge_ds.objectives import card, diagnosis, group_data
 from bge_ds.objectives.shards import open_shards
 from bge_ds.training.objective import Objective, Scores, Values
 
@@ -45,21 +46,26 @@ class ContrastiveObjective(Objective):
         "sub_batch_tokens", "bidirectional", "false_negative_margin", "false_negative_margin_type", "learnable_temperature",
         "knowledge_distillation", "kd_loss_type", "mrl_dims", "bidirectional_attention", "use_lora", "lora_rank",
         "lora_alpha", "lora_dropout", "target_modules", "same_dataset_within_batch",
-        "max_example_num_per_dataset"
+        "max_example_num_per_dataset", "small_threshold", "drop_threshold",
     )  # fmt: skip
 
     def __init__(self, args: FinetuneArguments):
         self.tokenizer = validate.load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.cache_dir)
+        self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
+        check_vocabulary(self.model_config, self.tokenizer)
+        validate.add_special_tokens(self.tokenizer, args.additional_special_tokens)
         self.data: shard_reader.FinetuneShards = open_shards(
             "finetune", args, self.tokenizer, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
             query_instruction=args.query_instruction_for_retrieval,
             passage_instruction=args.passage_instruction_for_retrieval,
+            query_instruction_format=args.query_instruction_format, passages_by_type=args.heeds_types,
+            cache_dir=args.cache_path,
         )  # fmt: skip
         self.args: FinetuneArguments = fill_from_shards(args, self.data.manifest, _FROM_SHARDS)
-        self.model_config = load_config(args.config_name or args.model_name_or_path, cache_dir=args.cache_dir)
-        self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0  # every group has negatives of its own
+        self.by_type = args.heeds_types and bool(self.data.distinct("type").intersection(collate.SHORT_TYPES))
+        # Every group has all its passages.
+        self.uniform = self.data.manifest.counts["groups_without_negatives"] == 0 and not self.by_type
         self.settings = objective_of(args)
-        check_vocabulary(self.model_config, self.tokenizer)
         check_lengths(self.model_config, query_max_len=self.args.query_max_len, passage_max_len=self.args.passage_max_len)
 
     def build_model(self, device: torch.device) -> nn.Module:
@@ -69,6 +75,8 @@ class ContrastiveObjective(Objective):
                 args.model_name_or_path, args.sentence_pooling_method, args.normalize_embeddings,
                 config=self.model_config, cache_dir=args.cache_dir, bidirectional=args.bidirectional_attention,
             )  # fmt: skip
+            if args.additional_special_tokens:
+                embed_new_tokens(model.backbone, len(self.tokenizer), args.seed)
         if args.use_lora:
             lora.add_adapters(
                 model.backbone, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
@@ -84,9 +92,9 @@ class ContrastiveObjective(Objective):
 
     def check(self) -> None:
         args = self.args
-        check_comparable(args, self.data, self.uniform)
+        group_data.check_comparable(args, self.data)
         if args.knowledge_distillation:
-            check_teacher(args, self.data, self.uniform)
+            group_data.check_teacher(args, self.data)
         width = self.model_config.hidden_size
         if args.mrl_dims and args.mrl_dims[-1] > width:
             raise ValueError(f"--mrl_dims {args.mrl_dims[-1]} is more than the {width} features of the model's vectors")
@@ -109,7 +117,8 @@ class ContrastiveObjective(Objective):
 
     def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
         found = diagnosis.of_finetuning(self.args, self.data, self.tokenizer, self.negatives(), eval_sets)
-        if len(prompts := prompts_of(self.args, self.data)) > 2:
+        found += self.args.without_effect()
+        if len(prompts := group_data.prompts_of(self.args, self.data)) > 2:
             found.append(f"sets have different instructions, saved as prompts {', '.join(prompts)}; evaluations use none")
         if self.args.gradient_accumulation_steps > 1 and self.args.use_inbatch_neg:
             found.append("accumulation adds no negatives; a larger batch on each rank does")
@@ -119,7 +128,7 @@ class ContrastiveObjective(Objective):
         args = self.args
         return collate.collate_groups, dict(
             seed=seed, group_size=args.train_group_size, query_max_len=args.query_max_len,
-            passage_max_len=args.passage_max_len, own_only_spans=own_only_spans(self.data),
+            passage_max_len=args.passage_max_len, own_only_spans=group_data.own_only_spans(self.data), by_type=self.by_type,
             distill=args.knowledge_distillation, max_texts=args.sub_batch_size, max_tokens=args.sub_batch_tokens,
         )  # fmt: skip
 
@@ -182,7 +191,7 @@ class ContrastiveObjective(Objective):
                 lora.save_adapter(encoder.backbone, own, folder / lora.FOLDER)
                 own = lora.merge(encoder.backbone, own)
             export.save_model(encoder.backbone, own, self.tokenizer, folder)
-            prompts = prompts_of(args, self.data)
+            prompts = group_data.prompts_of(args, self.data)
             export.write_sentence_transformers(folder, encoder.backbone.config, pooling, normalize, prompts)
             text = card.of_finetuning(args, self.data, encoder.backbone.config, prompts, scores)
             (folder / model_card.FILE).write_text(text, encoding="utf-8")
@@ -197,54 +206,6 @@ class ContrastiveObjective(Objective):
 
 
 _FROM_SHARDS = ("query_max_len", "passage_max_len", "query_instruction_for_retrieval", "passage_instruction_for_retrieval")
-
-
-def prompts_of(args: FinetuneArguments, data: shard_reader.FinetuneShards) -> dict[str, str]:
-    """The instructions of training under the names that they are saved by.
-
-    Where the folders of shards have different ones, each is saved as `query_SET` or `passage_SET`, SET being the name of its
-    first input file, and `query` or `passage` is empty.
-    """
-    prompts = {}
-    for kind in ("query", "passage"):
-        name = f"{kind}_instruction_for_retrieval"
-        prompts[kind] = getattr(args, name) or ""
-        if getattr(data.manifest, name) is None:
-            sets = [Path(manifest.sources[0].path).name.split(".")[0] for manifest in data.manifests]
-            names = [of if sets.count(of) == 1 else f"{of}_{k}" for k, of in enumerate(sets, start=1)]
-            prompts |= {f"{kind}_{of}": getattr(manifest, name) for of, manifest in zip(names, data.manifests, strict=True)}
-    return prompts
-
-
-def check_comparable(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
-    """Refuse runs in which a query would have nothing to be compared against (its loss would be 0)."""
-    bare = data.manifest.counts["groups_without_negatives"]
-    if not uniform and not args.use_inbatch_neg:
-        raise ValueError(
-            f"{' '.join(args.train_data)}: {bare} groups have no negatives, so with --use_inbatch_neg False there is nothing "
-            "to compare their queries against; add negatives, drop those groups, or use in-batch negatives"
-        )
-    others = args.per_device_train_batch_size * (collectives.world_size() if args.negatives_cross_device else 1)
-    if args.use_inbatch_neg and others == 1 and (args.train_group_size == 1 or not uniform):
-        raise ValueError(
-            f"{' '.join(args.train_data)}: one query a batch and groups without negatives leave nothing to compare against; "
-            "raise --per_device_train_batch_size, or use several ranks with --negatives_cross_device"
-        )
-
-
-def own_only_spans(data: shard_reader.FinetuneShards) -> tuple[tuple[int, int], ...]:
-    """Rows of the input files whose name, without its endings, ends in no_in_batch_neg (the existing trainer's mark)."""
-    marked = [s for s in data.manifest.sources if Path(s.path).name.split(".")[0].endswith("no_in_batch_neg")]
-    return tuple((first, last) for first, last in (source.rows for source in marked))
-
-
-def check_teacher(args: FinetuneArguments, data: shard_reader.FinetuneShards, uniform: bool) -> None:
-    """Refuse distillation from groups that lack a score or have nothing to distil from."""
-    what = f"{' '.join(args.train_data)}: --knowledge_distillation needs negatives, pos_scores and neg_scores in every group"
-    if (row := data.first_without_scores()) is not None:
-        raise ValueError(f"{what}, and group {row} (from 0) has no scores; score the data with a teacher, or leave it out")
-    if not uniform:
-        raise ValueError(f"{what}, and {data.manifest.counts['groups_without_negatives']} have no negatives; leave them out")
 
 
 def freeze_and_checkpoint(backbone: torch.nn.Module, args: FinetuneArguments) -> None:

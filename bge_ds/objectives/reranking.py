@@ -54,7 +54,7 @@ class RerankingObjective(Objective):
         "knowledge_distillation", "kd_loss_type", "query_instruction_for_rerank", "passage_instruction_for_rerank",
         "query_instruction_format", "passage_instruction_format", "prompt", "sep_token", "sub_batch_size",
         "sub_batch_tokens", "use_lora", "lora_rank", "lora_alpha", "lora_dropout", "target_modules",
-        "same_dataset_within_batch", "max_example_num_per_dataset",
+        "same_dataset_within_batch", "max_example_num_per_dataset", "small_threshold", "drop_threshold",
     )  # fmt: skip
 
     def __init__(self, args: RerankArguments):
@@ -105,10 +105,7 @@ class RerankingObjective(Objective):
         ]
 
     def warnings(self, eval_sets: Mapping[str, RetrievalSet], epochs: float) -> list[str]:
-        found = diagnosis.of_shards(self.data)
-        if self.args.pad_to_multiple_of:
-            found.append(f"--pad_to_multiple_of {self.args.pad_to_multiple_of} has no effect: nothing is padded")
-        return found
+        return diagnosis.of_shards(self.data) + self.args.without_effect()
 
     def open_evaluation(self) -> dict[str, RetrievalSet]:
         args, sets = self.args, super().open_evaluation()
@@ -306,8 +303,9 @@ def check_groups(args: RerankArguments, data: shard_reader.FinetuneShards) -> No
             f"{' '.join(args.train_data)}: {bare} groups have no negatives, and a positive alone cannot be ranked; add "
             "negatives, or drop those groups"
         )
-    if args.knowledge_distillation and (row := data.first_without_scores()) is not None:
+    lacking = [row for _, row in data.scored() if row is not None] if args.knowledge_distillation else []
+    if lacking:
         raise ValueError(
             f"{' '.join(args.train_data)}: --knowledge_distillation needs pos_scores and neg_scores in every group, and group "
-            f"{row} (from 0) has none; score the data with `python -m bge_ds.score`, or leave it out"
+            f"{lacking[0]} (from 0) has none; score the data with `python -m bge_ds.score`, or leave it out"
         )

@@ -7,6 +7,7 @@ apart in any case: an entry's share is then divided over its files by their rows
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,11 @@ def sets_of(args: TrainArguments, data: Shards) -> list[Set]:
     temperature, same = args.mixing_temperature, getattr(args, "same_dataset_within_batch", False)
     if weights and temperature is not None:
         raise ValueError("--mixing_temperature and the weights of --train_data exclude each other: both are shares; keep one")
-    files = _files(data, getattr(args, "max_example_num_per_dataset", None))
+    files, left_out = _sort_small(args, data, paths, _files(data, getattr(args, "max_example_num_per_dataset", None)))
+    if left_out and not any(file.kept for _, file in files):
+        raise ValueError(
+            f"--small_threshold {getattr(args, 'small_threshold', 0)} leaves no set of {' '.join(paths)}; lower it"
+        )
     if len(data.folders) > 1 and (weights or temperature is not None):  # each entry has a folder of its own
         sets = [_merged(path, [file for k, file in files if k == entry]) for entry, path in enumerate(paths)]
         if empty := [of.name for of in sets if not of.kept]:
@@ -94,9 +99,14 @@ def sets_of(args: TrainArguments, data: Shards) -> list[Set]:
         by_span = {file.spans[0]: file for _, file in files if file.kept}
         sets = [file for of in sets for file in _split_by_file(of, [by_span[span] for span in of.spans if span in by_span])]
     for flag, given in (("same_dataset_within_batch", same), ("mixing_temperature", temperature is not None)):
-        if given and len(sets) < 2:
+        if given and len(sets) < 2 and not (flag == "same_dataset_within_batch" and _has_types(args, data)):
             raise ValueError(f"--{flag} has no effect: {' '.join(paths)} is a single set; give several, or drop --{flag}")
     return sets
+
+
+def _has_types(args: TrainArguments, data: Shards) -> bool:
+    """Whether lines have a `type` that means something, as it does where each batch is of one set."""
+    return getattr(args, "heeds_types", False) and bool(cast(FinetuneShards, data).distinct("type") - {"normal"})
 
 
 def _files(data: Shards, most: int | None) -> list[tuple[int, Set]]:
@@ -107,6 +117,36 @@ def _files(data: Shards, most: int | None) -> list[tuple[int, Set]]:
         kept = rows if most is None else min(rows, most)
         found.append((source.folder, Set(source.path, (source.rows,), kept, source.skipped)))
     return found
+
+
+def _sort_small(
+    args: TrainArguments, data: Shards, paths: list[str], files: list[tuple[int, Set]]
+) -> tuple[list[tuple[int, Set]], list[Set]]:
+    """(files with the small ones of each folder merged into one set, what is left out), by FlagEmbedding's two thresholds.
+
+    A folder is an entry of --train_data that holds files, or shards. A small file that is an entry by itself is left out.
+    """
+    least, least_merged = (getattr(args, name, 0) for name in ("small_threshold", "drop_threshold"))
+    small = [(k, file) for k, file in files if 0 < file.kept < least]
+    alone = [(k, file) for k, file in small if _folder_of(data, paths, k, file) is None]
+    left_out, merged = [file for _, file in alone], []
+    for folder in dict.fromkeys(_folder_of(data, paths, k, file) for k, file in small):
+        if folder is None:
+            continue
+        together = [(k, file) for k, file in small if _folder_of(data, paths, k, file) == folder]
+        whole = _merged(f"{folder}, {len(together)} small file{'s' * (len(together) > 1)}", [file for _, file in together])
+        if whole.kept < least_merged:
+            left_out.append(whole)
+        else:
+            merged.append((together[0][0], whole))
+    return [pair for pair in files if pair not in small] + merged, left_out
+
+
+def _folder_of(data: Shards, paths: list[str], k: int, file: Set) -> str | None:
+    own = str(data.folders[k])
+    if own in paths:
+        return own
+    return next((entry for entry in paths if Path(entry) in Path(file.name).parents), None)
 
 
 def _merged(name: str, files: list[Set]) -> Set:
@@ -138,14 +178,19 @@ def make_order(args: TrainArguments, data: Shards) -> Sampler:
     if not (same or weighted):
         sampler: Sampler = one(seed=seed, spans=tuple(source.rows for source in data.manifest.sources))
     else:
-        own = tuple(one(seed=int(mix64(seed, 7, i)), spans=of.spans) for i, of in enumerate(sets))
+        sizes = batches_of(args, data, sets) if same else (batch,) * len(sets)
+        own = tuple(
+            one(seed=int(mix64(seed, 7, i)), spans=of.spans, global_batch=size)
+            for i, (of, size) in enumerate(zip(sets, sizes, strict=True))
+        )
         if same:
-            turns = ByWeight(seed, _counts(sets)) if weighted else ByEpoch(seed, tuple(map(len, own)), batch, own[0].shuffle)
+            by_epoch = ByEpoch(seed, tuple(map(len, own)), sizes, own[0].shuffle)
+            turns = ByWeight(seed, _counts(sets, sizes)) if weighted else by_epoch
             # Each set keeps a window, as sets take turns: of many sets, smaller ones.
             window = max(8, min(WINDOW, 1024 // len(sets)))
             grouped = tuple(group(of, whole_batches=not weighted, window=window) for of in own) if group else own
             return SameDatasetBatchSampler(seed, grouped, turns, batch)
-        sampler = MixtureSampler(seed, own, ByWeight(seed, _counts(sets)), batch)
+        sampler = MixtureSampler(seed, own, ByWeight(seed, _counts(sets, sizes)), batch)
     if args.per_device_train_tokens is not None:
         check_token_budget(args)
         tokens = cast(PretrainShards, data).lengths  # fine-tuning has no token budget
@@ -153,8 +198,31 @@ def make_order(args: TrainArguments, data: Shards) -> Sampler:
     return group(sampler) if group else sampler
 
 
-def _counts(sets: list[Set]) -> tuple[int, ...]:
-    counts = counts_of([of.share or 0.0 for of in sets])
+def batches_of(args: TrainArguments, data: Shards, sets: list[Set]) -> tuple[int, ...]:
+    """Texts of a step of each set, where each step is of one: of a set with lines of a symmetric `type`, half as many.
+
+    A file's first line speaks for it, as in FlagEmbedding.
+    """
+    micro_batches = args.gradient_accumulation_steps * collectives.world_size()
+    whole, half = args.per_device_train_batch_size, max(1, args.per_device_train_batch_size // 2)
+    if not getattr(args, "heeds_types", False):
+        return (whole * micro_batches,) * len(sets)
+    groups = cast(FinetuneShards, data)
+    symmetric = (any("symmetric" in (groups.notes(first)[0] or "") for first, _ in of.spans) for of in sets)
+    return tuple((half if halved else whole) * micro_batches for halved in symmetric)
+
+
+def smallest_batch(args: TrainArguments, data: Shards) -> int | None:
+    """Texts of the smallest step, where some are smaller than others; None: all are alike."""
+    if not getattr(args, "same_dataset_within_batch", False):
+        return None
+    sizes = batches_of(args, data, sets_of(args, data))
+    return min(sizes) if len(set(sizes)) > 1 else None
+
+
+def _counts(sets: list[Set], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Each set's turns of a cycle. sizes: texts of a turn, which weigh as much as the turns of it: a share is one of texts."""
+    counts = counts_of([(of.share or 0.0) * max(sizes) / size for of, size in zip(sets, sizes, strict=True)])
     if 0 in counts:
         name = sets[counts.index(0)].name
         raise ValueError(f"--train_data: the share of {name} is below one text in a thousand million; leave it out")
@@ -177,23 +245,45 @@ def table(args: TrainArguments, data: Shards, order: Sampler, steps: int) -> str
         texts = steps * order.global_batch
     # A plain order has the input files for its spans, and some of them may be empty.
     taken = [texts_of for texts_of in order.texts_of_sets(texts) if texts_of or not isinstance(_ungrouped(order), EpochSampler)]
-    weights = sum(of.share or 0 for of in sets)
+    weights, texts = sum(of.share or 0 for of in sets), sum(taken)
+    taught, smaller = _taught(args, data), ["" for _ in sets]
+    if (batches := getattr(order, "batches", None)) is not None:
+        smaller = [f", {size} a step" if size < order.global_batch else "" for size in batches.tolist()]
     lines = [f"{'kept':>14}{'weight':>9}{'share':>9}{'epochs':>9}  set"]
-    for of, texts_of in list(zip(sets, taken, strict=True))[:_SHOWN]:
+    for of, texts_of, size in list(zip(sets, taken, smaller, strict=True))[:_SHOWN]:
         dropped = [f"{of.rows - of.kept:,} above max_example_num_per_dataset"] if of.rows > of.kept else []
         dropped += [f"{of.skipped:,} bad lines"] if of.skipped else []
         weight = "-" if of.share is None else f"{of.share / weights:.4f}"
         share = f"{texts_of / texts:.2%}"
         note = f" (dropped: {', '.join(dropped)})" if dropped else ""
-        lines.append(f"{of.kept:>14,}{weight:>9}{share:>9}{texts_of / of.kept:>9.2f}  {of.name}{note}")
+        lines.append(f"{of.kept:>14,}{weight:>9}{share:>9}{texts_of / of.kept:>9.2f}  {of.name}{size}{taught(of)}{note}")
     if len(sets) > _SHOWN:
         lines.append(f"{'':>14}and {len(sets) - _SHOWN} more sets")
+    paths, files = split_weights(args.train_data)[0], _files(data, getattr(args, "max_example_num_per_dataset", None))
+    for of in _sort_small(args, data, paths, files)[1]:
+        lines.append(f"{'':>14}left out by --small_threshold or --drop_threshold: {of.name}, {of.kept:,} groups")
     bad = data.manifest.counts.get("skipped", 0)
     if bad and any(of.skipped is None for of in sets):
         lines.append(
             f"{'':>14}{bad:,} bad lines were dropped when the shards were made; their folder's skipped.jsonl lists them"
         )
     return "\n".join(lines)
+
+
+def _taught(args: TrainArguments, data: Shards) -> Callable[[Set], str]:
+    """With --knowledge_distillation, the words that say which sets have a teacher's scores."""
+    if not getattr(args, "knowledge_distillation", False):
+        return lambda of: ""
+    found = zip(data.manifest.sources, cast(FinetuneShards, data).scored(), strict=True)
+    scored = {source.rows: count for source, (count, _) in found}
+
+    def words(of: Set) -> str:
+        count = sum(scored[span] for span in of.spans)
+        return (
+            ", distilled" if count == of.rows else f", {count:,} groups distilled" if count else ", no scores: contrast alone"
+        )
+
+    return words
 
 
 def _ungrouped(order: Sampler) -> Sampler:

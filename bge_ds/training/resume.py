@@ -12,7 +12,7 @@ from bge_ds.config.arguments import TrainArguments
 from bge_ds.config.run_config import with_values
 from bge_ds.deepspeed_engine import optimizer_state
 from bge_ds.distributed import collectives
-from bge_ds.training.data_order import split_weights
+from bge_ds.training.data_order import smallest_batch, split_weights
 from bge_ds.training.metrics import Meter, RunLog
 from bge_ds.training.nonfinite import SkippedSteps
 
@@ -89,6 +89,7 @@ def agreement(objective: Objective, plan: StepPlan) -> dict:
     )  # fmt: skip
     args = objective.args
     flag, product, _ = _batch(args)
+    smallest = smallest_batch(args, objective.data)  # half a rank's share, rounded: other ranks may round otherwise
     return {
         "command": args.command,
         "data_fingerprint": objective.data.fingerprint,
@@ -96,6 +97,7 @@ def agreement(objective: Objective, plan: StepPlan) -> dict:
         "total_steps": plan.total,
         product: getattr(args, flag) * collectives.world_size(),
         **({} if flag == "gradient_accumulation_steps" else {"gradient_accumulation_steps": args.gradient_accumulation_steps}),
+        **({} if smallest is None else {"symmetric_batch": smallest}),
         **{name: getattr(args, name) for name in (*common, *objective.resume_names)},
     }
 

@@ -19,6 +19,7 @@ from bge_ds.kernels import triton_support
 from bge_ds.modeling import compilation
 from bge_ds.modeling.encoder import can_run_unpadded, unpadded_families
 from bge_ds.training import hub
+from bge_ds.training.command import silent
 from bge_ds.training.objective import Engine
 from bge_ds.training.step_plan import StepPlan
 
@@ -43,6 +44,8 @@ def set_up(args: TrainArguments) -> None:
     if args.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     triton_support.allow(args.kernels)
+    if args.token:
+        os.environ["HF_TOKEN"] = args.token  # where every fetch and upload looks for it
     output = Path(args.output_dir)
     resume = checkpoint.find(args.resume_from_checkpoint, output)
     if output.exists() and not output.is_dir():
@@ -115,7 +118,8 @@ def build_engine(args: TrainArguments, model: torch.nn.Module, plan: StepPlan) -
         total_steps=plan.total,
         warmup_steps=plan.warmup,
     )
-    config = configs.merge_config(config, source, values, _monitors(args))
+    say = print if collectives.rank() == 0 else silent
+    config = configs.merge_config(config, source, values, _monitors(args), say)
 
     kwargs = args.lr_scheduler_kwargs or {}
     assert isinstance(kwargs, dict)  # parsed

@@ -196,7 +196,7 @@ def test_preprocessing_for_distillation_takes_the_output(tmp_path, teacher):
     assert preprocess.main([str(word) for word in words]) == 0
     from bge_ds.data.shards.shard_reader import open_folders
 
-    assert open_folders([str(tmp_path / "shards")]).first_without_scores() is None
+    assert all(lacking is None for _, lacking in open_folders([str(tmp_path / "shards")]).scored())
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import bge_ds
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments, RerankArguments, changed, describe, parse, steps_from
 from bge_ds.config.parser import groups_of
 from bge_ds.config.run_config import with_values
+from bge_ds.data.preprocess.instructions import before
+from bge_ds.training import setup
 
 pytestmark = pytest.mark.core
 
@@ -212,6 +215,15 @@ def test_negations_of_refused_switches_are_refused_too(capsys):
         (["--use_mrl", "--mrl_dims", "0", "8"], ["--mrl_dims [0, 8]", "at least 1"]),
         (["--knowledge_distillation", "--train_group_size", "1"], ["--knowledge_distillation", "--train_group_size 1"]),
         (["--kd_loss_type", "m3_kd_loss"], ["--kd_loss_type m3_kd_loss", "--knowledge_distillation"]),
+        (["--query_instruction_format", "{}: {} ?"], ["--query_instruction_format '{}: {} ?'", "at the end the text's"]),
+        (["--query_instruction_format", "{instruction}{}"], ["must hold {} twice"]),
+        (["--passage_instruction_format", "{}\\n{}"], ["no effect without --passage_instruction_for_retrieval"]),
+        (["--small_threshold", "5"], ["--small_threshold 5 has no effect without --same_dataset_within_batch"]),
+        (["--same_dataset_within_batch", "--drop_threshold", "5"], ["--drop_threshold 5", "without --small_threshold"]),
+        (["--small_threshold", "-1"], ["--small_threshold is -1"]),
+        (["--additional_special_tokens", "<a>", " "], ["--additional_special_tokens holds an empty token"]),
+        (["--use_slow_tokenizer", "True"], ["--use_slow_tokenizer is refused"]),
+        (["--shuffle_ratio", "0.1"], ["--shuffle_ratio is refused"]),
         (["--false_negative_margin_type", "relative"], ["--false_negative_margin_type", "no effect"]),
         (["--false_negative_margin", "nan"], ["--false_negative_margin is nan", "finite"]),
         (["--learnable_temperature", "--normalize_embeddings", "False"], ["--learnable_temperature", "--normalize_embed"]),
@@ -327,7 +339,7 @@ def test_build_checks_like_the_command_line():
 def test_describe_and_changed():
     """The start-up summary shows every setting in effect, and apart those that differ from the default."""
     args = ok(FinetuneArguments, "--bf16", "--seed", 42, "--normlized", "False", "--local_rank", 1)
-    assert dict(describe(args)).keys() == fields_of(FinetuneArguments).keys() - {"local_rank"}
+    assert dict(describe(args)).keys() == fields_of(FinetuneArguments).keys() - {"local_rank", "token"}
     assert changed(args) == [("bf16", True, False), ("temperature", 1.0, 0.02), ("normalize_embeddings", False, True)]
 
 
@@ -430,3 +442,43 @@ def test_parsing_loads_nothing_heavy():
     root = Path(bge_ds.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_instruction_becomes_what_stands_before_the_text():
+    """That is what is trained and saved as the prompt; a line's own prompt is joined by the same format."""
+    flags = ["--query_instruction_for_retrieval", "Find it.", "--query_instruction_format", r"<i>{}\n<q>{}"]
+    flags += ["--passage_instruction_for_retrieval", "p: "]
+    args = ok(FinetuneArguments, *flags)
+    assert args.query_instruction_for_retrieval == "<i>Find it.\n<q>" and args.passage_instruction_for_retrieval == "p: "
+    assert before(args.query_instruction_format, "x{}") == "<i>x{}\n<q>"
+    assert ok(FinetuneArguments, "--query_instruction_format", "{}-{}").query_instruction_for_retrieval is None
+
+
+def test_a_token_is_for_the_hub_alone(monkeypatch, tmp_path):
+    """It reaches whatever fetches or uploads through the environment, and no summary, repr or list of settings."""
+    monkeypatch.setenv("HF_TOKEN", "before")
+    args = FinetuneArguments.build(output_dir=str(tmp_path / "o"), train_data="d", model_name_or_path="m", token="hf_secret")
+    setup.set_up(args)
+    assert huggingface_hub.get_token() == "hf_secret"
+    assert "hf_secret" not in f"{args!r}{describe(args)}{changed(args)}"
+
+
+def test_what_scripts_of_flagembedding_spell_out_is_accepted():
+    """Off by name, or what happens anyway; what does nothing is said."""
+    words = ["--trust_remote_code", "False", "--use_fast_tokenizer", "True", "--use_slow_tokenizer", "False"]
+    words += [
+        "--save_merged_lora_model",
+        "True",
+        "--only_merge_lora_model",
+        "False",
+        "--peft_model_path",
+        "",
+        "--use_flash_attn",
+    ]
+    words += ["--shuffle_ratio", "0.0", "--small_threshold", "0", "--drop_threshold", "0", "--pad_to_multiple_of", "8"]
+    words += ["--kd_loss_type", "m3_kd_loss", "--knowledge_distillation", "False", "--cache_path", "~/c"]
+    args = ok(FinetuneArguments, *words)
+    assert args.cache_path == str(Path("~/c").expanduser())
+    first, second = args.without_effect()
+    assert first.startswith("--pad_to_multiple_of 8 has no effect") and "--kd_loss_type m3_kd_loss" in second
+    assert ok(FinetuneArguments).without_effect() == []

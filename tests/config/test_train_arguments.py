@@ -102,7 +102,7 @@ def test_every_setting_is_read_somewhere(cls):
     constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     read |= {value for value in constants if isinstance(value, str)}
     elsewhere = {"save_steps", "local_rank"}  # through save_every; launchers set LOCAL_RANK to the same
-    by_check = {"greater_is_better", "hub_strategy"} | (
+    by_check = {"greater_is_better", "hub_strategy", "pad_to_multiple_of"} | (
         {"average_tokens_across_devices", "use_mrl"} if cls is FinetuneArguments else set()
     )
     unread = fields_of(cls).keys() - read - elsewhere - by_check

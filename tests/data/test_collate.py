@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, choose_groups
+from bge_ds.data.collate import ContrastiveBatch, PretrainBatch, choose_groups, shorten
 from bge_ds.data.sampling.sampler import mix64
 from bge_ds.kernels.packed import pack
 
@@ -84,13 +84,23 @@ def test_draws_are_uniform_and_change_with_the_epoch(what):
     assert 0.1 < (values[0] == values[1]).mean() < 0.4
 
 
+def test_types_shorten_groups():
+    """one negative of only_1neg; of symmetric_class each negative at most once; of others what was drawn."""
+    negatives_B = np.array([9, 9, 3, 9, 3, 0])
+    drawn_BN = choose_groups(np.ones(6, int), negatives_B, 5, 0, np.zeros(6, int), np.arange(6))[1]
+    types = ["only_1neg", "symmetric_class", "symmetric_class", None, "normal", "only_1neg"]
+    short_BN = shorten(drawn_BN, negatives_B, types)
+    assert short_BN[0].tolist() == [drawn_BN[0, 0], -1, -1, -1] and short_BN[2].tolist() == [0, 1, 2, -1]
+    assert np.array_equal(short_BN[[1, 3, 4, 5]], drawn_BN[[1, 3, 4, 5]]) and (drawn_BN[0] >= 0).all()
+
+
 def contrastive_batch(vocab_size: int) -> ContrastiveBatch:
     texts, _ = pack(helpers.random_texts([5, 70, 3, 3], vocab_size=vocab_size))
     hashes = torch.tensor([-(2**63), 2**63 - 1])
     return ContrastiveBatch(
         texts=texts, queries=2, own_BG=torch.tensor([[0, -1], [1, -1]]), hashes_P=hashes, known_BK=hashes[:, None],
         own_only_B=torch.tensor([True, False]), rows_B=torch.tensor([7, 2**40]),
-        teacher_BG=torch.tensor([[0.5, 0.0], [-1.0, 0.0]]),
+        teacher_BG=torch.tensor([[0.5, 0.0], [-1.0, 0.0]]), taught_B=torch.tensor([True, False]),
     )  # fmt: skip
 
 

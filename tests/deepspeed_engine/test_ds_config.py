@@ -48,6 +48,19 @@ def test_a_users_file_for_the_old_trainer(tmp_path):
     assert merged["zero_optimization"]["reduce_bucket_size"] == 5e8  # the user's own word
 
 
+def test_loss_scaling_of_bf16_is_left_out_and_said(tmp_path):
+    """FlagEmbedding's ds_stage1.json has it in both sections, and DeepSpeed refuses it in the one whose loss is not scaled."""
+    scaling = {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 10, "hysteresis": 2}
+    path, said = tmp_path / "ds.json", []
+    path.write_text(json.dumps({"bf16": {**scaling, "immediate_grad_update": True}, "fp16": scaling}))
+    merged = merge_config(*read_config(str(path)), values(precision="bf16"), say=said.append)
+    assert merged["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    (line,) = said
+    assert str(path) in line and line.endswith("loss_scale, initial_scale_power, hysteresis")
+    half = merge_config(*read_config(str(path)), values(precision="fp16"), say=said.append)
+    assert half["fp16"] == scaling | {"enabled": True} and len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -7,7 +7,16 @@ import json
 import helpers
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 
 def test_values_are_those_of_whole_loading(tmp_path):
@@ -30,6 +39,8 @@ def test_training_is_that_of_whole_loading(tmp_path):
     """Fine-tuning (all weights, or adapters) and pre-training: losses, gradient norms and saved weights, to the last bit."""
     helpers.make_model("bert", tmp_path / "model", dropout=0.1)
     helpers.make_tokenizer("wordpiece", tmp_path / "model")
+    tokens = len(AutoTokenizer.from_pretrained(helpers.make_tokenizer("bytes", tmp_path / "tight")))
+    helpers.make_model("bert", tmp_path / "tight", dropout=0.1, vocab_size=tokens)  # no row to spare for a new token
     texts = [" ".join(helpers.SENTENCES[i % 6].split()[: 2 + i]) for i in range(8)]
     groups = [{"query": t[:15], "pos": [t], "neg": texts[:i] + texts[i + 1 :]} for i, t in enumerate(texts)]
     (tmp_path / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
@@ -44,6 +55,12 @@ def test_training_is_that_of_whole_loading(tmp_path):
         "fp32": groups,
         "bf16": {**groups, "bf16": True},
         "lora": {**groups, "use_lora": True, "lora_rank": 4, "bf16": True},
+        "tokens": {
+            **groups,
+            "model_name_or_path": str(tmp_path / "tight"),
+            "additional_special_tokens": ["<a>", "<b>"],
+            "query_instruction_for_retrieval": "<a>",
+        },
         "pretrain": {"train_data": str(tmp_path / "texts.jsonl"), "max_seq_length": 40, "bf16": True},
     }
     runs = [
@@ -61,6 +78,10 @@ def test_training_is_that_of_whole_loading(tmp_path):
         file = "encoder_model/model.safetensors" if case == "pretrain" else "model.safetensors"
         a, b = load_file(whole / file), load_file(sharded / file)
         assert a.keys() == b.keys()
+        if case == "tokens":
+            rows, tokenizer = a["embeddings.word_embeddings.weight"], AutoTokenizer.from_pretrained(sharded)
+            assert len(rows) == AutoConfig.from_pretrained(sharded).vocab_size == len(tokenizer)
+            assert tokenizer.tokenize("<a>the")[0] == "<a>" and not torch.equal(rows[-1], rows[-2])
         assert all(torch.equal(a[k], b[k]) for k in a if "pooler" not in k), case  # the file has none: it starts random
 
 

@@ -49,6 +49,10 @@ CASES = {
     "own_only_set": {**CROSS, "bidirectional": True, "sub_batch_size": 5},
     # Some groups have no negatives: the ranks bring different numbers of passages, and one runs out of texts to cut.
     "bare_groups": {**CROSS, "bidirectional": True, "sub_batch_size": 1},
+    # The same groups, and some without a teacher's scores: a rank's share of distilled ones differs from another's.
+    "bare_kl_div": {**CROSS, "knowledge_distillation": True, "sub_batch_size": 5},
+    "bare_m3": {**CROSS, "knowledge_distillation": True, "kd_loss_type": "m3_kd_loss", "sub_batch_tokens": 40},
+    "bare_margin_mse": {**CROSS, "knowledge_distillation": True, "kd_loss_type": "margin_mse"},
 }
 
 
@@ -68,6 +72,7 @@ def data(tmp_path_factory, tiny_bert_path):
     for group in groups:
         group |= {f"{side}_scores": rng.normal(size=len(group[side])).round(3).tolist() for side in ("pos", "neg")}
     bare = [g | ({"neg": [], "neg_scores": []} if i % 5 in (1, 2) else {}) for i, g in enumerate(groups)]
+    bare = [g | ({"pos_scores": None, "neg_scores": None} if i % 4 in (1, 3) else {}) for i, g in enumerate(bare)]
     for name, lines in (("groups", groups), ("bare", bare)):
         (base / f"{name}.jsonl").write_text("".join(json.dumps(g) + "\n" for g in lines))
     (base / "texts.jsonl").write_text(
@@ -100,7 +105,7 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
         group_size=GROUP_SIZE,
         query_max_len=16,
         passage_max_len=40,
-        distill=case != "bare_groups",
+        distill=args.knowledge_distillation,
     )
     vectors = torch.nn.functional.normalize(pool(run_backbone(model.backbone, batch.texts), batch.texts, "mean"), dim=-1)
     vectors = vectors[batch.texts.place_N]
@@ -108,14 +113,18 @@ def contrastive_reference(model_path, folder, case: str, flags: dict, ranks: int
     own = [[c for c in row if c >= 0] for row in batch.own_BG.tolist()]
     known = [set(row) for row in batch.known_BK.tolist()]
     share = GROUPS // ranks
-    sees, own_only = None, ()
+    sees, own_only, teacher = None, (), None
+    if args.knowledge_distillation:
+        without = set() if batch.taught_B is None else set((~batch.taught_B).nonzero()[:, 0].tolist())
+        assert bool(without) == case.startswith("bare")
+        teacher = [None if b in without else row for b, row in enumerate(batch.teacher_BG)]
     if case == "own_rank":
         sees = [set(range(b // share * share * GROUP_SIZE, (b // share + 1) * share * GROUP_SIZE)) for b in range(GROUPS)]
     if case == "own_only_set":
         own_only = {b for b in range(GROUPS) if rows[b] < 5}
     loss, _, by_content, by_margin = reference_loss(
         vectors[:GROUPS], vectors[GROUPS:], own, batch.hashes_P.tolist(), known, log_scale.exp()[0],
-        contrastive.objective_of(args), teacher=batch.teacher_BG, sees=sees, own_only=own_only,
+        contrastive.objective_of(args), teacher=teacher, sees=sees, own_only=own_only,
     )  # fmt: skip
     # The case must hold a false negative, or hiding them would be tested by nothing.
     assert by_content > 0 if case == "cross_device" else by_content == 0 if case == "unmasked" else True
@@ -164,7 +173,7 @@ def test_ranks_and_pieces_give_one_process_gradients(tmp_path, tiny_bert_path, d
             options = {k: flags[k] for k in ("objective", "bow_loss_weight") if k in flags}
             expected = pretrain_reference(tiny_bert_path, data[2], flags.get("per_device_train_tokens"), **options)
         else:
-            expected = contrastive_reference(tiny_bert_path, data[case == "bare_groups"], case, flags, ranks)
+            expected = contrastive_reference(tiny_bert_path, data[case.startswith("bare")], case, flags, ranks)
         found = np.load(tmp_path / f"{case}.npz")
         assert set(found.files) == set(expected), case
         largest = max(np.abs(g).max() for g in expected.values())

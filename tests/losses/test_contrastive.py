@@ -70,12 +70,16 @@ def listed(known, queries):
     return torch.tensor([row + row[:1] * (longest - len(row)) for row in rows])
 
 
+def taught(found):
+    return [None if found.taught_B is not None and not found.taught_B[b] else row for b, row in enumerate(found.teacher_BG)]
+
+
 def both(q, found, scale, objective):
     own = [[c for c in row if c >= 0] for row in found.own_BG.tolist()]
     known = [set(row) for row in found.known_BK.tolist()]
     expected = reference_loss(
         q, found.p_PD, own, found.hashes_P.tolist(), known, scale, objective,
-        teacher=found.teacher_BG, own_only=set(found.own_only_B.nonzero().squeeze(-1).tolist()),
+        teacher=taught(found), own_only=set(found.own_only_B.nonzero().squeeze(-1).tolist()),
     )  # fmt: skip
     return contrastive.loss(q, scale, found, objective), expected
 
@@ -113,6 +117,26 @@ def test_odd_shapes(queries, group, short):
         assert [int(ours.negatives), int(ours.by_content), int(ours.by_margin)] == counts
         for a, b in zip(*(torch.autograd.grad(x, (q, found.p_PD)) for x in (ours.loss, expected)), strict=True):
             assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", contrastive.DISTILLATIONS)
+@pytest.mark.parametrize("short", [False, True])
+def test_queries_without_a_teacher_have_the_plain_loss(kind, short):
+    """Beside others, in any order: distilled ones by what is in their group, the others by contrast, gradients without NaN."""
+    q, found = problem(5, 3, short=short)
+    found.taught_B = torch.tensor([True, False, True, False, True])
+    found.own_only_B[0] = found.own_only_B[1] = True
+    found.teacher_BG = found.teacher_BG * found.taught_B[:, None]
+    for objective in (ContrastiveSettings(distillation=kind), ContrastiveSettings(distillation=kind, bidirectional=True)):
+        ours, (expected, *_) = both(q, found, 5.0, objective)
+        assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        for a, b in zip(*(torch.autograd.grad(x, (q, found.p_PD)) for x in (ours.loss, expected)), strict=True):
+            assert (a - b).abs().max() < 1e-12
+    alone, found.taught_B = found.taught_B, torch.zeros(5, dtype=torch.bool)
+    plain = contrastive.loss(q, 5.0, found, ContrastiveSettings()).loss
+    assert contrastive.loss(q, 5.0, found, ContrastiveSettings(distillation=kind)).loss == plain
+    found.taught_B = alone
+    assert contrastive.loss(q, 5.0, found, ContrastiveSettings(distillation=kind)).loss != plain
 
 
 def test_duplicate_passages():

@@ -103,14 +103,14 @@ def gradients_of(case: str, flags: dict, stage: str, model_path: str, data_path:
     if "pretrain" in case:
         backward_pretrain(engine, args, parts, accumulation)
     else:
-        backward_finetune(engine, args, parts, accumulation, case != "bare_groups")
+        backward_finetune(engine, args, parts, accumulation, not case.startswith("bare"))
     return gradients(engine)
 
 
 def main(model: str, whole: str, bare: str, texts: str, out: str, stage: str, cases: str) -> None:
     engines.start(use_cpu=True)
     for case, flags in json.loads(cases).items():
-        data = texts if "pretrain" in case else bare if case == "bare_groups" else whole
+        data = texts if "pretrain" in case else bare if case.startswith("bare") else whole
         found = gradients_of(case, flags, stage, model, data)
         if collectives.rank() == 0:
             np.savez(f"{out}/{case}.npz", **found)

@@ -12,8 +12,10 @@ def main(runs: str) -> None:
     for command, flags in json.loads(runs):
         sharded = flags.pop("sharded")
 
-        def build(model, *args, sharded=sharded, **kwargs):
-            added = ("lora_", "decoder.")
+        # What is added, or enlarged by tokens, after the loading.
+        added = ("lora_", "decoder.", *(["word_embeddings"] if "additional_special_tokens" in flags else []))
+
+        def build(model, *args, sharded=sharded, added=added, **kwargs):
             loaded = [p for n, p in model.named_parameters() if not any(a in n for a in added)]
             assert all(hasattr(p, "ds_id") == sharded for p in loaded)
             return built(model, *args, **kwargs)

@@ -20,15 +20,26 @@ LENGTHS = np.random.default_rng(2).integers(5, 60, 400)
 
 
 class Data:
-    """What an order asks of opened shards: folders (each with files of so many rows) and lengths."""
+    """What an order asks of opened shards: folders (each with files of so many rows), lengths, the `type` of a file's lines."""
 
-    def __init__(self, *folders: tuple[int, ...], skipped: int | None = None):
+    def __init__(self, *folders: tuple[int, ...], skipped: int | None = None, types: tuple[str | None, ...] = ()):
         self.folders, sources, first = [Path(f"f{k}") for k in range(len(folders))], [], 0
         for k, name in ((k, f"f{k}/{n}.jsonl") for k, sizes in enumerate(folders) for n in range(len(sizes))):
             size = folders[k][int(Path(name).stem)]
             sources.append(SourceEntry(path=name, rows=(first, first + size), folder=k, skipped=skipped))
             first += size
         self.manifest = SimpleNamespace(sources=sources, counts={"skipped": skipped or 0})
+
+        self.types = dict(zip((source.rows for source in sources), types, strict=False))
+
+    def notes(self, row):
+        return next((of for (first, end), of in self.types.items() if first <= row < end), None), None
+
+    def distinct(self, column):
+        return set(self.types.values()) - {None}
+
+    def scored(self):
+        return [(0 if k == 1 else source.rows[1] - source.rows[0], 0) for k, source in enumerate(self.manifest.sources)]
 
     def lengths(self, rows_K, *longest):
         return LENGTHS[rows_K]
@@ -220,3 +231,72 @@ def test_the_table_says_what_is_taken_and_dropped():
     lines = data_order.table(plain, DATA, data_order.make_order(plain, DATA), 31).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["f0/0.jsonl", "f0/1.jsonl", "f1/0.jsonl"]
     assert lines[1].split()[:4] == ["100", "-", f"{100 / 310:.2%}", f"{31 * 8 / 310:.2f}"]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_steps_of_a_symmetric_set_have_half_the_texts(weighted):
+    """Every text once an epoch all the same; with weights, the shares are still those of texts; ranks cut equal parts."""
+    entries = ("f0=1", "f1=1") if weighted else TWO
+    data = Data((96,), (160,), types=("normal", "symmetric_sts"))
+    args = arguments(*entries, same_dataset_within_batch=True, num_train_epochs=2)
+    order = data_order.make_order(args, data)
+    steps = StepPlan.make(args, order).total
+    rows = [order.step_rows(step)[1] for step in range(steps)]
+    assert {(len(of), bool((of >= 96).all())) for of in rows} == {(8, False), (4, True)}
+    counts = np.bincount(np.concatenate(rows), minlength=256)
+    if weighted:
+        assert abs(counts[:96].sum() - counts[96:].sum()) <= 2 * 8  # a cycle's places are right within a few
+    else:
+        assert steps == 2 * (12 + 40) and (counts == 2).all() and order.epochs(steps) == 2
+    for step in range(3):
+        parts = [order.micro_batches(step, 1, rank, 2)[0][1] for rank in range(2)]
+        assert np.array_equal(np.concatenate(parts), rows[step]) and len(parts[0]) == len(parts[1])
+    table = data_order.table(args, data, order, steps)
+    assert "f1/0.jsonl, 4 a step" in table and "f0/0.jsonl\n" in table
+    assert data_order.smallest_batch(args, data) == 4 and data_order.smallest_batch(arguments(*TWO), data) is None
+
+
+def test_types_mean_something_only_where_a_batch_is_of_one_set():
+    """A single file with a type may be asked for same_dataset_within_batch: its type then counts; otherwise it never does."""
+    single = Data((50,), types=("only_1neg",))
+    data_order.make_order(arguments("f0", same_dataset_within_batch=True), single)
+    symmetric = Data((96,), (160,), types=("symmetric_sts", "symmetric_sts"))
+    order = data_order.make_order(arguments("f0=1", "f1=1"), symmetric)
+    assert len(order.step_rows(0)[1]) == 8
+
+
+@pytest.mark.parametrize(
+    ("small", "drop", "sizes", "words"),
+    [
+        (0, 0, [40, 10, 20, 30], ""),
+        (25, 0, [40, 30, 30], "f0, 2 small files"),  # 10 and 20 together
+        (25, 31, [40, 30], "left out by --small_threshold or --drop_threshold: f0, 2 small files, 30 groups"),
+        (35, 20, [40, 30, 30], "f1, 1 small file"),
+    ],
+)
+def test_small_files_of_a_folder_are_one_set_or_left_out(small, drop, sizes, words):
+    """FlagEmbedding's thresholds, and the table says what they did; every group that is kept is seen once an epoch."""
+    data = Data((40, 10, 20), (30,))
+    args = arguments(*TWO, same_dataset_within_batch=True, small_threshold=small, drop_threshold=drop, num_train_epochs=1)
+    assert [of.kept for of in data_order.sets_of(args, data)] == sizes
+    order = data_order.make_order(args, data)
+    assert len(order) == sum(sizes) and words in data_order.table(args, data, order, 10)
+    if small == 25 and not drop:
+        assert any(((of >= 40) & (of < 50)).any() and (of >= 50).any() for _, of in map(order.step_rows, range(10)))
+
+
+def test_a_small_file_by_itself_is_left_out():
+    data = Data((40, 10))
+    data.folders = [Path("cache")]
+    args = arguments("f0/0.jsonl", "f0/1.jsonl", same_dataset_within_batch=True, small_threshold=25)
+    with pytest.raises(ValueError, match="is a single set"):
+        data_order.make_order(args, data)
+    with pytest.raises(ValueError, match="--small_threshold 50 leaves no set"):
+        data_order.sets_of(arguments("f0/0.jsonl", "f0/1.jsonl", same_dataset_within_batch=True, small_threshold=50), data)
+
+
+def test_the_table_says_which_sets_are_distilled():
+    data = Data((40,), (30,))
+    args = arguments(*TWO, knowledge_distillation=True)
+    lines = data_order.table(args, data, data_order.make_order(args, data), 10).splitlines()
+    assert lines[1].endswith("f0/0.jsonl, distilled") and lines[2].endswith("f1/0.jsonl, no scores: contrast alone")

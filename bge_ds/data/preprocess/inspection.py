@@ -13,6 +13,7 @@ import numpy as np
 
 from bge_ds.data import diagnosis
 from bge_ds.data.preprocess import validate
+from bge_ds.data.preprocess.instructions import PLAIN
 from bge_ds.data.preprocess.workers import SETTINGS
 from bge_ds.data.shards import shard_reader
 from bge_ds.data.shards.manifest_file import TABLES, Manifest
@@ -42,7 +43,7 @@ def inspect(folder: Path, sample: int = 3, histogram: Path | None = None, say: C
     say(f"{folder}: {kind} shards, schema version {manifest.schema_version}, by bge_ds {manifest.bge_ds_version}")
     say(f"tokenizer    {made.name}, {made.vocab_size:,} ids, fingerprint {made.fingerprint}")
     for name in SETTINGS[kind]:
-        if (value := getattr(manifest, name)) is not None:
+        if (value := getattr(manifest, name)) not in (None, PLAIN, False):
             say(f"{name}  {value!r}")
     say("counts       " + ", ".join(f"{value:,} {name}" for name, value in manifest.counts.items()))
     for line in shares(manifest):

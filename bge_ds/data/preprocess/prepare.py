@@ -15,9 +15,11 @@ import xxhash
 from bge_ds.data.files import PARTIAL
 from bge_ds.data.preprocess import input_files, validate, word_segmentation
 from bge_ds.data.preprocess.build import build
+from bge_ds.data.preprocess.instructions import PLAIN, SYMMETRIC
 from bge_ds.data.preprocess.workers import LENGTHS, SETTINGS, Job, PreprocessSettings
-from bge_ds.data.shards import digests, integrity, shard_reader
+from bge_ds.data.shards import digests, integrity
 from bge_ds.data.shards.manifest_file import MANIFEST, SCHEMA_VERSION, Manifest, read_manifest
+from bge_ds.data.shards.shard_reader import open_folder
 
 
 def make_settings(kind: str, on_error: str = "raise", **given: Any) -> PreprocessSettings:
@@ -126,7 +128,7 @@ def _build_once(folder: Path, inputs: list[input_files.Source], job: Job, say: C
     try:
         if folder.exists():
             with contextlib.suppress(ValueError):  # damaged since: made anew
-                shard_reader.open_folder(folder)
+                open_folder(folder)
                 integrity.check_hashes(folder, folder.parent)
                 say(f"using the cache {folder}")
                 return folder
@@ -161,15 +163,28 @@ def check_fits(folder: Path, settings: PreprocessSettings, core: validate.Tokeni
                     f"{name} {value} is longer than the {held} that {folder} was cut to: give {name} {held} or less, or "
                     f"{_remedy(manifest, settings, core)}"
                 )
-        elif value != held:
+        elif value != held and (name != "query_instruction_format" or open_folder(folder).distinct("prompt")):
             raise ValueError(
                 f"{name} {value!r} differs from the {held!r} in {folder}: leave the flag out, or "
                 f"{_remedy(manifest, settings, core)}"
             )
 
+    if manifest.kind == "finetune" and manifest.passages_by_type != settings.passages_by_type:
+        _check_types(folder, settings, _remedy(manifest, settings, core))
+
+
+def _check_types(folder: Path, settings: PreprocessSettings, remedy: str) -> None:
+    """Raises ValueError where passages begin, or do not begin, with the instruction of their query against the run's wish."""
+    if types := sorted(open_folder(folder).distinct("type") & set(SYMMETRIC)):
+        wanted, held = ("must", "do not") if settings.passages_by_type else ("must not", "do")
+        raise ValueError(
+            f"{folder} holds groups of type {types[0]}, whose passages {wanted} begin with the instruction of their query "
+            f"(they {wanted.replace('must', 'do')} with --same_dataset_within_batch), and here {held}: {remedy}"
+        )
+
 
 def _remedy(manifest: Manifest, settings: PreprocessSettings, core: validate.TokenizerCore) -> str:
-    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.named().items() if value]
+    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.named().items() if value and value != PLAIN]
     inputs = " ".join(shlex.quote(source.path) for source in manifest.sources[:3])
     inputs = inputs if len(manifest.sources) <= 3 and manifest.kind == settings.kind else "PATH..."
     start = f"python -m bge_ds.preprocess {settings.kind} --input {inputs} --output NEW_FOLDER --tokenizer"

@@ -56,6 +56,22 @@ def load_tokenizer(name_or_path: str | Path, cache_dir: str | None = None, only_
     return tokenizer
 
 
+def add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    """Tokens that a tokenizer is to know beside its own; those that it knows get no second id.
+
+    Raises ValueError for a tokenizer whose ids have gaps: its core counts tokens, and gives a new one the id of another."""
+    if not tokens:
+        return
+    known = tokenizer.get_vocab()
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, False)  # False: none that it has are replaced
+    new = set(tokens) - known.keys()
+    if taken := sorted(new_id for new_id in map(tokenizer.convert_tokens_to_ids, new) if new_id <= max(known.values())):
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path}: its ids have gaps, and a new token would have that of another ({taken[0]}): "
+            "leave --additional_special_tokens out, or use tokens that it has"
+        )
+
+
 @contextlib.contextmanager
 def _torch_hidden() -> Iterator[None]:
     """Within it torch is not installed; transformers, which is made to work so, finds no models from then on.

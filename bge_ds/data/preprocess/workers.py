@@ -23,6 +23,7 @@ import xxhash
 
 from bge_ds.data.preprocess import corpus_index, validate, word_segmentation
 from bge_ds.data.preprocess.input_files import Block
+from bge_ds.data.preprocess.instructions import PLAIN, SYMMETRIC, before, is_format
 from bge_ds.data.preprocess.rows import BlockRows, GroupRows, PassageRows, TextRows
 from bge_ds.data.ragged import RaggedArrays
 from bge_ds.data.shards import shard_reader
@@ -35,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "passage_max_len": 128,
         "query_instruction_for_retrieval": "",
         "passage_instruction_for_retrieval": "",
+        "query_instruction_format": PLAIN,
+        "passages_by_type": False,
     },
 }
 LENGTHS = ("max_seq_length", "query_max_len", "passage_max_len")
@@ -53,6 +56,8 @@ class PreprocessSettings:
     passage_max_len: int = 0
     query_instruction_for_retrieval: str = ""  # put before each query as it is
     passage_instruction_for_retrieval: str = ""
+    query_instruction_format: str = PLAIN  # how a line's own `prompt` is joined with its query
+    passages_by_type: bool = False  # passages of lines of a SYMMETRIC type begin as their query does
     word_segmenter: str = word_segmentation.NONE  # of pretrain: a name of `word_segmentation.SEGMENTERS`
     columns: tuple[tuple[str, str], ...] = ()  # (field, its name in the input)
     stage: str = "rows"  # "corpus": the lines are a corpus's passages; "by_id": groups that name those
@@ -76,10 +81,12 @@ class PreprocessSettings:
         return {name: getattr(self, name) for name in SETTINGS[self.kind]}
 
     def check(self, encoder: validate.BatchTokenizer) -> None:
-        """Raises ValueError for a length that leaves no room for text."""
+        """Raises ValueError for a length that leaves no room for text, and for a format that does not end in it."""
         if self.kind == "pretrain":
             encoder.check_room(self.max_seq_length, "max_seq_length")
         else:
+            if not is_format(form := self.query_instruction_format):
+                raise ValueError(f"query_instruction_format {form!r} must hold {{}} twice, the second time at its end")
             encoder.check_room(self.query_max_len, "query_max_len", self.query_instruction_for_retrieval)
             encoder.check_room(self.passage_max_len, "passage_max_len", self.passage_instruction_for_retrieval)
 
@@ -125,34 +132,61 @@ class Worker:
 
     def _groups(self, records: list[dict[str, Any]]) -> tuple[GroupRows, np.ndarray, dict[int, str]]:
         """As `_texts`, of groups that hold texts. Passages that an earlier block of the segment had are sent as hashes."""
-        passages = (text for record in records for name in ("pos", "neg") for text in record[name])
-        keys = {text: xxhash.xxh3_128_digest(text.encode()) for text in passages}
-        new = [text for text, key in keys.items() if key not in self.seen]
-        made = self.encoder.encode(new, self.settings.passage_max_len, self.settings.passage_instruction_for_retrieval)
-        place = {keys[text]: i for i, text in enumerate(new)}
+        passages = [
+            (text, prefix)
+            for record, prefix in zip(records, map(self._passage_prefix, records), strict=True)
+            for name in ("pos", "neg")
+            for text in record[name]
+        ]
+        keys = {passage: self._key(*passage) for passage in passages}
+        new = [passage for passage, key in keys.items() if key not in self.seen]
+        made = self.encoder.encode([text for text, _ in new], self.settings.passage_max_len, [prefix for _, prefix in new])
+        place = {keys[passage]: i for i, passage in enumerate(new)}
         named: dict[bytes, int] = {}  # the passages of good lines, numbered as they come
 
         def refs(record: dict[str, Any]) -> list[list[int]]:
+            prefix = self._passage_prefix(record)
             for name in ("pos", "neg"):
                 for i, text in enumerate(record[name]):
-                    if (at := place.get(keys[text])) is not None and not made.ids.lengths[at]:
+                    if (at := place.get(keys[text, prefix])) is not None and not made.ids.lengths[at]:
                         raise ValueError(EMPTY.format(f'"{name}"[{i}]'))
-            return [[named.setdefault(keys[text], len(named)) for text in record[name]] for name in ("pos", "neg")]
+            return [[named.setdefault(keys[text, prefix], len(named)) for text in record[name]] for name in ("pos", "neg")]
 
         rows, cuts, reasons = self._with_queries(records, refs)
         rows.keys, rows.sent = list(named), np.array([key in place for key in named], bool)
         sent = np.array([place[key] for key in named if key in place], np.int64)
-        rows.passages = PassageRows(self._ids(made, sent), _hashes([new[i] for i in sent.tolist()]))
+        rows.passages = PassageRows(self._ids(made, sent), _hashes([new[i][0] for i in sent.tolist()]))
         rows.passage_cuts = made.cuts[sent]
         self.seen.update(named)
         if len(self.seen) > SEEN_LIMIT:
             self.seen.clear()
         return rows, cuts, reasons
 
+    def _key(self, text: str, prefix: str) -> bytes:
+        """Tells the passages of a segment apart: by their text, and by what stands before it where that is not the usual."""
+        if prefix != self.settings.passage_instruction_for_retrieval:
+            text = f"{prefix}\0{text}"
+        return xxhash.xxh3_128_digest(text.encode())
+
+    def _query_prefix(self, record: dict[str, Any]) -> str:
+        if record.get("prompt") is None:
+            return self.settings.query_instruction_for_retrieval
+        return before(self.settings.query_instruction_format, record["prompt"])
+
+    def _passage_prefix(self, record: dict[str, Any]) -> str:
+        if self.settings.passages_by_type and record.get("type") in SYMMETRIC:
+            return self._query_prefix(record)
+        return self.settings.passage_instruction_for_retrieval
+
     def _groups_by_id(self, records: list[dict[str, Any]]) -> tuple[GroupRows, np.ndarray, dict[int, str]]:
         """As `_groups`, of groups that name passages of the corpus."""
 
         def refs(record: dict[str, Any]) -> list[np.ndarray]:
+            if self.settings.passages_by_type and record.get("type") in SYMMETRIC:
+                raise ValueError(
+                    f'"type" {record["type"]} puts the query\'s instruction before passages, and those of a corpus are there '
+                    "already: give such lines with their texts"
+                )
             ids, positives = [*record["pos_ids"], *record["neg_ids"]], len(record["pos_ids"])
             found = self.index.rows(ids)
             if (found < 0).any():
@@ -165,14 +199,15 @@ class Worker:
 
     def _with_queries(self, records: list[dict[str, Any]], refs: Callable) -> tuple[GroupRows, np.ndarray, dict[int, str]]:
         """Groups; refs: a record -> numbers of its positives and negatives, or a ValueError."""
-        length, default = self.settings.query_max_len, self.settings.query_instruction_for_retrieval
-        before = [default if record.get("prompt") is None else record["prompt"] for record in records]
-        queries = self.encoder.encode([record["query"] for record in records], length, before)
+        length, prefixes = self.settings.query_max_len, list(map(self._query_prefix, records))
+        queries = self.encoder.encode([record["query"] for record in records], length, prefixes)
         groups, good, reasons = [], [], {}
         for i, record in enumerate(records):
             try:
-                if prompt := record.get("prompt"):
-                    self.encoder.check_room(length, '"prompt": query_max_len', prompt)
+                if record.get("prompt"):
+                    self.encoder.check_room(length, '"prompt": query_max_len', prefixes[i])
+                if (prefix := self._passage_prefix(record)) != self.settings.passage_instruction_for_retrieval:
+                    self.encoder.check_room(self.settings.passage_max_len, '"prompt": passage_max_len', prefix)
                 if not queries.ids.lengths[i]:
                     raise ValueError(EMPTY.format('"query"'))
                 groups.append((*refs(record), *map(record.get, ("pos_scores", "neg_scores", "type", "prompt"))))

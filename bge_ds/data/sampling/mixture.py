@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -123,11 +124,11 @@ def counts_of(shares: list[float], size: int = CYCLE) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ByEpoch:
-    """Whole batches of one set each; every set once an epoch. sizes: texts of each set."""
+    """Whole batches of one set each; every set once an epoch. sizes: texts of each set. batches: of each one's, or all's."""
 
     seed: int
     sizes: tuple[int, ...]
-    global_batch: int
+    batches: int | tuple[int, ...]
     shuffle: bool = True
 
     def before_epoch(self, epoch: int) -> int:
@@ -135,12 +136,18 @@ class ByEpoch:
         return int(self._begun(epoch).sum())
 
     def _begun(self, epoch: int) -> np.ndarray:
-        return np.array(self.sizes, np.int64) * epoch // self.global_batch
+        return np.array(self.sizes, np.int64) * epoch // np.array(self.batches, np.int64)
+
+    @cached_property
+    def _rate(self) -> Fraction:
+        """Batches of an epoch, were none of them cut off at its end."""
+        batches = np.broadcast_to(self.batches, len(self.sizes)).tolist()
+        return sum((Fraction(size, batch) for size, batch in zip(self.sizes, batches, strict=True)), Fraction(0))
 
     def epoch_of(self, step: int) -> int:
         """The epoch that holds a batch. M sets begin at most M batches late, which bounds the search."""
-        low = step * self.global_batch // sum(self.sizes)
-        high = (step + len(self.sizes) + 1) * self.global_batch // sum(self.sizes) + 1
+        low = math.floor(step / self._rate)
+        high = math.floor((step + len(self.sizes) + 1) / self._rate) + 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.before_epoch(middle) <= step else (low, middle)
@@ -202,7 +209,7 @@ class MixtureSampler(Sampler):
 class SameDatasetBatchSampler(Sampler):
     """Global batches of one set each, the same set on all ranks and in all accumulation steps.
 
-    sets: samplers with batches of `global_batch` texts. turns: whose batch a step takes, by epoch or by weight.
+    sets: samplers with batches of `global_batch` texts, or fewer. turns: whose batch a step takes, by epoch or by weight.
     """
 
     seed: int
@@ -213,6 +220,17 @@ class SameDatasetBatchSampler(Sampler):
     def __len__(self) -> int:
         return sum(len(line) for line in self.sets)
 
+    @cached_property
+    def batches(self) -> np.ndarray:
+        """Texts of a batch of each set."""
+        return np.array([line.global_batch for line in self.sets], np.int64)
+
+    @cached_property
+    def _mean_batch(self) -> float:
+        """Texts of a step, by weight."""
+        counts = self.turns.counts if isinstance(self.turns, ByWeight) else ()
+        return sum(n * size for n, size in zip(counts, self.batches.tolist(), strict=True)) / sum(counts)
+
     def step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs_G, rows_G) of one optimizer step; each text's epoch is that of its set."""
         sets_1, turns_1 = self.turns.at(step, step + 1)
@@ -221,7 +239,7 @@ class SameDatasetBatchSampler(Sampler):
     def filled_steps(self, epochs: float) -> float:
         """Optimizer steps of `epochs`: by epoch whole batches, of an epoch's fraction that share."""
         if isinstance(self.turns, ByWeight):
-            return super().filled_steps(epochs)
+            return len(self) * epochs / self._mean_batch
         whole = math.floor(epochs + 1e-9)
         begun = self.turns.before_epoch(whole)
         return begun + max(0.0, epochs - whole) * (self.turns.before_epoch(whole + 1) - begun)
@@ -229,11 +247,11 @@ class SameDatasetBatchSampler(Sampler):
     def epochs(self, steps: int) -> float:
         """How many epochs the first `steps` steps walk through."""
         if isinstance(self.turns, ByWeight):
-            return super().epochs(steps)
+            return steps * self._mean_batch / len(self)
         epoch = self.turns.epoch_of(steps)
         begun = self.turns.before_epoch(epoch)
         return epoch + (steps - begun) / (self.turns.before_epoch(epoch + 1) - begun)
 
     def texts_of_sets(self, texts: int) -> np.ndarray:
-        """How many texts of each set the first `texts`, of whole batches, are."""
-        return self.turns.before(texts // self.global_batch) * self.global_batch
+        """How many texts of each set there are in so many steps as `texts` would be, were all batches of `global_batch`."""
+        return self.turns.before(texts // self.global_batch) * self.batches

@@ -118,7 +118,7 @@ class Sampler:
     def micro_batches(self, step: int, accumulation: int, rank: int, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(epochs_N, rows_N) of each accumulation step of one rank in one optimizer step."""
         epochs, rows = self.step_rows(step)
-        return [(epochs[part], rows[part]) for part in rank_slice(self.global_batch, accumulation, rank, world)]
+        return [(epochs[part], rows[part]) for part in rank_slice(len(rows), accumulation, rank, world)]
 
     def filled_steps(self, epochs: float) -> float:
         """Optimizer steps that the texts of `epochs` (may be a fraction) fill: a fraction in general."""

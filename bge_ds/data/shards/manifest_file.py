@@ -60,7 +60,9 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a run is told; the lengths and instructions of the other kind are None."""
+    """What a run is told; the lengths and instructions of the other kind are None.
+
+    An instruction is all that stands before each text."""
 
     kind: str
     bge_ds_version: str = ""
@@ -70,6 +72,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     passage_max_len: Count | None = None
     query_instruction_for_retrieval: str | None = None
     passage_instruction_for_retrieval: str | None = None
+    query_instruction_format: str = "{}{}"  # by which a line's own prompt was joined with its query
+    passages_by_type: bool = False  # passages of lines of symmetric types begin as their query does
     word_segmenter: str | None = None
     sample: Count | None = None  # lines of each input, of a quick look
 

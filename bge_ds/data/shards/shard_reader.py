@@ -211,17 +211,25 @@ class FinetuneShards(_Shards):
                 found |= set(held.unique().to_pylist()) if held.null_count < len(held) else set()
         return found - {None}
 
-    def first_without_scores(self) -> int | None:
-        """The first group that has no teacher's scores for its positives or its negatives; None: all groups have them."""
-        table = self._tables["groups"]
+    def scored(self) -> list[tuple[int, int | None]]:
+        """Of each input file: how many of its groups have a teacher's scores for all passages, and the first that has not."""
+        table, ends = self._tables["groups"], np.array([source.rows[1] for source in self.manifest.sources])
+        lacking: dict[int, list[int]] = {}
         for k, first in enumerate(table.starts.tolist()):
             shard = table.shard(k)
             for start, batch in zip(shard.starts_B.tolist(), shard.batches, strict=True):
                 columns = [batch.column(name) for name in ("pos_scores", "neg_scores")]
-                nulls = [column.is_null().to_numpy(zero_copy_only=False).argmax() for column in columns if column.null_count]
-                if nulls:
-                    return first + start + int(min(nulls))
-        return None
+                if not any(column.null_count for column in columns):
+                    continue
+                no_pos, no_neg = (column.is_null().to_numpy(zero_copy_only=False) for column in columns)
+                rows = np.flatnonzero(no_pos | (no_neg & (np.diff(batch.column("neg").offsets.to_numpy()) > 0))) + first + start
+                if len(rows):
+                    found = lacking.setdefault(int(np.searchsorted(ends, rows[0], side="right")), [0, int(rows[0])])
+                    found[0] += len(rows)
+        return [
+            (source.rows[1] - source.rows[0] - lacking.get(k, [0])[0], lacking[k][1] if k in lacking else None)
+            for k, source in enumerate(self.manifest.sources)
+        ]
 
     def passages(self, prows_K: np.ndarray) -> RaggedArrays:
         """Token ids of passages, special tokens included, copied."""

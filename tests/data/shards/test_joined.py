@@ -53,7 +53,7 @@ def test_groups_are_read_as_if_made_as_one(groups):
         asked = np.random.default_rng(0).integers(0, 12, 50)
         assert data.lengths(asked, 6, 9).tolist() == whole.lengths(asked, 6, 9).tolist()
         assert data.hashes(np.array([[data.num_passages - 1, 0]])).shape == (1, 2)
-        assert data.first_without_scores() == whole.first_without_scores() == 0
+        assert data.scored() == [(0, 0), (0, 5), (1, 6)] and whole.scored() == [(1, 0)]
     for wrong in (-1, 12):
         with pytest.raises(IndexError):
             data.group(wrong)
