@@ -30,6 +30,12 @@ def of_finetuning(
 ) -> list[str]:  # fmt: skip
     """Findings about shards, model, temperature, batch and --eval_data. negatives: that a query is compared with."""
     found = diagnosis.of_shards(data) + _of_model(args)
+    if args.sentence_pooling_method == "last_token" and not data.manifest.tokenizer.suffix_ids:
+        found.append(
+            "the tokenizer puts no token at the end of a text, so --sentence_pooling_method last_token takes the state of its "
+            "last word: save one that does, by AutoTokenizer.from_pretrained(MODEL, add_eos_token=True), and give its folder "
+            f"as --tokenizer_name ({PAGE}#end-token)"
+        )
     found += _of_loss(args.temperature, negatives) if args.normalize_embeddings else []
     for name, of in eval_sets.items():
         texts = [(args.query_instruction_for_retrieval or "") + text for text in of.queries.values()]

@@ -7,6 +7,8 @@ import random
 
 import helpers
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from bge_ds import preprocess
 from bge_ds.config.arguments import FinetuneArguments, PretrainArguments
@@ -120,6 +122,18 @@ def test_leakage_drowned_sets_and_a_model_used_otherwise_are_named(tmp_path, tok
     assert len(found) == 1 and "b.jsonl has less than 1% of the rows" in found[0], found
     found = findings(tmp_path / "c", tokenizer_path, {"a.jsonl": rows}, model=model_with_prompts(tmp_path / "model"))
     assert [line.rsplit("#", 1)[1] for line in found] == ["pooling)", "instructions)"], found
+
+
+def test_a_tokenizer_without_an_end_token_is_named(tmp_path, tokenizer_path):
+    """Where the last token is the vector; with an end token nothing is said."""
+    rows, pooling = [clean_group(i) for i in range(GROUPS)], {"sentence_pooling_method": "last_token"}
+    assert findings(tmp_path / "a", tokenizer_path, {"a.jsonl": rows}, **pooling) == []
+    endless = AutoTokenizer.from_pretrained(tokenizer_path)
+    endless.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    endless.save_pretrained(tmp_path / "endless")
+    (line,) = findings(tmp_path / "b", tmp_path / "endless", {"a.jsonl": rows}, **pooling)
+    assert line.endswith("#end-token)"), line
+    assert findings(tmp_path / "c", tmp_path / "endless", {"a.jsonl": rows}) == []  # [CLS]
 
 
 def test_pre_training_that_is_too_short_is_named(tmp_path, tokenizer_path):
