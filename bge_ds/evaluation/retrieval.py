@@ -29,19 +29,19 @@ VECTORS = "vectors"
 KEPT = 100  # the deepest cutoff among the measures
 BLOCK = 16384  # passages encoded and searched at a time
 TILE = 512  # queries scored against a block at a time: 32 MiB of fp32 scores, 64 MiB of keys
+_FEW = 1 / 16  # of a block's scores, above which all are sorted
 _ROW = (1 << 32) - 1  # the lower half of a key is this minus the row, so that the lower row has the larger key
 _TOKENIZED = 512  # texts handed to the tokenizer at a time
 NO_KEY = torch.iinfo(torch.int64).min  # below the key of every passage
 
 
-def keys_of(scores_QP: torch.Tensor, first_row: int) -> torch.Tensor:
-    """The keys of a block whose first passage has row `first_row`. NaN counts as the lowest score."""
+def keys_of(scores_QP: torch.Tensor, rows_P: torch.Tensor) -> torch.Tensor:
+    """The keys of passages with these rows. NaN counts as the lowest score."""
     # + 0.0 turns -0.0 into 0.0. The bits of positive floats are in order as integers; those of negative ones are inverted.
     scores_QP = torch.nan_to_num(scores_QP, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
     bits_QP = scores_QP.view(torch.int32)
     bits_QP = bits_QP ^ ((bits_QP >> 31) & 0x7FFFFFFF)
-    below_P = _ROW - torch.arange(first_row, first_row + scores_QP.shape[1], device=scores_QP.device)
-    return (bits_QP.long() << 32) + below_P
+    return (bits_QP.long() << 32) + (_ROW - rows_P)
 
 
 def from_keys(keys_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,12 +65,31 @@ def best_keys(
     best_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
     for first_row, block_PD in blocks:
         block_PD = block_PD.to(queries_QD.device)
+        rows_P = torch.arange(first_row, first_row + len(block_PD), device=queries_QD.device)
         with _exact_products():
             best_QK = torch.cat([
-                best_of(torch.cat([best, keys_of(tile_QD @ block_PD.T, first_row)], dim=1), kept)
+                _merged(best, tile_QD @ block_PD.T, rows_P, kept)
                 for tile_QD, best in zip(queries_QD.split(tile), best_QK.split(tile), strict=True)
             ])  # fmt: skip
     return best_QK
+
+
+def _merged(best_QK: torch.Tensor, scores_QP: torch.Tensor, rows_P: torch.Tensor, kept: int) -> torch.Tensor:
+    """The `kept` best of the keys so far and of a block's scores.
+
+    Once there are enough keys, few scores of a block reach the last of them: on a CPU these alone are sorted.
+    """
+    if scores_QP.device.type == "cpu" and scores_QP.numel() and best_QK.shape[1] == kept:
+        reaches_QP = scores_QP >= from_keys(best_QK[:, -1:])[0]
+        counts_Q = reaches_QP.sum(1)
+        most = int(counts_Q.max())
+        if most <= _FEW * scores_QP.shape[1]:
+            queries_H, columns_H = reaches_QP.nonzero(as_tuple=True)  # query by query
+            places_H = torch.arange(len(queries_H)) - (counts_Q.cumsum(0) - counts_Q)[queries_H]
+            keys_QH = best_QK.new_full((len(best_QK), most), NO_KEY)  # H: the scores that reach; here, of one query
+            keys_QH[queries_H, places_H] = keys_of(scores_QP[queries_H, columns_H], rows_P[columns_H])
+            return best_of(torch.cat([best_QK, keys_QH], dim=1), kept)
+    return best_of(torch.cat([best_QK, keys_of(scores_QP, rows_P)], dim=1), kept)
 
 
 @contextmanager
