@@ -200,6 +200,10 @@ class PackedPairs(Movable):
     second_N: torch.Tensor | None = None
 
     @property
+    def tokens(self) -> int:
+        return self.texts.tokens
+
+    @property
     def types_T(self) -> torch.Tensor | None:
         """int64 T: the type of each token, 0 or 1."""
         if self.second_N is None:

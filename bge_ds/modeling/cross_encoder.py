@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from bge_ds.kernels.packed import PackedPairs, PackedTexts, chunk_bounds, pack_pairs
 from bge_ds.modeling.encoder import ATTENTION, FAMILIES, load_backbone, load_config, packed_inputs, padded_inputs, pool
+from bge_ds.modeling.passes import run_pieces
 
 Kind = Literal["classifier", "decoder"]
 YES = "Yes"
@@ -106,20 +107,10 @@ class CrossEncoder(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         """Scores (fp32, on the CPU) of pairs given as `pack_pairs` takes them, at most batch_tokens tokens at a time.
 
-        The longest pairs are first, so that a lack of memory shows at once. tell: is told the pairs and tokens of each pass.
+        tell: see `run_pieces`.
         """
-        training = self.training
-        self.eval()
-        device = next(self.parameters()).device
         packed = pack_pairs(pairs, second)
-        pieces = packed.split(chunk_bounds(packed.texts.runs, None, batch_tokens))
-        scores = []
-        for piece in reversed(pieces):
-            scores.append(self(piece.to(device)))
-            if tell is not None:
-                tell(len(scores[-1]), piece.texts.tokens)
-        scores_N = torch.cat(scores[::-1])
-        self.train(training)
+        scores_N = run_pieces(self, packed.split(chunk_bounds(packed.texts.runs, None, batch_tokens)), tell)
         return scores_N.cpu()[packed.texts.place_N]
 
 

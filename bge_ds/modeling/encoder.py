@@ -33,6 +33,7 @@ from bge_ds.kernels.packed import PackedTexts, chunk_bounds, pack, split
 from bge_ds.kernels.segment_mean import segment_mean
 from bge_ds.kernels.triton_support import at_least_fp32
 from bge_ds.modeling.compilation import pad_to_bucket
+from bge_ds.modeling.passes import run_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -347,20 +348,10 @@ class Encoder(nn.Module):
     def encode_ids(self, ids: list, batch_tokens: int = 16384, tell: Callable[[int, int], None] | None = None) -> torch.Tensor:
         """Vectors (len(ids) x D, fp32, on the CPU) of texts given as token ids, at most batch_tokens tokens at a time.
 
-        The longest texts are first, so that a lack of memory shows at once. tell: is told the texts and tokens of each pass.
+        tell: see `run_pieces`.
         """
-        training = self.training
-        self.eval()
-        device = next(self.parameters()).device
         texts, _ = pack(ids)
-        pieces = split(texts, chunk_bounds(texts.runs, None, batch_tokens))
-        vectors = []
-        for piece in reversed(pieces):
-            vectors.append(self(piece.to(device)))
-            if tell is not None:
-                tell(len(vectors[-1]), piece.tokens)
-        vectors_ND = torch.cat(vectors[::-1])
-        self.train(training)
+        vectors_ND = run_pieces(self, split(texts, chunk_bounds(texts.runs, None, batch_tokens)), tell)
         return vectors_ND.cpu()[texts.place_N]  # one copy, since each one waits for the device
 
 
