@@ -17,8 +17,13 @@ def reference(scores_QP: np.ndarray, kept: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "hardly any", "not numbers"])
 @pytest.mark.parametrize("block", [7, 64, 500])
-def test_blocks_and_tiles_change_nothing(kind, block):
-    """Few of a later block's scores may reach the best, or all of them, or equal ones that must not win."""
+@pytest.mark.parametrize("few", [1 / 16, 1.0])
+def test_blocks_and_tiles_change_nothing(monkeypatch, kind, block, few):
+    """Few of a later block's scores may reach the best, or all of them, or equal ones that must not win.
+
+    few: 1.0: whatever their number, those alone are sorted.
+    """
+    monkeypatch.setattr(retrieval, "_FEW", few)
     rng = np.random.default_rng(0)
     # Whole numbers: products are exact, whatever the size of a block.
     passages, queries = ((100 * rng.standard_normal((n, 3))).round().astype(np.float32) for n in (500, 9))
