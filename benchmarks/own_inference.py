@@ -106,7 +106,7 @@ def cross_encoder(asked: dict) -> dict:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    torch.manual_seed(0)
+    torch.manual_seed(asked.get("seed", 0))
     AutoModelForSequenceClassification.from_pretrained(asked["model"], num_labels=1).save_pretrained(asked["output"])
     AutoTokenizer.from_pretrained(asked["model"]).save_pretrained(asked["output"])
     return {}

@@ -3,13 +3,15 @@
     python benchmarks/quality.py --data groups.jsonl.gz --eval_data BEIR_FOLDER --model MODEL --envs .bench
 
 Each trainer draws its own order and negatives from the seed: the figures agree up to that noise, or one of them is wrong.
-What --work holds already is not run again, so a comparison that was stopped continues; give other settings another folder.
+A row is written as soon as it is measured, and what --output or --work has already is not run again, so a comparison that was
+stopped continues; give other settings another --work. `reranking_quality.py` does the same for rerankers.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import gzip
 import json
 import os
@@ -20,6 +22,44 @@ from itertools import islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SETTINGS = ("trained", "steps", "batch", "group", "lengths", "learning_rate", "precision")
+SIDES = ("bge_ds", "FlagEmbedding")
+COLUMNS = ("date", *SETTINGS, "side", "set", "seed", "nDCG@10")
+
+
+class Rows:
+    """The rows of one setting in a CSV file, a figure each."""
+
+    def __init__(self, path: Path, **settings: object):
+        self.path, self.settings = path, {name: str(value) for name, value in settings.items()}
+
+    def values(self, side: str, name: str) -> dict[str, float]:
+        """nDCG@10 by seed."""
+        if not self.path.exists():
+            return {}
+        wanted = self.settings | {"side": side, "set": name}
+        with self.path.open(newline="", encoding="utf-8") as lines:
+            rows = [row for row in csv.DictReader(lines) if wanted.items() <= row.items()]
+        return {row["seed"]: float(row["nDCG@10"]) for row in rows}
+
+    def append(self, side: str, seed: object, scores: dict[str, float]) -> None:
+        """scores: nDCG@10 by set."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            for name, value in scores.items():
+                at = {"date": datetime.date.today().isoformat(), "side": side, "set": name, "seed": seed}
+                writer.writerow(at | self.settings | {"nDCG@10": f"{value:.4f}"})
+                print(f"{side}, seed {seed or '-'}, {name}: {value:.4f}", flush=True)
+
+    def summary(self, sides: tuple[str, ...], names: list[str]) -> None:
+        for name in names:
+            for side in sides:
+                if values := list(self.values(side, name).values()):
+                    spread = f", deviation {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+                    print(f"{name}, {side}: mean of {len(values)} {statistics.mean(values):.4f}{spread}")
 
 
 def run(command: list[object], log: Path) -> None:
@@ -72,14 +112,8 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=HERE.parent / ".bench" / "quality")
     p.add_argument("--output", type=Path, default=HERE / "quality.csv", help="CSV file the rows are appended to")
     p.add_argument("--bf16", action="store_true")
-    for name, default in (
-        ("seeds", 3),
-        ("steps", 40),
-        ("batch", 16),
-        ("group", 4),
-        ("query_max_len", 32),
-        ("passage_max_len", 96),
-    ):
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    for name, default in (("steps", 40), ("batch", 16), ("group", 4), ("query_max_len", 32), ("passage_max_len", 96)):
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--groups", type=int, default=20000, help="lines of --data that are used")
     p.add_argument("--learning_rate", type=float, default=2e-5)
@@ -87,39 +121,34 @@ def main() -> None:
     args.data, args.model, args.eval_data = args.data.resolve(), args.model.resolve(), [p.resolve() for p in args.eval_data]
     args.envs, args.work = args.envs.resolve(), args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
+    measure(args)
 
-    data = args.work / "groups.jsonl"
+
+def measure(args: argparse.Namespace) -> None:
+    data, names = args.work / "groups.jsonl", [folder.name for folder in args.eval_data]
     opener = gzip.open if args.data.suffix == ".gz" else open
     with opener(args.data, "rt", encoding="utf-8") as source:
         data.write_text("".join(islice(source, args.groups)), encoding="utf-8")
-    found = {"before": [score(args.model, args, args.work / "before.json")]}
-    print(f"before training: {found['before'][0]}", flush=True)
-    for seed in range(1, args.seeds + 1):
-        for side in ("bge_ds", "FlagEmbedding"):
-            output = args.work / f"{side}_{seed}"
-            scores = output.with_suffix(".json")
-            if not scores.exists():
-                train(side, args, data, seed, output)
-            found.setdefault(side, []).append(score(output, args, scores))
-            print(f"{side}, seed {seed}: {found[side][-1]}", flush=True)
-    write(args, found)
+    rows = Rows(
+        args.output, trained="embedder", steps=args.steps, batch=args.batch, group=args.group,
+        lengths=f"{args.query_max_len}/{args.passage_max_len}", learning_rate=args.learning_rate,
+        precision="bf16" if args.bf16 else "fp32",
+    )  # fmt: skip
 
+    def missing(side: str, seed: object) -> bool:
+        return any(str(seed) not in rows.values(side, name) for name in names)
 
-def write(args: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
-    """A row for each trainer and set. found: of each trainer, the scores of its seeds."""
-    lengths, precision = f"{args.query_max_len}/{args.passage_max_len}", "bf16" if args.bf16 else "fp32"
-    new = not args.output.exists()
-    with open(args.output, "a", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        if new:
-            writer.writerow(["side", "data", "steps", "batch", "group", "lengths", "precision", "nDCG@10", "mean", "deviation"])
-        for name in found["before"][0]:
-            for side, seeds in found.items():
-                values = [scores[name] for scores in seeds]
-                spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-                each = " ".join(f"{v:.4f}" for v in values)
-                settings = (args.steps, args.batch, args.group, lengths, precision)
-                writer.writerow([side, name, *settings, each, f"{statistics.mean(values):.4f}", spread])
+    if missing("before", ""):
+        rows.append("before", "", score(args.model, args, args.work / "before.json"))
+    for seed in args.seeds:
+        for side in SIDES:
+            if missing(side, seed):
+                output = args.work / f"{side}_{seed}"
+                scores = output.with_suffix(".json")
+                if not scores.exists():
+                    train(side, args, data, seed, output)
+                rows.append(side, seed, score(output, args, scores))
+    rows.summary(("before", *SIDES), names)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def train(setting: dict) -> None:
     trainer = CrossEncoderTrainer(model=model, args=args, train_dataset=read(setting["data"]), loss=losses.ListNetLoss(model))
     packages = ("sentence-transformers", "torch", "transformers")
     measure(trainer, trainer.train, packages, setting["cuda"], counter_of(model))
+    model.save_pretrained(setting["output"])
 
 
 if __name__ == "__main__":
