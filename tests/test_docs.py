@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-import os
 import math
+import os
 import re
 import runpy
 import statistics
